@@ -1,0 +1,47 @@
+# make demo: installs into .venv, makes the demo world, trains every stage, evaluates, lets you chat.
+# make test: installs into .venv and runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= out/demo
+DATA := dataset/demo
+
+.PHONY: demo demo-run test lint bench clean
+
+$(VENV)/.installed: requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/.installed
+	$(MAKE) --no-print-directory demo-run PATH="$(abspath $(BIN)):$(PATH)"
+
+# The stages, with whatever python is on the PATH. DEMO_FLAGS shortens them in the tests.
+demo-run:
+	python dataset/make_demo.py --save_dir $(DATA)
+	python train_tokenizer.py --config configs/demo/tokenizer.yaml --save_dir $(DEMO)
+	python train_pretrain.py --config configs/demo/pretrain.yaml --save_dir $(DEMO) $(DEMO_FLAGS)
+	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO) $(DEMO_FLAGS)
+	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 0 --perplexity $(DATA)/pretrain_valid.jsonl
+	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --task_file $(DATA)/sft_test.jsonl
+	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --temperature 0
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/packing.py
+
+clean:
+	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

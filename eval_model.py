@@ -1,0 +1,212 @@
+"""Try and measure a trained model.
+
+    python eval_model.py                                     # chat with out/full_sft_*
+    python eval_model.py --model_mode 0                      # complete text with out/pretrain_*
+    python eval_model.py --prompts questions.txt --output answers.json
+    python eval_model.py --perplexity valid.jsonl --task_file tasks.jsonl
+
+Without a file to work on it opens a chat (a completion prompt in mode 0); /clear forgets, /exit ends.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from minillm.config import ModelConfig
+from minillm.data import read_records
+from minillm.errors import UserError
+from minillm.evaluation import exact_match, perplexity
+from minillm.inference import SamplingOptions, complete
+from minillm.inference.chat import chat, speed
+from minillm.model.hf import load_model
+from minillm.tokenizer import check_messages, encode_chat, load_tokenizer
+from minillm.training.arguments import EvalArguments
+from minillm.training.command_line import parse, script
+from minillm.training.precision import choose_device, choose_dtype
+from minillm.training.weights import find_weights
+
+STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    args = parse(EvalArguments, argv)
+    sampling = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
+    SamplingOptions(**sampling)  # complains now, not after the weights are read
+    prompts = read_prompts(args) if args.prompts else None
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    model, tokenizer, weights = open_model(args)
+    options = sampling | {
+        "max_new_tokens": args.max_new_tokens,
+        "stop": args.stop,
+        "eos_token_id": (tokenizer.eos_token_id, *([tokenizer.im_end_id] if args.model_mode else [])),
+        "generator": torch.Generator().manual_seed(args.seed),
+        "tokenizer": tokenizer,
+    }
+    results: dict = {"weights": str(weights), "model_mode": args.model_mode}
+    if args.perplexity:
+        results["perplexity"] = measure_perplexity(args, model, tokenizer)
+    if args.task_file:
+        results["exact_match"] = measure_exact_match(args, model, tokenizer)
+    if prompts:
+        results["prompts"] = answer_prompts(args, model, tokenizer, prompts, options)
+        results["sampling"] = sampling | {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    if args.output:
+        write_json(results, Path(args.output))
+    if args.perplexity or args.task_file or args.prompts:
+        return
+    if not sys.stdin.isatty():
+        print("no terminal: chat skipped")
+        return
+    chat(
+        model,
+        lambda turns: encode_prompt(args, tokenizer, turns),
+        history_turns=args.history_turns if args.model_mode else 0,
+        **options,
+    )
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def open_model(args: EvalArguments):
+    """Return model (evaluation mode, on its device), tokenizer and the path of the weights."""
+    name = args.from_weight or STAGES[args.model_mode]
+    is_stage = "/" not in name and not Path(name).exists()
+    runs = [path.parent for path in Path(args.save_dir).glob(f"{name}_*/config.json")] if is_stage else []
+    if args.hidden_size is None and len(runs) == 1:
+        path = runs[0]  # the only width there is: no need to name it
+    else:
+        width = ModelConfig.preset(args.preset, **args.model_overrides()).hidden_size
+        path = find_weights(name, save_dir=args.save_dir, hidden_size=width)
+    folder = path if path.is_dir() else path.parent
+    default = folder if (folder / "tokenizer.json").is_file() else Path(args.save_dir) / "tokenizer"
+    tokenizer = load_tokenizer(args.tokenizer_path or default)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    config = None
+    if path.suffix == ".pth":  # bare weights: their shape lies beside them, or is what the flags say
+        described = {"vocab_size": tokenizer.vocab_size} | args.model_overrides()
+        beside = (folder / "config.json").is_file()
+        config = ModelConfig.from_hf(folder) if beside else ModelConfig.preset(args.preset, **described)
+    model = load_model(path, device=device, dtype=dtype, config=config).eval()
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding of {path} only "
+            f"{model.config.vocab_size}: give --tokenizer_path the tokenizer these weights were trained with"
+        )
+    print(f"{path}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device}, {dtype}")
+    return model, tokenizer, path
+
+
+def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> list[int]:
+    """Return the ids before the answer: a conversation in the chat modes, plain text in mode 0."""
+    if args.model_mode == 0:
+        text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+        return [tokenizer.bos_token_id, *tokenizer.encode(text)]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if args.system and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": args.system}, *turns]
+    return encode_chat(tokenizer, turns, add_generation_prompt=True)[0]
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
+    start = time.perf_counter()
+    result = perplexity(
+        model,
+        read_records(args.perplexity),
+        tokenizer,
+        max_seq_len=args.max_seq_len or None,
+        batch_size=args.batch_size,
+    )
+    print(f"\nperplexity of {args.perplexity}\n{result.table()}")
+    print(speed(result.n_targets, time.perf_counter() - start))
+    return result.as_dict()
+
+
+def measure_exact_match(args: EvalArguments, model, tokenizer) -> dict:
+    start = time.perf_counter()
+    records = read_records(args.task_file)
+    result = exact_match(
+        model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
+    )
+    seconds = time.perf_counter() - start
+    print(f"\nexact match on {args.task_file}\n{result.table()}")
+    print(f"[{len(result.answers):,} answers in {seconds:.1f} s]")
+    return result.as_dict()
+
+
+# ---- answering -----------------------------------------------------------------------------------
+
+
+def read_prompts(args: EvalArguments) -> list[str | list[dict]]:
+    """Return the prompts of ``--prompts``: its lines, or its jsonl records without their last answer."""
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {args.prompts}: cannot be read as UTF-8 text ({error})") from None
+    prompts: list[str | list[dict]] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not args.prompts.endswith(".jsonl"):
+            prompts.append(line)
+        elif line.strip():
+            try:
+                prompts.append(parse_prompt(json.loads(line)))
+            except (ValueError, TypeError, LookupError) as error:  # UserError is a ValueError
+                raise UserError(f"--prompts {args.prompts}, line {number}: {error}") from None
+    if not prompts:
+        raise UserError(f"--prompts {args.prompts}: holds no prompt; write one per line")
+    return prompts
+
+
+def parse_prompt(record: dict) -> str | list[dict]:
+    """Return the text or the conversation of one record, which is left open for an answer."""
+    key = next((key for key in ("prompt", "text", "conversations", "messages") if key in record), None)
+    if key is None:
+        raise UserError("a prompt needs one of the keys prompt, text, conversations, messages")
+    prompt = record[key]
+    if not isinstance(prompt, str):
+        check_messages(prompt, need_answer=False)
+        prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+        check_messages(prompt, need_answer=False)
+    return prompt
+
+
+def answer_prompts(args: EvalArguments, model, tokenizer, prompts, options: dict) -> list[dict]:
+    encoded = [encode_prompt(args, tokenizer, prompt) for prompt in prompts]
+    answers, n_tokens, start = [], 0, time.perf_counter()
+    for first in range(0, len(prompts), args.batch_size):
+        batch = slice(first, first + args.batch_size)
+        for prompt, done in zip(prompts[batch], complete(model, encoded[batch], **options), strict=True):
+            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            print(f"\n> {shown}\n{done.text}")
+            n_tokens += len(done.ids)
+            outcome = {"answer": done.text, "finish_reason": done.finish_reason, "n_tokens": len(done.ids)}
+            answers.append({"prompt": prompt} | outcome)
+    print(speed(n_tokens, time.perf_counter() - start))
+    return answers
+
+
+def write_json(results: dict, path: Path) -> None:
+    """Write ``results`` under a temporary name, then rename: the file is whole or not there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Rows into steps: which rows an update sees, in which order, cut for ranks and micro-batches.
+
+The order is a pure function of (seed, epoch). A step's rows are ``global_batch_size`` consecutive ones of
+that order; how they are dealt to ranks and micro-batches changes who computes them, never which they are:
+
+    order of the epoch   | 7 2 9 4 | 0 5 8 1 | 3 6      steps of global_batch_size 4; the last is partial
+    step 0, 2 ranks      rank 0: 7 9   rank 1: 2 4      dealt in turn, then cut by batch_size
+    step 2, 2 ranks      rank 0: 3 .   rank 1: 6 .      . is a row of padding: every rank does equal work
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from minillm.data.packing import IGNORE_INDEX
+from minillm.errors import UserError
+
+PADDING = {"input_ids": 0, "targets": IGNORE_INDEX, "position_ids": 0, "document_ids": -1, "weights": 0.0}
+
+
+def collate(
+    rows: list[dict[str, np.ndarray]], pad_to: int | None = None, *, n_rows: int = 0
+) -> dict[str, Tensor]:
+    """Return a batch of the rows' columns, (B, T) each, right-padded.
+
+    Args:
+        pad_to: T; None takes the longest row (at least 1). n_rows: B when larger than ``len(rows)``; the rest
+            are rows of padding alone.
+
+    ``weights`` is float32, every other column int64; a column is there when any row has it.
+    """
+    length = pad_to or max([1, *(len(row["input_ids"]) for row in rows)])
+    names = [name for name in PADDING if name != "weights" or any(name in row for row in rows)]
+    batch = {}
+    for name in names:
+        dtype = np.float32 if name == "weights" else np.int64
+        column = np.full((max(len(rows), n_rows), length), PADDING[name], dtype)
+        for target, row in zip(column, rows, strict=False):
+            values = row[name] if name in row else np.ones(len(row["input_ids"]), dtype)
+            target[: len(values)] = values
+        batch[name] = torch.from_numpy(column)
+    return batch
+
+
+class StepBatches:
+    """The steps of each epoch over ``rows``; see the module's picture.
+
+    Args:
+        rows: ``TextRows``, ``ChatRows``, or any sequence of column dicts with ``fixed_len`` (None or T) and,
+            optionally, ``lengths`` (n_rows,).
+        batch_size: rows per micro-batch. global_batch_size: rows per step over all ranks.
+        rank, world_size: which share of each step is this process's.
+        seed: of the order. shuffle: False keeps the rows' own order (validation).
+
+    Raises UserError when global_batch_size is no multiple of batch_size x world_size.
+    """
+
+    def __init__(
+        self,
+        rows,
+        *,
+        batch_size: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        if batch_size < 1 or global_batch_size < 1:
+            raise UserError(
+                f"batch_size {batch_size}, global_batch_size {global_batch_size}: must be at least 1"
+            )
+        if global_batch_size % (batch_size * world_size):
+            raise UserError(
+                f"global_batch_size {global_batch_size} is no multiple of batch_size {batch_size} x "
+                f"{world_size} ranks = {batch_size * world_size}: change one of them"
+            )
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} is not within world_size {world_size}")
+        self.rows = rows
+        self.batch_size, self.global_batch_size = batch_size, global_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.n_micro_batches = global_batch_size // (batch_size * world_size)  # of every step, on every rank
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in an epoch; the last one may hold fewer rows."""
+        return -(-len(self.rows) // self.global_batch_size)
+
+    def step_rows(self, epoch: int, index: int) -> np.ndarray:
+        """Return the row numbers of step ``index``, of all ranks together.
+
+        Rows of different lengths are put in order of length, so that those of one micro-batch need little
+        padding; rows that are all padded to one length stay in the epoch's order.
+        """
+        if not 0 <= index < self.steps_per_epoch:
+            raise IndexError(f"step {index} of {self.steps_per_epoch}")
+        begin = index * self.global_batch_size
+        numbers = self._epoch_order(epoch)[begin : begin + self.global_batch_size]
+        lengths = getattr(self.rows, "lengths", None)
+        if self.rows.fixed_len is None and lengths is not None:
+            numbers = numbers[np.argsort(-lengths[numbers], kind="stable")]
+        return numbers
+
+    def step(self, epoch: int, index: int) -> list[dict[str, Tensor]]:
+        """Return this rank's ``n_micro_batches`` of step ``index``, each of ``batch_size`` rows."""
+        mine = self.step_rows(epoch, index)[self.rank :: self.world_size]
+        micro_batches = []
+        for begin in range(0, self.n_micro_batches * self.batch_size, self.batch_size):
+            rows = [self.rows[int(number)] for number in mine[begin : begin + self.batch_size]]
+            micro_batches.append(collate(rows, self.rows.fixed_len, n_rows=self.batch_size))
+        return micro_batches
+
+    def iterate(
+        self, epoch: int, start: int = 0, *, num_workers: int = 0
+    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        """Yield ``(index, step(epoch, index))`` from step ``start`` to the end of the epoch.
+
+        num_workers: processes that prepare steps ahead; they change nothing but the time.
+        """
+        indices = range(start, self.steps_per_epoch)
+        if not num_workers:
+            for index in indices:
+                yield index, self.step(epoch, index)
+            return
+        loader = DataLoader(
+            _EpochSteps(self, epoch),
+            batch_size=None,
+            sampler=indices,
+            num_workers=num_workers,
+            # A loader draws a seed for its workers; from the global generator that draw would move the run's
+            # randomness, and a resumed run would differ from an uninterrupted one.
+            generator=torch.Generator().manual_seed(0),
+        )
+        yield from loader
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            n_rows = len(self.rows)
+            order = (
+                np.random.default_rng([self.seed, epoch]).permutation(n_rows)
+                if self.shuffle
+                else np.arange(n_rows)
+            )
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+class _EpochSteps(Dataset):
+    def __init__(self, batches: StepBatches, epoch: int):
+        self.batches, self.epoch = batches, epoch
+
+    def __getitem__(self, index: int) -> tuple[int, list[dict[str, Tensor]]]:
+        return index, self.batches.step(self.epoch, index)
+
+    def __len__(self) -> int:
+        return self.batches.steps_per_epoch

@@ -1,0 +1,362 @@
+"""Tokenised files on disk: each data file is tokenised once and memory-mapped ever after.
+
+A shard is a directory ``<cache_dir>/<key>/`` for one data file, where ``key`` hashes the file's content, the
+tokenizer's content and the settings; change any of them and another shard is made. It holds plain arrays:
+
+    tokens.bin    uint16 (uint32 for vocabularies over 65,536): the documents' ids, one after the other
+    mask.bin      uint8, conversations only: 1 where the token is to be predicted
+    offsets.bin   int64, n_documents + 1: where each document begins
+    lines.bin     int64: line of each document in its file
+    bytes.bin     int64: UTF-8 bytes of each document's text
+    log_prob.bin  float64: exact log-probability of each document (NaN where unknown)
+    rejected.jsonl, meta.json
+
+A text is stored as <|endoftext|> tokens <|endoftext|>; a conversation as its chat encoding with every
+assistant turn marked. A shard is written under a temporary name and renamed when complete: a process that is
+killed leaves nothing that looks finished. Memory is bounded by ``CHUNK_CHARS``, whatever the file's size.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minillm.data.rejects import publish_rejected, reject_line
+from minillm.data.schema import Record, check_file, read_records
+from minillm.errors import UserError
+from minillm.tokenizer.chat import encode_chat, encode_chats
+
+FORMAT = 1  # raise it when the files' meaning changes: old shards are then ignored
+CHUNK_CHARS = 1 << 20  # text handed to the tokenizer at once; its working memory is about 200 times this
+CHUNK_RECORDS = 8192
+COLUMNS = {"offsets": np.int64, "lines": np.int64, "bytes": np.int64, "log_prob": np.float64}
+
+
+class Shard:
+    """One tokenised file, memory-mapped. Arrays: ``tokens``, ``mask`` (or None), ``offsets``, ``lines``,
+    ``bytes``, ``log_prob``. It pickles as its path, so that worker processes map it anew."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+
+    def __getstate__(self):
+        return {"path": self.path, "meta": self.meta}
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents."""
+        return self.meta["n_documents"]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of stored tokens, <|endoftext|> and chat markers included."""
+        return self.meta["n_tokens"]
+
+    def _map(self, name: str, dtype) -> np.ndarray:
+        # A plain array over the same pages: np.memmap's own indexing is several times slower.
+        return np.asarray(np.memmap(self.path / f"{name}.bin", dtype=dtype, mode="r"))
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """(n_tokens,) ids."""
+        return self._map("tokens", self.meta["dtype"])
+
+    @cached_property
+    def mask(self) -> np.ndarray | None:
+        """(n_tokens,) 1 where the token is to be predicted; None where every token is."""
+        return self._map("mask", np.uint8) if self.meta["kind"] == "chat" else None
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in COLUMNS:
+            raise AttributeError(name)
+        column = self._map(name, COLUMNS[name])
+        self.__dict__[name] = column
+        return column
+
+    def rejected_lines(self) -> Iterator[str]:
+        """Yield the finished lines of the file's bad lines."""
+        with (self.path / "rejected.jsonl").open(encoding="utf-8") as file:
+            yield from file
+
+    @classmethod
+    def open_if_whole(cls, path: Path) -> "Shard | None":
+        """Return the shard, or None when it is absent or its files lack bytes (a full disk, a bad copy)."""
+        try:
+            shard = cls(path)
+            whole = all(os.path.getsize(path / name) == size for name, size in shard.meta["sizes"].items())
+        except (OSError, ValueError, KeyError):
+            return None
+        return shard if whole else None
+
+
+def split_paths(path: str | Path | list) -> list[Path]:
+    """Return the files of a path, a comma-separated list, or a list of either."""
+    if isinstance(path, (list, tuple)):
+        return [part for item in path for part in split_paths(item)]
+    parts = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
+    if not parts:
+        raise UserError("no data file given: set --data_path")
+    return parts
+
+
+def prepare(path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool = False) -> list[Shard]:
+    """Return the shards of all files, tokenising those that the cache lacks.
+
+    Where the cache is complete nothing is written: in a distributed run let rank 0 call this first, wait at
+    a barrier, then let the others call it.
+
+    Args:
+        path: a file, a comma-separated list, or a list. kind: "text" or "chat", the records expected.
+        strict: a bad line is fatal.
+
+    Raises UserError for unreadable files, files without a usable record, an unwritable cache directory.
+    """
+    files = [check_file(file) for file in split_paths(path)]
+    if kind == "chat":  # a tokenizer without chat tokens is one error, not one per record
+        encode_chat(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    shards = [_prepare_one(file, tokenizer, kind, Path(cache_dir), strict) for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        if strict and shard.meta["n_rejected"]:
+            first = json.loads(next(shard.rejected_lines()))
+            raise UserError(f"{file}, line {first['line']}: {first['reason']}")
+    return shards
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _prepare_one(file: Path, tokenizer, kind: str, cache_dir: Path, strict: bool) -> Shard:
+    content = file_hash(file)
+    # A .txt and a .jsonl of equal bytes read differently, so the kind of file belongs to the key.
+    settings = [FORMAT, kind, "".join(file.suffixes[-2:]), content, tokenizer.content_hash]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    final = cache_dir / key
+    shard = Shard.open_if_whole(final)
+    if shard is not None:
+        return shard
+    partial = cache_dir / f".{key}.{socket.gethostname()}.{os.getpid()}.tmp"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(cache_dir, key)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write(partial, file, tokenizer, kind, strict, content)
+        if final.exists():  # damaged, or another process was faster: either way ours is whole
+            shutil.rmtree(final, ignore_errors=True)
+        with contextlib.suppress(FileExistsError):
+            partial.rename(final)
+    except OSError as error:
+        raise UserError(
+            f"cannot write tokenised data to {cache_dir}: {error.strerror or error}; set another --cache_dir"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shard = Shard.open_if_whole(final)
+    if shard is None:
+        raise UserError(f"the tokenised data in {final} is damaged: is the disk full?")
+    return shard
+
+
+def _remove_orphans(cache_dir: Path, key: str) -> None:
+    """Remove what killed processes of this machine have left half-written for the same key."""
+    for orphan in cache_dir.glob(f".{key}.{socket.gethostname()}.*.tmp"):
+        pid = int(orphan.name.split(".")[-2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            shutil.rmtree(orphan, ignore_errors=True)
+        except PermissionError:
+            continue  # alive, another user's
+
+
+def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, content: str) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    names = ["tokens", *COLUMNS] + (["mask"] if kind == "chat" else [])
+    counts = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0, "n_rejected": 0}
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in names}
+        rejects = stack.enter_context((partial / "rejected.jsonl").open("w", encoding="utf-8"))
+        np.zeros(1, np.int64).tofile(files["offsets"])
+        bar = stack.enter_context(
+            tqdm(
+                desc=f"tokenising {source.name}",
+                unit="B",
+                unit_scale=True,
+                delay=2,
+                leave=False,
+                disable=None,
+            )
+        )
+
+        def reject(line: int, reason: str, raw: str | None) -> None:
+            if strict:
+                raise UserError(f"{source}, line {line}: {reason}")
+            counts["n_rejected"] += 1
+            rejects.write(reject_line(line, reason, raw))
+
+        wanted = _only(kind, read_records(source, strict=strict, on_reject=reject), reject)
+        for chunk in _chunks(wanted):
+            encoded = _encode(chunk, tokenizer, kind, reject)
+            _append(files, encoded, dtype, counts)
+            bar.update(sum(n_bytes for _, _, _, n_bytes in encoded))
+    if not counts["n_documents"]:
+        with (partial / "rejected.jsonl").open(encoding="utf-8") as file:
+            first = json.loads(next(file))
+        raise UserError(f"{source} has no usable record; the first, line {first['line']}: {first['reason']}")
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+    meta = counts | {"kind": kind, "dtype": dtype.name, "sha256": content, "sizes": sizes}
+    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _only(kind: str, records: Iterator[Record], reject) -> Iterator[Record]:
+    for record in records:
+        if record.kind == kind:
+            yield record
+        else:
+            reject(record.line, f"a {record.kind} record, where {kind} records are expected", None)
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Yield lists of records of bounded size: a full one is handed on before the next record is read."""
+    chunk, n_chars = [], 0
+    for record in records:
+        chunk.append(record)
+        n_chars += sum(map(len, _texts(record)))
+        if n_chars >= CHUNK_CHARS or len(chunk) >= CHUNK_RECORDS:
+            yield chunk
+            chunk, n_chars = [], 0
+    if chunk:
+        yield chunk
+
+
+def _texts(record: Record) -> list[str]:
+    return (
+        [record.text]
+        if record.kind == "text"
+        else [message.get("content") or "" for message in record.messages]
+    )
+
+
+def _encode(records: list[Record], tokenizer, kind: str, reject) -> list[tuple]:
+    """Return (record, ids, mask or None, UTF-8 bytes) of each record that can be encoded."""
+
+    def encode(some: list[Record]) -> list[tuple]:
+        n_bytes = [sum(len(text.encode("utf-8")) for text in _texts(record)) for record in some]
+        if kind == "chat":
+            pairs = encode_chats(tokenizer, [record.messages for record in some], train_on="all")
+        else:
+            eos = tokenizer.eos_token_id
+            pairs = [([eos, *ids, eos], None) for ids in tokenizer.encode_batch([r.text for r in some])]
+        return [(r, ids, mask, n) for r, (ids, mask), n in zip(some, pairs, n_bytes, strict=True)]
+
+    try:
+        return encode(records)
+    except (UserError, UnicodeEncodeError):  # a lone surrogate, say: find the guilty ones
+        encoded = []
+        for record in records:
+            try:
+                encoded += encode([record])
+            except UnicodeEncodeError as error:
+                reject(
+                    record.line,
+                    f"the text holds a lone surrogate ({error.reason}): it has no UTF-8 form",
+                    None,
+                )
+            except UserError as error:
+                reject(record.line, str(error), None)
+        return encoded
+
+
+def _append(files: dict, encoded: list[tuple], dtype: np.dtype, counts: dict) -> None:
+    if not encoded:
+        return
+    records, ids, masks, n_bytes = zip(*encoded, strict=True)
+    np.concatenate([np.asarray(one, dtype=dtype) for one in ids]).tofile(files["tokens"])
+    if "mask" in files:
+        np.concatenate([np.asarray(one, dtype=np.uint8) for one in masks]).tofile(files["mask"])
+    columns = {
+        "offsets": counts["n_tokens"] + np.cumsum([len(one) for one in ids]),
+        "lines": [record.line for record in records],
+        "bytes": n_bytes,
+        "log_prob": [np.nan if record.log_prob is None else record.log_prob for record in records],
+    }
+    for name, values in columns.items():
+        np.asarray(values, dtype=COLUMNS[name]).tofile(files[name])
+    counts["n_tokens"] = int(columns["offsets"][-1])
+    counts["n_documents"] += len(records)
+    counts["n_bytes"] += sum(n_bytes)
+
+
+class TokenStore:
+    """Several shards as one sequence of documents; token indices count over all of them."""
+
+    def __init__(self, shards: list[Shard]):
+        self.shards = shards
+        self.token_bases = np.cumsum([0] + [shard.n_tokens for shard in shards])
+        self.has_mask = shards[0].meta["kind"] == "chat"
+        self.document_bases = np.cumsum([0] + [shard.n_documents for shard in shards])
+
+    def __getstate__(self):  # offsets may be large or mapped: workers make them anew
+        return {name: value for name, value in self.__dict__.items() if name != "offsets"}
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(n_documents + 1,) where each document begins."""
+        if len(self.shards) == 1:
+            return self.shards[0].offsets
+        parts = [s.offsets[:-1] + base for s, base in zip(self.shards, self.token_bases[:-1], strict=True)]
+        return np.concatenate([*parts, self.token_bases[-1:]])
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents in all shards."""
+        return int(self.document_bases[-1])
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in all shards."""
+        return int(self.token_bases[-1])
+
+    def gather(self, column: str, index: np.ndarray) -> np.ndarray:
+        """Return ``tokens`` (int64) or ``mask`` (uint8) at global token indices."""
+        dtype = np.int64 if column == "tokens" else np.uint8
+        if len(self.shards) == 1:
+            return getattr(self.shards[0], column)[index].astype(dtype)
+        out = np.empty(len(index), dtype)
+        owner = np.searchsorted(self.token_bases, index, side="right") - 1
+        for part in np.unique(owner):
+            here = owner == part
+            out[here] = getattr(self.shards[part], column)[index[here] - self.token_bases[part]]
+        return out
+
+    def log_prob(self) -> float | None:
+        """Return Σ log_prob in nats, or None unless every record has one."""
+        total = float(sum(np.sum(shard.log_prob) for shard in self.shards))
+        return None if np.isnan(total) else total
+
+    def publish_rejected(self, files: list[Path], more: list[list[tuple]], cache_dir: Path) -> list[str]:
+        """Write each file's ``.rejected.jsonl``: its bad lines, and ``more`` [(line, reason)] per file."""
+        places = []
+        for file, shard, extra in zip(files, self.shards, more, strict=True):
+            lines = [*shard.rejected_lines(), *(reject_line(*pair) for pair in extra)]
+            place = publish_rejected(file, lines, fallback_dir=cache_dir)
+            places += [str(place)] if place else []
+        return places

@@ -1,0 +1,163 @@
+"""Exact match: does the greedy answer equal the expected one?
+
+A task file holds conversations whose last turn is the assistant's expected answer; ``task`` and ``group``
+say where a record counts, e.g. task "facts" with groups "asked" and "derived".
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from minillm.data.schema import Record
+from minillm.errors import UserError
+from minillm.inference import complete
+from minillm.tokenizer import encode_chats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One record's outcome."""
+
+    task: str
+    group: str
+    question: str
+    """The last turn before the answer."""
+    expected: str
+    answer: str
+    """What the model said, special tokens left out, stripped."""
+    correct: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupScore:
+    """The score of one line of the table."""
+
+    task: str
+    group: str
+    n: int
+    n_correct: int
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of exact answers, 0 to 1."""
+        return self.n_correct / self.n
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMatch:
+    """The outcome of a whole task file."""
+
+    answers: list[Answer]
+    """In the order of the records."""
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of exact answers over all records, 0 to 1."""
+        return sum(answer.correct for answer in self.answers) / len(self.answers)
+
+    @property
+    def groups(self) -> list[GroupScore]:
+        """Return a score per (task, group), sorted by these names."""
+        return self._scores(lambda answer: (answer.task, answer.group))
+
+    @property
+    def tasks(self) -> list[GroupScore]:
+        """Return a score per task, over all its groups."""
+        return self._scores(lambda answer: (answer.task, ""))
+
+    @property
+    def task_average(self) -> float:
+        """Return the mean of the tasks' accuracies: each task counts the same, however many its records."""
+        tasks = self.tasks
+        return sum(score.accuracy for score in tasks) / len(tasks)
+
+    def as_dict(self, *, answers: bool = True) -> dict:
+        """Return the scores, and every answer if wanted, as plain values for JSON."""
+        groups = [asdict(score) | {"accuracy": score.accuracy} for score in self.groups]
+        values = {"n": len(self.answers), "accuracy": self.accuracy, "task_average": self.task_average}
+        values |= {"tasks": {score.task: score.accuracy for score in self.tasks}, "groups": groups}
+        return values | ({"answers": [asdict(answer) for answer in self.answers]} if answers else {})
+
+    def table(self) -> str:
+        """Return a table for people: a line per task and group, then the averages."""
+        width = max(20, *(len(score.group) for score in self.groups))
+        n_correct = sum(answer.correct for answer in self.answers)
+        everything = GroupScore(task="all", group="", n=len(self.answers), n_correct=n_correct)
+        lines = [f"{'task':<20} {'group':<{width}} {'exact':>7} {'of':>7} {'share':>8}"]
+        for score in [*self.groups, everything]:
+            counts = f"{score.n_correct:>7,} {score.n:>7,} {score.accuracy:>8.1%}"
+            lines.append(f"{score.task:<20} {score.group:<{width}} {counts}")
+        lines.append(f"{'mean of tasks':<20} {'':<{width}} {'':>7} {'':>7} {self.task_average:>8.1%}")
+        return "\n".join(lines)
+
+    def _scores(self, key) -> list[GroupScore]:
+        grouped: dict[tuple[str, str], list[bool]] = {}
+        for answer in self.answers:
+            grouped.setdefault(key(answer), []).append(answer.correct)
+        return [
+            GroupScore(task=task, group=group, n=len(correct), n_correct=sum(correct))
+            for (task, group), correct in sorted(grouped.items())
+        ]
+
+
+def exact_match(
+    model, tokenizer, records: Iterable[dict | Record], *, max_new_tokens: int = 64, batch_size: int = 64
+) -> ExactMatch:
+    """Return how many greedy answers equal the expected last turn, both stripped of outer blanks.
+
+    Args:
+        records: ``{"conversations": [...], "task"?, "group"?}`` ("messages" is read too) as dicts or from
+            ``read_records``; messages with ``role`` and ``content``, the last one the assistant's.
+        max_new_tokens: an answer ends here at the latest; more than any expected answer needs.
+        batch_size: prompts answered together. Prompts of similar length share a batch, and a row that is
+            done leaves it.
+
+    Raises:
+        UserError: no records; a record whose last turn is not an assistant's; a prompt that does not fit.
+    """
+    fields = [_fields(number, record) for number, record in enumerate(records)]
+    if not fields:
+        raise UserError("no records to measure exact match on")
+    prompts = encode_chats(tokenizer, [turns[:-1] for turns, _ in fields], add_generation_prompt=True)
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number][0]))
+    texts: dict[int, str] = {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        completions = complete(
+            model,
+            [prompts[number][0] for number in batch],
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            eos_token_id=(tokenizer.im_end_id, tokenizer.eos_token_id),
+            tokenizer=tokenizer,
+        )
+        texts |= {number: done.text.strip() for number, done in zip(batch, completions, strict=True)}
+    answers = []
+    for number, (turns, extra) in enumerate(fields):
+        expected = turns[-1]["content"].strip()
+        answers.append(
+            Answer(
+                task=str(extra.get("task", "all")),
+                group=str(extra.get("group", "")),
+                question=turns[-2].get("content") or "",
+                expected=expected,
+                answer=texts[number],
+                correct=texts[number] == expected,
+            )
+        )
+    return ExactMatch(answers=answers)
+
+
+def _fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
+    """Return the record's turns and its other keys, after checking for a question and an expected answer."""
+    if isinstance(record, Record):
+        turns, extra = record.messages, record.extra
+    else:
+        turns, extra = record.get("conversations") or record.get("messages"), record
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"record {number}: a task needs 'conversations': at least a question and its answer")
+    if turns[-1].get("role") != "assistant" or not isinstance(turns[-1].get("content"), str):
+        raise UserError(
+            f"record {number}: the last turn must be the assistant's expected answer, a text; "
+            f"found role {turns[-1].get('role')!r}"
+        )
+    return turns, extra

@@ -1,0 +1,6 @@
+"""Text from a trained model: sampling, batched generation, streaming."""
+
+from minillm.inference.generate import Completion, complete, generate, stream
+from minillm.inference.sampling import SamplingOptions
+
+__all__ = ["Completion", "SamplingOptions", "complete", "generate", "stream"]

@@ -1,0 +1,77 @@
+"""A conversation at the terminal, streamed."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+
+from minillm.errors import UserError
+from minillm.inference.generate import stream
+
+
+def chat(
+    model, encode: Callable[[list[dict]], list[int]], *, history_turns: int, max_new_tokens: int, **options
+) -> None:
+    """Read questions and stream answers until /exit, end of input, or Ctrl-C at the prompt.
+
+    Ctrl-C during an answer ends that answer only. /clear forgets the conversation.
+
+    Args:
+        encode: turns a list of messages, the last one the question, into prompt ids.
+        history_turns: earlier questions with their answers that the model still sees. The oldest are
+            forgotten when the conversation no longer fits into the model's positions.
+        options: of :func:`~minillm.inference.generate.stream`.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - its import gives input() line editing
+    print("/clear forgets the conversation, /exit ends")
+    history: list[tuple[dict, dict]] = []
+    while True:
+        try:
+            question = input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question.strip() == "/exit":
+            return
+        if question.strip() == "/clear":
+            history.clear()
+        elif question.strip():
+            asked = {"role": "user", "content": question}
+            history = history[-history_turns:] if history_turns else []
+            try:
+                ids = encode([*(turn for pair in history for turn in pair), asked])
+                while history and len(ids) + max_new_tokens > model.config.max_position_embeddings:
+                    history = history[1:]
+                    ids = encode([*(turn for pair in history for turn in pair), asked])
+                answer = _say(stream(model, ids, max_new_tokens=max_new_tokens, **options))
+            except UserError as error:  # a question too long, say: the conversation goes on
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            history.append((asked, {"role": "assistant", "content": answer}))
+
+
+def _say(pieces) -> str:
+    """Print the pieces as they come, then the speed; return the answer."""
+    shown: list[str] = []
+    start = time.perf_counter()
+    done = None
+    try:
+        while done is None:
+            try:
+                shown.append(next(pieces))
+            except StopIteration as end:
+                done = end.value
+            else:
+                print(shown[-1], end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+    print()
+    if done is not None:
+        print(speed(len(done.ids), time.perf_counter() - start))
+    return "".join(shown)
+
+
+def speed(n_tokens: int, seconds: float) -> str:
+    """Return the line that says how many tokens took how long."""
+    return f"[{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / max(seconds, 1e-9):,.0f} tokens/s]"

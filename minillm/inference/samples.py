@@ -1,0 +1,40 @@
+"""A few texts from a model just trained, for its summary page."""
+
+from itertools import islice
+
+import torch
+
+from minillm.data import read_records
+from minillm.inference.generate import generate
+from minillm.tokenizer.chat import encode_chat
+
+MAX_NEW_TOKENS = 64
+
+
+def sample_completions(model, tokenizer, files: list[str], *, n_samples: int = 4) -> list[tuple[str, str]]:
+    """Return ``(beginning, continuation)`` for the first quarter of the first ``n_samples`` texts of ``files``."""
+    beginnings = []
+    for record in islice(read_records(files[0]), n_samples):
+        ids = tokenizer.encode(record.text)
+        beginnings.append(ids[: max(1, min(len(ids) // 4, 32))])
+    prompts = [[tokenizer.eos_token_id, *ids] for ids in beginnings]
+    answers = _generate(model, tokenizer, prompts, tokenizer.eos_token_id)
+    return [(tokenizer.decode(ids), answer) for ids, answer in zip(beginnings, answers, strict=True)]
+
+
+def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) -> list[tuple[str, str]]:
+    """Return ``(question, answer)`` for the first user turn of the first ``n_samples`` conversations of ``files``."""
+    questions = []
+    for record in islice(read_records(files[0]), n_samples):
+        questions.append(next(m for m in record.messages if m["role"] == "user"))
+    prompts = [encode_chat(tokenizer, [question], add_generation_prompt=True)[0] for question in questions]
+    answers = _generate(model, tokenizer, prompts, tokenizer.im_end_id)
+    return [(question["content"], answer) for question, answer in zip(questions, answers, strict=True)]
+
+
+def _generate(model, tokenizer, prompts: list[list[int]], eos_token_id: int) -> list[str]:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    new_ids = generate(
+        model, prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0.7, top_p=0.9, eos_token_id=eos_token_id, generator=generator
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids]

@@ -1,0 +1,73 @@
+"""Grouped-query attention with rotary positions, causal and within documents.
+
+Vaswani et al., Attention Is All You Need (2017), section 3.2; Ainslie et al., GQA (2023), section 2.2;
+QK-norm: Henry et al., Query-Key Normalization (2020), in the form of Qwen3 (RMSNorm per head).
+
+Legend: B batch, T positions, S key positions, D hidden, H query heads, G kv heads, K head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.config import ModelConfig
+from minillm.model.kv_cache import KVCache
+from minillm.model.norm import RMSNorm
+from minillm.model.rope import apply_rope
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Return (B, 1, T, T), true where query t may look at key s: s ≤ t, in the same document.
+
+    Documents of a packed row never see each other. Padding (−1) sees only itself: a query that may look
+    nowhere would make the softmax 0 / 0.
+    """
+    seq_len = document_ids.shape[1]
+    same = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
+    same &= (document_ids >= 0)[:, :, None]
+    itself = torch.eye(seq_len, dtype=torch.bool, device=document_ids.device)  # (T, T)
+    return (same.tril() | itself)[:, None]  # (B, 1, T, T)
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Return (B, T): the position of each token in its own document, from 0; documents are contiguous runs."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)  # (B, T)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+class Attention(nn.Module):
+    """Self-attention: (B, T, D) → (B, T, D)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_dim = config.num_attention_heads * config.head_dim
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.n_groups = config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
+        if config.use_qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        n_rows, seq_len, _ = x.shape
+        per_head = (n_rows, seq_len, -1, self.head_dim)
+        q = apply_rope(self.q_norm(self.q_proj(x).view(per_head)), *rope).transpose(1, 2)  # (B, H, T, K)
+        k = apply_rope(self.k_norm(self.k_proj(x).view(per_head)), *rope).transpose(1, 2)  # (B, G, T, K)
+        v = self.v_proj(x).view(per_head).transpose(1, 2)  # (B, G, T, K)
+        if cache is not None:
+            k, v = cache.store(self.layer, k, v)  # (B, G, S, K)
+        if mask is not None and q.is_cuda and self.n_groups > 1:
+            # With a mask, CUDA's fast kernels take no grouped heads and would fall back to the slow one.
+            k, v = (t.repeat_interleave(self.n_groups, dim=1) for t in (k, v))  # (B, H, S, K)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and seq_len > 1, enable_gqa=k.shape[1] != q.shape[1]
+        )  # (B, H, T, K)
+        return self.o_proj(mixed.transpose(1, 2).reshape(n_rows, seq_len, -1))  # (B, T, D)

@@ -1,0 +1,97 @@
+"""Keys and values of the tokens seen so far, for a batch of sequences of different lengths.
+
+Legend: B batch, T new positions, S slots, G kv heads, K head width.
+"""
+
+import torch
+from torch import Tensor
+
+from minillm.config import ModelConfig
+from minillm.errors import UserError
+
+
+class KVCache:
+    """Preallocated (B, G, S, K) keys and values per layer; slot s of a row holds the token at position s.
+
+    Rows may differ in length: ``lengths[b]`` slots of row b are filled. Prompts are padded on the right, with
+    ``document_ids`` −1 there; padding is not stored.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)  # (B, G, S, K)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)  # (B,)
+        self.longest = 0  # max(lengths), known without asking the device
+        self.ragged = False  # whether the lengths may differ
+
+    @property
+    def max_len(self) -> int:
+        """Return the number of slots per row."""
+        return self.keys[0].shape[2]
+
+    def begin(self, seq_len: int, document_ids: Tensor | None) -> None:
+        """Plan one forward pass of T = ``seq_len`` new positions per row: which slots, and who sees which.
+
+        Afterwards ``position_ids`` is (B, T) and ``mask`` (B, 1, T, end), true where a query may look, or None
+        where every query sees every slot.
+
+        Raises:
+            UserError: the new tokens do not fit.
+        """
+        offsets = torch.arange(seq_len, device=self.lengths.device)  # (T,)
+        self.position_ids = self.lengths[:, None] + offsets  # (B, T)
+        self._added = torch.full_like(self.lengths, seq_len)
+        self._valid = None
+        if document_ids is not None:
+            valid = document_ids >= 0  # (B, T)
+            self._added = valid.sum(dim=1)
+            self._valid = valid.nonzero(as_tuple=True)  # rows and columns of what is to be stored
+            self.ragged = True
+        self._start, self._next_longest = self.longest, self.longest + seq_len
+        if self.ragged:
+            self._next_longest = int((self.lengths + self._added).max())
+        if self._next_longest > self.max_len:
+            raise UserError(
+                f"the cache has {self.max_len} slots and would need {self._next_longest}: make it with a larger max_len"
+            )
+        self._end = self._next_longest
+        self.mask = None
+        if self.ragged or seq_len > 1:
+            slots = torch.arange(self._end, device=self.lengths.device)  # (end,)
+            self.mask = (slots <= self.position_ids[..., None])[:, None]  # (B, 1, T, end)
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values, each (B, G, T, K), of one layer; return all up to here, (B, G, end, K)."""
+        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            new = new.to(buffer.dtype)
+            if not self.ragged:
+                buffer[:, :, self._start : self._end] = new
+            elif self._valid is None:
+                rows = torch.arange(new.shape[0], device=new.device)[:, None]  # (B, 1)
+                buffer[rows, :, self.position_ids] = new.transpose(1, 2)  # indexed: (B, T, G, K)
+            else:
+                rows, columns = self._valid
+                buffer[rows, :, self.position_ids[rows, columns]] = new[rows, :, columns]  # (n, G, K)
+        end = self._end
+        return self.keys[layer][:, :, :end].to(keys.dtype), self.values[layer][:, :, :end].to(values.dtype)
+
+    def end(self) -> None:
+        """Count the stored tokens: the forward pass is over."""
+        self.lengths = self.lengths + self._added
+        self.longest = self._next_longest
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the given rows (indices, in the order given), e.g. those not finished yet."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max()) if len(self.lengths) else 0

@@ -1,0 +1,145 @@
+"""The decoder-only transformer: embedding, blocks, final norm, output layer.
+
+Pre-norm residual blocks as in Touvron et al., LLaMA (2023), section 2.2. Parameter names are Hugging Face's.
+
+Legend: B batch, T positions, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minillm.config import ModelConfig
+from minillm.model.attention import Attention, document_mask, document_positions
+from minillm.model.kv_cache import KVCache
+from minillm.model.mlp import MLP
+from minillm.model.norm import RMSNorm
+from minillm.model.rope import rope_tables
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normalised copy of the stream and added back to it."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, D)
+
+
+class Decoder(nn.Module):
+    """Everything below the output layer: token ids (B, T) → hidden states (B, T, D)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        recompute: bool,
+    ) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        for block in self.layers:
+            if recompute:
+                # Only the block's input is kept. The generators' state is kept too: dropout must draw the
+                # same mask in the recomputation, or the gradients belong to another network.
+                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False, preserve_rng_state=True)
+            else:
+                x = block(x, rope, mask, cache)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """A causal language model with Hugging Face's parameter names (``model.layers.0.self_attn.q_proj.weight``).
+
+    Weights are drawn from N(0, initializer_range²); the two projections of a block that write into the residual
+    stream are scaled by 1/sqrt(2 · layers), so that the stream's variance does not grow with depth (Radford et
+    al., GPT-2, 2019, section 2.3).
+
+    Attributes:
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Make the output layer use the embedding matrix, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights from torch's generator."""
+        std = self.config.initializer_range
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():  # a tied matrix occurs once
+            if parameter.ndim < 2:
+                parameter.fill_(1.0)  # the scales of the norms
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual_std if residual else std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+        router_stats: Any = None,
+    ) -> Any:
+        """Return logits (B, T, V), or what ``head(hidden, output_weight)`` returns.
+
+        Args:
+            input_ids: (B, T).
+            position_ids: (B, T); default: from 0 per row, or per document, or after what the cache holds.
+            document_ids: (B, T), equal numbers for one document, −1 for padding; without them each row is
+                one document. With a cache they only mark padding, which stands on the right.
+            cache: filled and advanced by the new tokens.
+            head: takes the hidden states (B, T, D) and the output weight (V, D). A loss given so runs inside
+                this forward, where DDP, FSDP and ZeRO see its use of the weight.
+            router_stats: for mixture-of-experts models; a dense one has no router and leaves it untouched.
+        """
+        mask = None
+        if cache is not None:
+            cache.begin(input_ids.shape[1], document_ids)
+            mask = cache.mask
+            position_ids = cache.position_ids if position_ids is None else position_ids
+        elif document_ids is not None:
+            mask = document_mask(document_ids)
+            position_ids = document_positions(document_ids) if position_ids is None else position_ids
+        elif position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        weight = self.model.embed_tokens.weight
+        rope = rope_tables(
+            position_ids, head_dim=self.config.head_dim, theta=self.config.rope_theta, dtype=weight.dtype
+        )
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        hidden = self.model(input_ids, rope, mask, cache, recompute)
+        if cache is not None:
+            cache.end()
+        if head is not None:
+            return head(hidden, self.lm_head.weight)
+        return self.lm_head(hidden)

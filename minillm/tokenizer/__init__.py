@@ -1,0 +1,18 @@
+"""From text to token ids and back: byte-level BPE, its files, and the chat format."""
+
+from minillm.tokenizer.base import SPECIAL_TOKENS, TAG_TOKENS, Tokenizer, load_tokenizer
+from minillm.tokenizer.chat import check_messages, encode_chat, encode_chats
+from minillm.tokenizer.train import bytes_per_token, record_texts, train_bpe
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "TAG_TOKENS",
+    "Tokenizer",
+    "bytes_per_token",
+    "check_messages",
+    "encode_chat",
+    "encode_chats",
+    "load_tokenizer",
+    "record_texts",
+    "train_bpe",
+]

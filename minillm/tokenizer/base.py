@@ -1,0 +1,277 @@
+"""The Tokenizer object: exact bytes in, ids out, and a directory that transformers opens as it is.
+
+Two encoders share one vocabulary. The *full* one is what lies on disk: a reader such as transformers
+turns the text ``<|im_end|>`` into the control token. The *plain* one knows no added token, so text that
+only looks like a control token stays text. ``encode`` always uses the plain one; control tokens enter
+through ``token_id`` alone, which is why no content can ever end its own turn.
+"""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from minillm.errors import UserError
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TAG_TOKENS = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+SPECIAL_TOKENS = CONTROL_TOKENS + TAG_TOKENS
+
+# The files of a tokenizer directory. What was loaded is saved again byte for byte.
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """Text to ids and back; made by ``train_bpe`` or ``load_tokenizer``, never changed afterwards.
+
+    ``files`` maps file names (see ``FILES``) to their text; only ``tokenizer.json`` is required.
+    """
+
+    def __init__(self, files: dict[str, str], *, origin: str = "this tokenizer"):
+        self.files = dict(files)
+        self.origin = origin
+        spec = _parse_json(files["tokenizer.json"], f"{origin}: tokenizer.json")
+        self._full = _backend(spec, origin)
+        # Without added tokens nothing in a text is special; without a post-processor nothing is added.
+        self._plain = _backend({**spec, "added_tokens": [], "post_processor": None}, origin)
+        settings = files.get("tokenizer_config.json", "{}")
+        self._settings = _parse_json(settings, f"{origin}: tokenizer_config.json")
+        added = self._full.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._byte_level = _mentions_byte_level(spec.get("decoder")) or _mentions_byte_level(
+            spec.get("pre_tokenizer")
+        )
+
+    # ---- text to ids ----
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; the text of a special token in it stays ordinary text.
+
+        ``encode(a + "\\n" + b) == encode(a) + encode("\\n") + encode(b)`` for our own tokenizers.
+        Raises UserError for a lone surrogate, which has no UTF-8 form.
+        """
+        try:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise _bad_text(text) from None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """``[encode(text) for text in texts]``, in parallel on all cores (inside Rust)."""
+        texts = list(texts)
+        try:
+            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            for text in texts:
+                self.encode(text)  # the guilty text raises its own error
+            raise
+        return [encoding.ids for encoding in encodings]
+
+    # ---- ids to text ----
+
+    def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
+        """Text of ``ids``; bytes that are no whole character become U+FFFD, never an error.
+
+        ``skip_special_tokens`` leaves out control and spare tokens; tags such as ``<think>`` are shown.
+        """
+        ids = [int(i) for i in ids]
+        if skip_special_tokens:
+            ids = [i for i in ids if i not in self._special_ids]
+        if not self._byte_level:
+            return self._full.decode(ids, skip_special_tokens=False)
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact UTF-8 bytes that one token stands for; a character may spread over several tokens."""
+        table = self._bytes_table
+        if not 0 <= token_id < len(table):
+            raise UserError(f"token id {token_id} is outside the vocabulary: 0 to {len(table) - 1}")
+        return table[token_id]
+
+    @cached_property
+    def _bytes_table(self) -> list[bytes]:
+        table = [b""] * self.vocab_size  # ids that no token owns (holes of foreign vocabularies) say nothing
+        to_byte = _byte_level_alphabet()
+        for token, token_id in self._full.get_vocab(with_added_tokens=True).items():
+            if token_id in self._added:
+                table[token_id] = token.encode("utf-8")
+            elif self._byte_level:
+                table[token_id] = bytes(to_byte[character] for character in token)
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                table[token_id] = bytes([int(token[3:5], 16)])  # SentencePiece byte fallback
+            else:
+                table[token_id] = token.replace("\u2581", " ").encode("utf-8")  # SentencePiece blank
+        return table
+
+    # ---- the vocabulary ----
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of ids: the largest id plus one."""
+        return max(self._full.get_vocab(with_added_tokens=True).values()) + 1
+
+    def token_id(self, token: str) -> int:
+        """Id of one token by its name, such as ``"<|im_end|>"``; UserError when there is none."""
+        token_id = self._full.token_to_id(token)
+        if token_id is None:
+            raise UserError(f"{self.origin} has no token '{token}' among its {self.vocab_size}")
+        return token_id
+
+    def has_token(self, token: str) -> bool:
+        """Whether ``token_id(token)`` would succeed."""
+        return self._full.token_to_id(token) is not None
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of control and spare tokens (tags are ordinary output and not among them)."""
+        return self._special_ids
+
+    @cached_property
+    def eos_token_id(self) -> int:
+        """``<|endoftext|>``, which begins and ends every document; else the eos_token of the directory."""
+        if self.has_token("<|endoftext|>"):
+            return self.token_id("<|endoftext|>")
+        name = _token_name(self._settings.get("eos_token"))
+        if name is None:
+            raise UserError(
+                f"{self.origin} has no '<|endoftext|>' and no eos_token in tokenizer_config.json: add one"
+            )
+        return self.token_id(name)
+
+    @cached_property
+    def bos_token_id(self) -> int:
+        """The token a document begins with: ``<|endoftext|>`` in ours, bos_token elsewhere, else the eos."""
+        name = _token_name(self._settings.get("bos_token"))
+        return self.token_id(name) if name is not None and self.has_token(name) else self.eos_token_id
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """Id to fill unused positions with; nothing is ever learned from it."""
+        name = _token_name(self._settings.get("pad_token"))
+        return self.token_id(name) if name is not None and self.has_token(name) else self.eos_token_id
+
+    @property
+    def im_start_id(self) -> int:
+        return self.token_id("<|im_start|>")
+
+    @property
+    def im_end_id(self) -> int:
+        return self.token_id("<|im_end|>")
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of what decides the ids: model, pre-tokenizer, normaliser, added tokens."""
+        spec = json.loads(self.files["tokenizer.json"])
+        for unused in ("truncation", "padding", "post_processor"):
+            spec.pop(unused, None)
+        canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the directory that ``load_tokenizer`` and transformers' AutoTokenizer open.
+
+        Each file appears whole or not at all. Raises UserError when the directory cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name, text in self.files.items():
+                partial = path / f".{name}.{os.getpid()}.tmp"
+                try:
+                    partial.write_text(text, encoding="utf-8")
+                    partial.replace(path / name)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the tokenizer to '{path}': {error.strerror}; choose another directory"
+            ) from None
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.origin!r}, vocab_size={self.vocab_size})"
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a directory with a ``tokenizer.json`` (ours, or any fast Hugging Face one), or that file.
+
+    Raises UserError when it is missing or broken. Chat encoding of a foreign tokenizer needs the ChatML
+    tokens ``<|im_start|>`` and ``<|im_end|>``; that is checked when a chat is encoded.
+    """
+    path = Path(path)
+    directory = path.parent if path.name == "tokenizer.json" else path
+    main_file = directory / "tokenizer.json"
+    if not main_file.is_file():
+        found = "there is no tokenizer.json in it" if directory.exists() else "the directory does not exist"
+        raise UserError(
+            f"no tokenizer at '{path}': {found}; train one with train_tokenizer.py, or give a Hugging Face "
+            "directory with a (fast) tokenizer.json"
+        )
+    try:
+        present = [name for name in FILES if (directory / name).is_file()]
+        files = {name: (directory / name).read_text(encoding="utf-8") for name in present}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer in '{directory}': {error}") from None
+    return Tokenizer(files, origin=str(directory))
+
+
+def _backend(spec: dict, origin: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise UserError(
+            f"{origin}: tokenizer.json is not a tokenizer ({error}); train or copy it again"
+        ) from None
+
+
+def _parse_json(text: str, name: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is broken JSON ({error}); train or copy it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name} holds {type(value).__name__}, not a JSON object; train or copy it again")
+    return value
+
+
+def _mentions_byte_level(part: dict | None) -> bool:
+    return part is not None and '"ByteLevel"' in json.dumps(part)
+
+
+def _token_name(entry) -> str | None:
+    """The name of a special token in tokenizer_config.json, written as a string or as an object."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The GPT-2 alphabet: each byte has one visible character, so that a vocabulary file is readable text.
+
+    Printable Latin-1 bytes stand for themselves; the 68 others move to U+0100 and on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(moved)}
+
+
+def _bad_text(text) -> UserError:
+    if not isinstance(text, str):
+        return UserError(f"cannot tokenise {type(text).__name__}: text (str) is needed")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return UserError(
+            f"character {error.start} of a text is the lone surrogate U+{ord(text[error.start]):04X}, which "
+            "has no UTF-8 form; remove it, or repair the file's \\u escapes"
+        )
+    return UserError("the tokenizer refused a text of valid characters")

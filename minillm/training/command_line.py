@@ -1,0 +1,129 @@
+"""The command line of every script: a dataclass filled by tyro, with ``--config file.yaml`` beneath the flags.
+
+Booleans accept ``--flag``, ``--flag 1`` and ``--flag true``; names are written with underscores.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Literal, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+from minillm.errors import UserError
+
+Arguments = TypeVar("Arguments")
+_BOOLEANS = {"1": "True", "true": "True", "yes": "True", "0": "False", "false": "False", "no": "False"}
+
+
+def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
+    """Return ``cls`` filled from ``argv`` (default: the process's own), over ``--config``, over the defaults.
+
+    Raises:
+        UserError: a configuration file that is missing, broken or names unknown fields; a value out of range.
+        SystemExit: code 2 for a wrong flag (tyro prints it), 0 for ``--help``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, config_path = _take_config(argv)
+    default = _from_yaml(cls, config_path) if config_path else None
+    argv = _spell_out_booleans(cls, argv)
+    arguments = tyro.cli(
+        cls, args=argv, default=default, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+    )
+    if hasattr(arguments, "check"):
+        arguments.check()
+    return arguments
+
+
+def script(main):
+    """Decorate a script's ``main(argv=None)``: a ``UserError`` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run_main(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return run_main
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    rest, path, words = [], None, iter(argv)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+            if path is None:
+                raise UserError("--config needs a file name, e.g. --config configs/demo/pretrain.yaml")
+        elif word.startswith("--config="):
+            path = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    return rest, path
+
+
+def _from_yaml(cls: type[Arguments], path: str) -> Arguments:
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")
+    known = get_type_hints(cls)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"--config {path}: unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    for name, value in values.items():
+        values[name] = _to_type(f"--config {path}: {name}", value, known[name])
+    for field in dataclasses.fields(cls):  # what neither has is then asked for by tyro, by its flag's name
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            values[field.name] = tyro.MISSING
+    return cls(**values)
+
+
+def _to_type(where: str, value, kind):
+    """YAML reads ``1e-3`` as a string and ``1`` as an integer: bring a value to its field's type, or refuse it."""
+    choices = getattr(kind, "__args__", ())
+    if kind in (int, float) or (choices and type(None) in choices and value is not None):
+        plain = kind if kind in (int, float) else next(k for k in choices if k is not type(None))
+        if plain in (int, float):
+            try:
+                converted = plain(value)
+            except (TypeError, ValueError):
+                raise UserError(f"{where}: {value!r} is not of type {plain.__name__}") from None
+            if isinstance(value, bool) or (plain is int and converted != float(value)):
+                raise UserError(f"{where}: {value!r} is not of type {plain.__name__}")
+            return converted
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"{where}: {value!r} is not true or false")
+    if kind is str and not isinstance(value, str):
+        raise UserError(f"{where}: {value!r} is not a string (quote it)")
+    if getattr(kind, "__origin__", None) is Literal and value not in choices:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}")
+    return value
+
+
+def _spell_out_booleans(cls, argv: list[str]) -> list[str]:
+    booleans = {name for name, kind in get_type_hints(cls).items() if kind is bool}
+    words, spelled = list(argv), []
+    while words:
+        word = words.pop(0)
+        name, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name.replace("-", "_") not in booleans:
+            spelled.append(word)
+            continue
+        if not value and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        spelled += [f"--{name}", _BOOLEANS.get(value.lower(), value) if value else "True"]
+    return spelled
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``UserError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)

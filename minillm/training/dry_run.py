@@ -1,0 +1,39 @@
+"""``--dry_run``: what the run would see and cost, before it starts."""
+
+import time
+
+from minillm.data.report import colour_targets, data_report, format_report
+from minillm.training import hardware
+
+
+def dry_run(run, loader, tokenizer, loss) -> None:
+    """Print the data report, the first batch with its targets coloured, and the memory and time expected.
+
+    The cost is measured: the first update's micro-batches run forward and backward twice, the second time
+    counts. Optimizer state (8 bytes per trainable parameter) is added to the memory, as it is not built here.
+    """
+    if not run.ranks.is_main:
+        return
+    print(format_report(data_report(loader.rows, tokenizer)))
+    micro_batches = loader.step(0, 0)
+    print("\nfirst row, targets coloured:\n" + colour_targets(micro_batches[0], tokenizer))
+    n_tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in micro_batches)
+    module = run.model.train()
+    for _ in range(2):
+        began = time.perf_counter()
+        for batch in micro_batches:
+            with run.autocast():
+                loss_sum, _ = loss(module, {name: tensor.to(run.device) for name, tensor in batch.items()})
+            loss_sum.backward()
+        float(loss_sum)  # waits for the device
+        seconds = time.perf_counter() - began
+        module.zero_grad(set_to_none=True)
+    n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    total_steps = run.args.max_steps or run.args.epochs * loader.steps_per_epoch
+    memory = hardware.memory_bytes(run.device) + 8 * n_parameters
+    print(
+        f"\n{n_parameters:,} trainable parameters; {loader.steps_per_epoch:,} steps per epoch, {total_steps:,} in all"
+        f"\nmemory: about {memory / 2**30:.2f} GiB on {run.device} at the peak"
+        f"\ntime: about {seconds:.3f} s per step ({n_tokens / seconds:,.0f} tokens/s and rank), "
+        f"{total_steps * seconds / 60:.1f} minutes in all, validation and saving not counted"
+    )

@@ -1,0 +1,50 @@
+"""What the device could do at best: the denominator of MFU (model FLOPs utilisation), and memory in use.
+
+MFU as in Chowdhery et al., PaLM (2022), appendix B: the model's own floating-point operations per second, without
+recomputation, over the device's peak.
+"""
+
+import resource
+import sys
+import time
+
+import torch
+
+# Dense peak in FLOP/s for 16-bit and float32 (TF32 off) products, from the vendors' data sheets.
+_GPU_PEAKS = {
+    "H200": (989e12, 67e12), "H100": (989e12, 67e12), "A100": (312e12, 19.5e12), "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12), "A10": (125e12, 31.2e12), "T4": (65e12, 8.1e12), "V100": (125e12, 15.7e12),
+    "4090": (165e12, 82.6e12), "3090": (71e12, 35.6e12),
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the peak rate in FLOP/s: from the data sheet on a known GPU, measured on a CPU, else None.
+
+    On a CPU three products of 1024×1024 matrices are timed, which takes some hundredths of a second.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, (half, single) in _GPU_PEAKS.items():
+            if key in name:
+                return single if dtype == torch.float32 else half
+        return None
+    if device.type != "cpu":
+        return None
+    size = 1024
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    a @ b
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the peak memory so far: of the CUDA allocator, or of this process (resident) elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

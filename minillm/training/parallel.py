@@ -1,0 +1,125 @@
+"""Ranks, and the engine that turns local gradients into global ones.
+
+``Engine`` is the small face between ``Run`` and whatever averages the gradients: one process, DDP, or another
+engine with the same five methods. Every engine *averages* over ranks, which is why ``Run`` multiplies the loss
+by the number of ranks before it divides by the global count of targets.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minillm.errors import UserError
+
+
+class Ranks:
+    """This process among all: ``rank``, ``world_size``, ``local_rank``, and the few collectives that ``Run`` needs."""
+
+    def __init__(self):
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self._started_here = False
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def start(self, device: torch.device) -> None:
+        """Join the process group (nccl for cuda, gloo otherwise) when there is more than one rank."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self.world_size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
+            self._started_here = True
+
+    def stop(self) -> None:
+        """Leave the process group, if it was joined here."""
+        if self._started_here and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of ``tensor`` over all ranks (in place)."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: object) -> list:
+        """Return every rank's ``value``, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def main_first(self, build):
+        """Return ``build()``, run on rank 0 before the others, so that these find its files ready."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = build()
+            except Exception as caught:
+                error = caught
+        failures = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if failures[0] is not None:
+            raise UserError(f"rank 0 failed: {failures[0]}")
+        return result if self.is_main else build()
+
+
+class Engine:
+    """One process, or DDP over several: gradients averaged over ranks, clipped, applied."""
+
+    def __init__(self, ranks: Ranks, scaler: torch.amp.GradScaler):
+        self.ranks, self.scaler = ranks, scaler
+        self.module: nn.Module | None = None  # what ``forward`` is called on
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Return the module to train: ``model`` itself, or wrapped for the ranks. Comes before the optimizer."""
+        self.module = model
+        if self.ranks.world_size > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.module = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return self.module
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Take the optimizer; return the module whose forward the loop calls."""
+        self.optimizer = optimizer
+        return self.module
+
+    def set_last(self, is_last: bool) -> None:
+        """Say, before a forward pass, whether its backward ends the step: only then gradients are averaged."""
+        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+            self.module.require_backward_grad_sync = is_last
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss`` (scaled under float16)."""
+        self.scaler.scale(loss).backward()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Unscale, then clip the gradients to a global norm of ``max_norm`` (0: do not); return the norm before.
+
+        The order matters: clipping scaled gradients would clip by a norm that is tens of thousands too large.
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+
+    def step(self) -> bool:
+        """Apply the update and clear the gradients; return whether it was applied (float16 skips overflows)."""
+        scale_before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.scaler.get_scale() >= scale_before

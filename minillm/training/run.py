@@ -1,0 +1,402 @@
+"""``Run``: everything around the loop that is dangerous to write twice.
+
+A stage script reads as arguments → run → model → data → optimizer → loop → save. The loop itself stands in the
+script; counting targets, scaling, averaging over ranks, clipping, stepping, logging, validating, saving and
+resuming happen here, once for every stage.
+"""
+
+import math
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minillm.errors import UserError
+from minillm.losses import count_targets
+from minillm.model.hf import load_model, save_model
+from minillm.training import checkpoint, hardware, precision
+from minillm.training.arguments import TrainArguments, as_dict
+from minillm.training.parallel import Engine, Ranks
+from minillm.training.schedule import Schedule, schedule_factor
+from minillm.training.summary import write_run_file, write_summary
+from minillm.training.tracking import Tracker
+from minillm.training.validation import evaluate_loss
+
+MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
+
+
+def count_token_targets(batch: dict[str, Tensor]) -> Tensor:
+    """Return the denominator of a token loss for one batch (float64 scalar)."""
+    return count_targets(batch["targets"], batch.get("weights"))
+
+
+class Run:
+    """One training run: its ranks, device, precision, directory and counters. Use it as a context manager."""
+
+    def __init__(self, args: TrainArguments, *, stage: str, engine: type[Engine] = Engine):
+        self.args, self.stage = args, stage
+        self.ranks = Ranks()
+        self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
+        self.dtype = precision.choose_dtype(args.dtype, self.device)
+        self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype))
+        self.step = self.epoch = self.step_in_epoch = 0
+        self.tokens = 0  # non-padding tokens seen, over all ranks
+        self.seconds = 0.0  # spent in steps, without validation and saving
+        self.skipped_steps = self._skipped_in_a_row = 0
+        self.best_loss = math.inf
+        self.last_eval: dict = {}
+        self._eval_step = self._save_step = -1
+        self.tracker: Tracker | None = None
+        if args.num_threads:
+            torch.set_num_threads(args.num_threads)
+        seed_everything(args.seed)
+
+    def __enter__(self) -> "Run":
+        self.ranks.start(self.device)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+        if kind is KeyboardInterrupt and self.ranks.is_main and self._save_step >= 0:
+            print(f"interrupted after step {self.step}; go on with: {resume_command()}", file=sys.stderr)
+        self.ranks.stop()
+
+    # ---- before the loop -------------------------------------------------------------------------------------
+
+    @property
+    def rows_per_step(self) -> int:
+        """Return the rows of one update over all ranks."""
+        args = self.args
+        per_micro_step = args.batch_size * self.ranks.world_size
+        if not args.global_batch_size:
+            return per_micro_step * args.accumulation_steps
+        if args.global_batch_size % per_micro_step:
+            raise UserError(
+                f"--global_batch_size {args.global_batch_size} is not a multiple of batch_size x ranks = "
+                f"{args.batch_size} x {self.ranks.world_size}; choose one that is, or another --batch_size"
+            )
+        return args.global_batch_size
+
+    def batching(self) -> dict:
+        """Return the keyword arguments of ``StepBatches`` that follow from the arguments and the ranks."""
+        return {
+            "batch_size": self.args.batch_size,
+            "global_batch_size": self.rows_per_step,
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.world_size,
+            "seed": self.args.seed,
+        }
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Move ``model`` to the device, compile it if asked, wrap it for the ranks; return what to optimise."""
+        self.model = model.to(self.device)
+        self.model.gradient_checkpointing = self.args.gradient_checkpointing
+        self.directory = Path(self.args.save_dir) / f"{self.stage}_{model.config.hidden_size}"
+        if self.args.compile:
+            for block in self.model.model.layers:  # all blocks share one compiled code; the loss stays eager
+                block.compile(dynamic=False)
+        return self.engine.wrap(self.model, self.device)
+
+    def start(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loader,
+        *,
+        tokenizer,
+        valid_loader=None,
+        loss: Callable,
+        count: Callable = count_token_targets,
+        from_scratch: bool = False,
+    ) -> nn.Module:
+        """Open the run directory, restore the newest checkpoint if asked, and return the module to call.
+
+        Args:
+            loader, valid_loader: ``StepBatches``. loss: the stage's loss, for validation.
+            count: the loss's denominator, computable from a batch alone.
+            from_scratch: weights are random, so the first loss is compared with ln V.
+        """
+        args = self.args
+        self.optimizer, self.loader, self.valid_loader = optimizer, loader, valid_loader
+        self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
+        self.total_steps = args.max_steps or args.epochs * loader.steps_per_epoch
+        factor = schedule_factor(
+            args.lr_scheduler,
+            total_steps=self.total_steps,
+            warmup_steps=math.ceil(args.warmup_ratio * self.total_steps),
+            min_ratio=args.min_lr_ratio,
+            decay_ratio=args.decay_ratio,
+        )
+        self.schedule = Schedule(optimizer, factor)
+        module = self.engine.attach(optimizer)
+        self.ranks.main_first(self._open_directory)
+        run_id = self._resume() if args.from_resume else None
+        self.tracker = Tracker(
+            self.directory, enabled=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step, name=self.stage
+        )
+        if args.use_wandb:
+            self.tracker.start_wandb(
+                project=args.wandb_project, name=self.directory.name, config=as_dict(args), directory=self.directory, run_id=run_id
+            )
+        self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
+        self._peak_flops = hardware.peak_flops(self.device, self.dtype)
+        self._flops_per_token = self.model.config.flops_per_token(args.max_seq_len)
+        module.train()
+        return module
+
+    def _open_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_run_file(self)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory {self.directory}: {error.strerror}; choose another --save_dir"
+            ) from error
+
+    # ---- the loop's four calls -------------------------------------------------------------------------------
+
+    def steps(self, loader) -> Iterator["StepBatchesOnDevice"]:
+        """Yield, for each optimizer update, this rank's micro-batches; go on where a checkpoint left off."""
+        while self.step < self.total_steps:
+            batches = loader.iterate(self.epoch, self.step_in_epoch, num_workers=self.args.num_workers)
+            began = time.perf_counter()
+            for _, micro_batches in batches:
+                counts = [self.count(batch) for batch in micro_batches]
+                n_tokens = sum((batch["document_ids"] >= 0).sum() for batch in micro_batches)
+                totals = self.ranks.sum(torch.stack([sum(counts), n_tokens.double()]))
+                self._n_targets, self._n_tokens = totals.tolist()
+                self._micro_batches, self._loss_sum, self._began = micro_batches, 0.0, began
+                yield StepBatchesOnDevice(micro_batches, self.device, self.engine)
+                if self.step >= self.total_steps:
+                    return
+                began = time.perf_counter()
+
+    def autocast(self):
+        """Return the context of a forward pass in the run's dtype."""
+        return precision.autocast(self.device, self.dtype)
+
+    def backward(self, loss_sum: Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the step's mean loss.
+
+        The engine averages over ranks, so the sum is multiplied by their number and divided by the count of
+        targets of the whole step: what remains is Σ loss / Σ targets, however the step was cut.
+        """
+        self._loss_sum = self._loss_sum + loss_sum.detach().double()
+        self.engine.backward(loss_sum * (self.ranks.world_size / max(self._n_targets, 1e-12)))
+
+    def update(self) -> None:
+        """Clip, apply the update, advance the schedule and the counters; log, validate and save when due."""
+        lr = self.schedule.set_step(self.step)
+        grad_norm = self.engine.clip(self.args.grad_clip)
+        loss_sum = self.ranks.sum(torch.as_tensor(self._loss_sum, device=self.device).reshape(()))
+        loss_sum, grad_norm = torch.stack([loss_sum.double(), grad_norm.double()]).tolist()
+        if not self.engine.scaler.is_enabled() and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            self._stop_for_nonfinite(loss_sum, grad_norm)
+        applied = self.engine.step()
+        self._count_skips(applied, loss_sum, grad_norm)
+        self._advance(loss_sum if applied else 0.0, applied)
+        if self.step == 1 and self.from_scratch:
+            self._compare_with_uniform(loss_sum / max(self._n_targets, 1e-12))
+        if self.step % self.args.log_interval == 0 or self.step == self.total_steps:
+            self._log(lr, grad_norm)
+        if self.args.eval_interval and self.step % self.args.eval_interval == 0:
+            self.validate()
+        if self.args.save_interval and self.step % self.args.save_interval == 0 and self.step < self.total_steps:
+            self.save()
+
+    # ---- after the loop --------------------------------------------------------------------------------------
+
+    def finish(self, *, samples: Callable[[], list[tuple[str, str]]] | None = None) -> dict:
+        """Validate, save the last checkpoint, export the model, draw the summary; return the last validation.
+
+        ``samples()`` returns pairs (prompt, text) for the summary page; it is called on the main rank.
+        """
+        self.validate()
+        self.save()
+        if self.ranks.is_main:
+            self.export(self.directory)
+            self.model.eval()
+            write_summary(self, samples() if samples is not None else [])
+            self.tracker.print(f"{self.stage}: saved {self.directory}")
+        self.ranks.barrier()
+        return self.last_eval
+
+    def export(self, directory: Path) -> None:
+        """Write the model as a Hugging Face directory, with the tokenizer, in ``--save_dtype``."""
+        save_model(self.model, directory, tokenizer=self.tokenizer, dtype=getattr(torch, self.args.save_dtype))
+
+    def validate(self) -> None:
+        """Measure the validation loss, log it, and keep the best weights under ``best/``."""
+        if self.valid_loader is None or self._eval_step == self.step:
+            return
+        self._eval_step = self.step
+        result = evaluate_loss(self.engine.module, self.valid_loader, self)
+        self.last_eval = result
+        self.tracker.log(self._row("valid", result["loss"]) | result)
+        text = f"step {self.step}: validation loss {result['loss']:.4f} nats/token"
+        if "bits_per_byte" in result:
+            text += f", {result['bits_per_byte']:.4f} bits/byte"
+        if "floor" in result:
+            text += f", {result['loss'] - result['floor']:.4f} above the floor"
+        self.tracker.print(text)
+        if result["loss"] < self.best_loss:
+            self.best_loss = result["loss"]
+            if self.ranks.is_main:
+                self.export(self.directory / "best")
+
+    def save(self) -> None:
+        """Write a checkpoint (once per step)."""
+        if self._save_step == self.step:
+            return
+        self._save_step = self.step
+        rng_states = self.ranks.gather(checkpoint.rng_state())
+        if self.ranks.is_main:
+            checkpoint.save_checkpoint(
+                self.directory / "checkpoints",
+                self.step,
+                lambda path: save_model(self.model, path, tokenizer=self.tokenizer, dtype=torch.float32),
+                self._state(rng_states),
+                keep_last=self.args.keep_last,
+            )
+        self.ranks.barrier()
+
+    # ---- inside ----------------------------------------------------------------------------------------------
+
+    _COUNTERS = ("step", "epoch", "step_in_epoch", "tokens", "seconds", "skipped_steps", "best_loss", "_eval_step")
+
+    def _identity(self) -> dict:
+        """What must be the same for a checkpoint to be gone on with: it decides the data order and the schedule."""
+        return {
+            "data": self.loader.rows.data_hash,
+            "seed": self.args.seed,
+            "rows_per_step": self.rows_per_step,
+            "max_seq_len": self.args.max_seq_len,
+            "total_steps": self.total_steps,
+            "learning_rate": self.args.learning_rate,
+            "lr_scheduler": self.args.lr_scheduler,
+        }
+
+    def _state(self, rng_states: list[dict]) -> dict:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.engine.scaler.state_dict(),
+            "rng": rng_states,
+            "counters": {name: getattr(self, name) for name in self._COUNTERS},
+            "window": self._window,
+            "identity": self._identity(),
+            "tracker_run_id": self.tracker.run_id,
+        }
+
+    def _resume(self) -> str | None:
+        path = checkpoint.newest_checkpoint(
+            self.directory / "checkpoints", report=lambda line: print(line, file=sys.stderr) if self.ranks.is_main else None
+        )
+        if path is None:
+            raise UserError(f"--from_resume: no intact checkpoint under {self.directory / 'checkpoints'}; start without it")
+        state = checkpoint.load_state(path)
+        was, now = state["identity"], self._identity()
+        different = [f"{key}: {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]]
+        if different:
+            raise UserError(f"--from_resume: {path} was made with other settings ({'; '.join(different)})")
+        self.model.load_state_dict(load_model(path, device="cpu", dtype=torch.float32).state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.optimizer = self.optimizer
+        self.engine.scaler.load_state_dict(state["scaler"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self._restored, self._save_step = state["window"], self.step
+        if len(state["rng"]) == self.ranks.world_size:
+            checkpoint.set_rng_state(state["rng"][self.ranks.rank])
+        if self.ranks.is_main:
+            print(f"resumed from {path} (step {self.step} of {self.total_steps})")
+        return state["tracker_run_id"]
+
+    def _advance(self, loss_sum: float, applied: bool) -> None:
+        elapsed = time.perf_counter() - self._began
+        self.step += 1
+        self.step_in_epoch += 1
+        if self.step_in_epoch == self.loader.steps_per_epoch:
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.tokens += int(self._n_tokens)
+        self.seconds += elapsed
+        self._window["loss_sum"] += loss_sum
+        self._window["n_targets"] += self._n_targets if applied else 0.0
+        self._window["tokens"] += int(self._n_tokens)
+        self._window["seconds"] += elapsed
+        self.tracker.advance()
+
+    def _row(self, split: str, loss: float) -> dict:
+        place = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, "split": split}
+        return place | {"loss": loss, "seconds": round(self.seconds, 3)}
+
+    def _log(self, lr: float, grad_norm: float) -> None:
+        window = self._window
+        loss = window["loss_sum"] / window["n_targets"] if window["n_targets"] else 0.0
+        tokens_per_s = window["tokens"] / max(window["seconds"], 1e-9)
+        row = self._row("train", loss) | {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": round(tokens_per_s, 1)}
+        if self._peak_flops:
+            row["mfu"] = round(tokens_per_s * self._flops_per_token / self._peak_flops / self.ranks.world_size, 4)
+        if self.engine.scaler.is_enabled():
+            row |= {"loss_scale": self.engine.scaler.get_scale(), "skipped_steps": self.skipped_steps}
+        self.tracker.log(row)
+        memory = hardware.memory_bytes(self.device) / 2**30
+        shown = {"loss": f"{loss:.4f}", "tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
+        self.tracker.show(**shown, **({"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}))
+        self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0}
+
+    def _compare_with_uniform(self, loss: float) -> None:
+        uniform = math.log(self.model.config.vocab_size)
+        if abs(loss - uniform) > 0.5:
+            self.tracker.print(
+                f"warning: the first loss is {loss:.3f}, a fresh model should start near ln V = {uniform:.3f}; "
+                f"look at the initialisation, the targets and the loss"
+            )
+
+    def _count_skips(self, applied: bool, loss_sum: float, grad_norm: float) -> None:
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        self.skipped_steps += not applied
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self._stop_for_nonfinite(loss_sum, grad_norm)
+
+    def _stop_for_nonfinite(self, loss_sum: float, grad_norm: float) -> None:
+        path = self.directory / f"nonfinite-step-{self.step + 1:08d}-rank{self.ranks.rank}.pt"
+        torch.save({"step": self.step + 1, "micro_batches": self._micro_batches}, path)
+        raise UserError(
+            f"step {self.step + 1}: loss {loss_sum / max(self._n_targets, 1e-12)}, gradient norm {grad_norm}: not finite, "
+            f"the update was not applied; its batch is saved in {path}. Lower --learning_rate, or look at that batch; "
+            f"the newest checkpoint is untouched"
+        )
+
+
+class StepBatchesOnDevice:
+    """The micro-batches of one update: iterating moves each to the device and tells the engine which is the last."""
+
+    def __init__(self, micro_batches: list[dict[str, Tensor]], device: torch.device, engine: Engine):
+        self.micro_batches, self.device, self.engine = micro_batches, device, engine
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for index, batch in enumerate(self.micro_batches):
+            self.engine.set_last(index == len(self.micro_batches) - 1)
+            yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (dropout draws from torch's)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the legacy global generator
+    torch.manual_seed(seed)
+
+
+def resume_command() -> str:
+    """Return the command line of this process with ``--from_resume`` added."""
+    words = [word for word in sys.argv if not word.startswith("--from_resume")]
+    return shlex.join(["python", *words, "--from_resume"])

@@ -1,0 +1,154 @@
+"""What a run leaves for people: ``run.yaml``, ``summary.png``, ``summary.html`` and the model card ``README.md``."""
+
+import base64
+import dataclasses
+import html
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+import minillm
+from minillm.training.arguments import as_dict
+from minillm.training.tracking import read_metrics
+
+
+def write_run_file(run) -> None:
+    """Write ``run.yaml``: resolved configuration, model, data, versions and git revision."""
+    content = {
+        "stage": run.stage,
+        "command": " ".join(sys.argv),
+        "arguments": as_dict(run.args),
+        "resolved": {
+            "device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "ranks": run.ranks.world_size,
+            "rows_per_step": run.rows_per_step, "total_steps": run.total_steps,
+        },
+        "model": dataclasses.asdict(run.model.config),
+        "n_parameters": sum(p.numel() for p in run.model.parameters()),
+        "data": {"hash": run.loader.rows.data_hash, "summary": _plain(run.loader.rows.summary)},
+        "versions": {"minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "git_revision": git_revision(),
+    }  # fmt: skip
+    temporary = run.directory / "run.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(temporary, run.directory / "run.yaml")
+
+
+def write_summary(run, samples: list[tuple[str, str]]) -> None:
+    """Write the picture, the page and the model card of a finished run.
+
+    Without matplotlib the page has no picture and says how to get one; nothing else is lost.
+    """
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    picture = run.directory / "summary.png"
+    try:
+        draw_curves(rows, picture, title=run.directory.name)
+    except ImportError:
+        picture = None
+        run.tracker.print("no summary.png: drawing needs matplotlib: pip install matplotlib")
+    facts = summary_facts(run)
+    (run.directory / "summary.html").write_text(_page(run.directory.name, facts, samples, picture), encoding="utf-8")
+    (run.directory / "README.md").write_text(_model_card(run, facts, samples), encoding="utf-8")
+
+
+def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
+    """Draw loss (training, validation, entropy floor), learning rate and gradient norm against the step.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    train = [row for row in rows if row["split"] == "train"]
+    valid = [row for row in rows if row["split"] == "valid"]
+    figure, (loss_axis, lr_axis, norm_axis) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(2, 1, 1))
+    loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7fa7d6", label="training")
+    if valid:
+        loss_axis.plot([r["step"] for r in valid], [r["loss"] for r in valid], "o-", color="#b3402a", label="validation")
+        floor = valid[-1].get("floor")
+        if floor is not None:
+            loss_axis.axhline(floor, color="#3b7d3b", linestyle="--", label=f"entropy floor {floor:.3f}")
+    loss_axis.set(title=f"{title}: loss", xlabel="step", ylabel="nats per token")
+    if loss_axis.get_legend_handles_labels()[1]:
+        loss_axis.legend()
+    lr_axis.plot([r["step"] for r in train], [r["lr"] for r in train], color="#555555")
+    lr_axis.set(title="learning rate", xlabel="step")
+    lr_axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    norm_axis.plot([r["step"] for r in train], [r["grad_norm"] for r in train], color="#8a5a9e")
+    norm_axis.set(title="gradient norm (before clipping)", xlabel="step")
+    for axis in (loss_axis, lr_axis, norm_axis):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def summary_facts(run) -> dict[str, str]:
+    """Return the run's facts as (name, text), in the order in which they are shown."""
+    facts = {
+        "command": "python " + " ".join(sys.argv),
+        "parameters": f"{sum(p.numel() for p in run.model.parameters()):,}",
+        "steps": f"{run.step:,} of {run.rows_per_step} rows x {run.args.max_seq_len} tokens",
+        "tokens seen": f"{run.tokens:,}",
+        "training time": f"{run.seconds:.0f} s on {run.device} ({str(run.dtype).removeprefix('torch.')})",
+        "data": f"{run.args.data_path} (hash {run.loader.rows.data_hash[:16]})",
+    }
+    if run.skipped_steps:
+        facts["skipped steps (float16 overflow)"] = str(run.skipped_steps)
+    names = {"loss": "validation loss (nats/token)", "bits_per_byte": "bits per byte", "floor": "entropy floor (nats/token)"}
+    return facts | {text: f"{run.last_eval[key]:.4f}" for key, text in names.items() if key in run.last_eval}
+
+
+def git_revision() -> str | None:
+    """Return the revision of the code's own checkout, or None outside one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _page(title: str, facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:
+    escape = html.escape
+    rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
+    texts = "".join(f"<div><b>{escape(a)}</b><pre>{escape(b)}</pre></div>" for a, b in samples)
+    image = "<p>No picture: <code>pip install matplotlib</code></p>"
+    if picture is not None:
+        image = f'<img src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}" alt="curves">'
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
+        "img{max-width:100%}th{text-align:left;padding-right:2em;font-weight:600;vertical-align:top}"
+        "pre{background:#f5f5f2;padding:.6em;white-space:pre-wrap;margin:.2em 0 1em}"
+    )
+    return (
+        f'<!doctype html><html><head><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style></head>'
+        f"<body><h1>{escape(title)}</h1>{image}<table>{rows}</table><h2>Samples</h2>{texts or '<p>none</p>'}</body></html>"
+    )
+
+
+def _model_card(run, facts: dict[str, str], samples: list[tuple[str, str]]) -> str:
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    texts = "\n\n".join(f"**{prompt.strip() or '(empty)'}**\n\n```\n{text}\n```" for prompt, text in samples)
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {run.directory.name}\n\n"
+        f"Trained with minillm, stage `{run.stage}`. Opens as it is with "
+        f"`transformers.AutoModelForCausalLM.from_pretrained`.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"![curves](summary.png)\n\n## Samples\n\n{texts or 'none'}\n"
+    )
+
+
+def _plain(value):
+    """Return ``value`` with NumPy numbers and tuples turned into what YAML writes plainly."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value

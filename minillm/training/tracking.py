@@ -1,0 +1,95 @@
+"""Where a run's numbers go: ``metrics.jsonl``, the progress bar, and Weights & Biases if asked."""
+
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minillm.errors import missing_package
+
+
+class Tracker:
+    """Writes metric rows of one run. Only the main rank has one that is ``enabled``.
+
+    A row holds ``step, epoch, tokens, loss, lr, grad_norm, tokens_per_s, seconds, split`` and what else is known.
+    """
+
+    def __init__(self, directory: Path, *, enabled: bool, total_steps: int, first_step: int, name: str):
+        self.path, self.enabled = directory / "metrics.jsonl", enabled
+        self.wandb = None
+        self.run_id: str | None = None
+        if not enabled:
+            return
+        truncate_metrics(self.path, after_step=first_step)
+        self.bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def start_wandb(self, *, project: str, name: str, config: dict, directory: Path, run_id: str | None) -> None:
+        """Begin (or, with ``run_id``, go on with) a run at Weights & Biases.
+
+        Raises:
+            UserError: wandb is not installed.
+        """
+        if not self.enabled:
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise missing_package("wandb", purpose="--use_wandb", extra="track") from None
+        self.wandb = wandb.init(
+            project=project, name=name, config=config, dir=str(directory), id=run_id, resume="allow" if run_id else None
+        )
+        self.run_id = self.wandb.id
+
+    def log(self, row: dict) -> None:
+        """Append one row to ``metrics.jsonl`` (flushed) and send it on."""
+        if not self.enabled:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb is not None:
+            prefix = row["split"]
+            values = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+            self.wandb.log(values, step=row["step"])
+
+    def advance(self) -> None:
+        """Move the bar by one step."""
+        if self.enabled:
+            self.bar.update(1)
+
+    def show(self, **values: str) -> None:
+        """Show ``values`` behind the bar."""
+        if self.enabled:
+            self.bar.set_postfix(values, refresh=False)
+
+    def print(self, message: str) -> None:
+        """Print a line above the bar (main rank only)."""
+        if self.enabled:
+            tqdm.write(message)
+
+    def close(self) -> None:
+        """End the bar and the tracker's run."""
+        if self.enabled:
+            self.bar.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the rows of a ``metrics.jsonl``; a line cut short by a kill is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def truncate_metrics(path: Path, *, after_step: int) -> None:
+    """Drop the rows past ``after_step``: a resumed run writes them anew. Step 0 starts the file afresh."""
+    rows = [row for row in read_metrics(path) if row["step"] <= after_step] if after_step else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)

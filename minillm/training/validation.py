@@ -1,0 +1,32 @@
+"""Validation: the loss on held-out rows, exactly, on any number of ranks."""
+
+import math
+
+import torch
+
+
+@torch.no_grad()
+def evaluate_loss(module, loader, run) -> dict:
+    """Return ``loss`` (nats per target) over all rows of ``loader``, and what else the rows allow.
+
+    Sums and counts are added over micro-batches and ranks before the one division. With the bytes of the
+    targets known, ``bits_per_byte`` = Σ loss / ln 2 / bytes, which compares across tokenizers. With the exact
+    log-probabilities of the records known, ``floor`` = −Σ log p / targets: no model can do better on average.
+    """
+    was_training = module.training
+    module.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # Σ loss, Σ targets
+    for _, micro_batches in loader.iterate(0, 0, num_workers=0):
+        for batch in micro_batches:
+            batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
+            with run.autocast():
+                loss_sum, n_targets = run.loss(module, batch)
+            totals += torch.stack([loss_sum.double(), n_targets.double()])
+    module.train(was_training)
+    loss_sum, n_targets = run.ranks.sum(totals).tolist()
+    result = {"loss": loss_sum / max(n_targets, 1e-12), "n_targets": n_targets}
+    if loader.rows.target_bytes:
+        result["bits_per_byte"] = loss_sum / math.log(2) / loader.rows.target_bytes
+    if loader.rows.log_prob is not None:
+        result["floor"] = -loader.rows.log_prob / max(n_targets, 1e-12)
+    return result

@@ -1,0 +1,272 @@
+"""eval_model.py from its command line: answers, measures, chat, and clear refusals."""
+
+import builtins
+import json
+import shutil
+
+import pytest
+import torch
+
+import eval_model
+from minillm.config import ModelConfig
+from minillm.inference import generate
+from minillm.model import Transformer
+from minillm.model.hf import save_model
+from minillm.tokenizer import encode_chat, train_bpe
+
+
+def tiny_model(seed, **overrides):
+    shape = {"vocab_size": 267, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(**(shape | overrides)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(iter(["a"]), vocab_size=267)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, tokenizer):
+    """A save_dir with a pretrained and a fine-tuned model."""
+    folder = tmp_path_factory.mktemp("out")
+    tokenizer.save(folder / "tokenizer")
+    for seed, stage in enumerate(("pretrain", "full_sft")):
+        save_model(tiny_model(seed), folder / f"{stage}_32", tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def run(out, monkeypatch, capsys):
+    """Run the script; return its exit code, its output and its error output."""
+
+    def call(*argv, save_dir=out, questions=None):
+        monkeypatch.setattr("sys.stdin.isatty", lambda: questions is not None, raising=False)
+        waiting = iter(questions or ())
+
+        def answer_input(prompt=""):
+            print(prompt, end="")
+            line = next(waiting, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(builtins, "input", answer_input)
+        try:
+            eval_model.main(["--save_dir", str(save_dir), "--device", "cpu", *map(str, argv)])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+GREEDY = ("--temperature", "0", "--max_new_tokens", "12")
+
+
+def write(path, *records):
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_prompts_of_a_chat_model(run, out, tokenizer, tmp_path):
+    file = write(tmp_path / "prompts.txt", "hello", "", "你好 there")
+    code, shown, _ = run("--prompts", file, "--output", tmp_path / "out.json", "--batch_size", 1, *GREEDY)
+    assert code == 0
+    assert "tokens/s" in shown
+    assert "> 你好 there" in shown
+    results = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [answer["prompt"] for answer in results["prompts"]] == ["hello", "你好 there"]
+    ids, _ = encode_chat(tokenizer, [{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    eos = [tokenizer.im_end_id, tokenizer.eos_token_id]
+    expected = generate(tiny_model(1), [ids], max_new_tokens=12, temperature=0, eos_token_id=eos)[0]
+    assert results["prompts"][0]["n_tokens"] == len(expected)
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    assert text.startswith(results["prompts"][0]["answer"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "prompts.txt"]  # no leftovers
+
+
+def test_prompts_of_a_pretrained_model_and_all_records(run, tmp_path):
+    file = write(
+        tmp_path / "prompts.jsonl",
+        {"prompt": "a"},
+        {"text": "b"},
+        {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "left out"}]},
+    )
+    for mode in (0, 1):
+        code, shown, _ = run("--model_mode", mode, "--prompts", file, *GREEDY)
+        assert code == 0
+        assert all(f"> {text}\n" in shown for text in "abc")
+        assert "left out" not in shown
+
+
+def test_sampling_is_seeded(run, tmp_path):
+    file = write(tmp_path / "prompts.txt", "hello")
+    texts = []
+    for seed in (1, 1, 2):
+        output = tmp_path / "out.json"
+        run("--prompts", file, "--output", output, "--seed", seed, "--max_new_tokens", 20)
+        texts.append(json.loads(output.read_text(encoding="utf-8"))["prompts"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_perplexity_and_tasks_in_one_call(run, tmp_path):
+    valid = write(
+        tmp_path / "valid.jsonl",
+        {"text": "the cat", "kind": "facts", "log_prob": -3.0},
+        {"text": "1+2=3", "kind": "sums", "log_prob": -2.0},
+    )
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    tasks = write(tmp_path / "tasks.jsonl", {"conversations": turns, "task": "addition", "group": "held out"})
+    output = tmp_path / "out.json"
+    code, shown, _ = run("--perplexity", valid, "--task_file", tasks, "--output", output, *GREEDY)
+    assert code == 0
+    assert "floor" in shown
+    assert "held out" in shown
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert set(results["perplexity"]["by_kind"]) == {"facts", "sums"}
+    assert results["perplexity"]["gap"] > 0
+    assert results["exact_match"]["n"] == 1
+    assert results["weights"].endswith("full_sft_32")
+
+
+def test_without_a_terminal_the_chat_is_skipped(run):
+    code, shown, _ = run()
+    assert code == 0
+    assert shown.splitlines()[-1] == "no terminal: chat skipped"
+
+
+@pytest.fixture
+def prompts_seen(monkeypatch):
+    """Record the conversations that the script encodes."""
+    seen, encode = [], eval_model.encode_chat
+
+    def spy(tokenizer, messages, **options):
+        seen.append([message["content"] for message in messages])
+        return encode(tokenizer, messages, **options)
+
+    monkeypatch.setattr(eval_model, "encode_chat", spy)
+    return seen
+
+
+def test_chat_remembers_clears_and_ends(run, prompts_seen):
+    questions = ["one", "two", "", "three", "/clear", "four", "/exit", "never asked"]
+    argv = ("--history_turns", 1, "--max_new_tokens", 3, "--temperature", 0, "--system", "be kind")
+    code, shown, _ = run(*argv, questions=questions)
+    assert code == 0
+    assert shown.count("tokens/s]") == 4
+    assert [messages[0] for messages in prompts_seen] == ["be kind"] * 4
+    assert [messages[-1] for messages in prompts_seen] == ["one", "two", "three", "four"]
+    assert [len(messages) for messages in prompts_seen] == [2, 4, 4, 2]
+    assert prompts_seen[2][1] == "two"  # one turn of history, not two
+
+
+def test_chat_forgets_what_does_not_fit_and_survives_a_long_question(run, prompts_seen):
+    questions = ["a" * 30, "b" * 30, "c" * 500, "d"]
+    code, shown, err = run("--max_new_tokens", 40, "--temperature", 0, questions=questions)
+    assert code == 0
+    assert "500" not in shown
+    assert "error: " in err
+    assert "128 positions" in err
+    assert shown.count("tokens/s]") == 3
+    assert ["b" * 30] in prompts_seen  # 30 + 30 and an answer do not fit
+
+
+@pytest.mark.parametrize("end", [EOFError(), KeyboardInterrupt()])
+def test_chat_ends_cleanly(run, end):
+    code, _, err = run("--max_new_tokens", 3, questions=["hello", end])
+    assert (code, err) == (0, "")
+
+
+def test_interrupting_an_answer_ends_only_the_answer(run, monkeypatch):
+    def interrupted(*args, **options):
+        yield "he"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minillm.inference.chat.stream", interrupted)
+    code, shown, _ = run(questions=["hello", "again"])
+    assert code == 0
+    assert shown.count("he\n") == 2
+
+
+def test_completion_mode_streams_plain_text(run, prompts_seen):
+    code, shown, _ = run("--model_mode", 0, "--max_new_tokens", 3, questions=["once", "twice"])
+    assert code == 0
+    assert shown.count("tokens/s]") == 2
+    assert prompts_seen == []
+
+
+def test_weights_by_directory_and_by_pth(run, out, tokenizer, tmp_path):
+    file = write(tmp_path / "valid.jsonl", {"text": "the cat"})
+
+    def loss(*argv, **more):
+        code, _, err = run("--perplexity", file, "--output", tmp_path / "o.json", *argv, **more)
+        assert code == 0, err
+        return json.loads((tmp_path / "o.json").read_text())["perplexity"]["nats_per_token"]
+
+    expected = loss("--from_weight", "full_sft", "--hidden_size", 32)
+    assert loss("--from_weight", out / "full_sft_32") == expected
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    shutil.copy(out / "full_sft_32" / "config.json", beside)
+    torch.save(tiny_model(1).state_dict(), beside / "model.pth")
+    assert loss("--from_weight", beside / "model.pth") == expected
+    assert loss() == expected != loss("--model_mode", 0)
+
+
+def test_a_pth_without_configuration_takes_the_shape_from_the_flags(run, tokenizer, tmp_path):
+    config = ModelConfig.preset("demo", vocab_size=267, num_hidden_layers=1, num_attention_heads=2)
+    torch.save(Transformer(config).state_dict(), tmp_path / "bare.pth")
+    file = write(tmp_path / "prompts.txt", "hi")
+    shape = ("--preset", "demo", "--num_hidden_layers", 1, "--num_attention_heads", 2)
+    code, _, err = run("--from_weight", tmp_path / "bare.pth", *shape, "--prompts", file, *GREEDY)
+    assert code == 0, err
+
+
+def test_refusals_are_one_line_and_exit_code_2(run, out, tokenizer, tmp_path):
+    empty = write(tmp_path / "empty.txt", "", "  ")
+    broken = write(tmp_path / "broken.jsonl", {"prompt": "a"}, "{")
+    keyless = write(tmp_path / "keyless.jsonl", {"question": "a"})
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    answerless = write(tmp_path / "answerless.jsonl", {"messages": turns})
+    roleless = write(tmp_path / "roleless.jsonl", {"messages": [{"role": "robot", "content": "a"}]})
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    for argv, words in [
+        (["--from_weight", "rlhf"], ["rlhf", "full_sft_32", "pretrain_32"]),
+        (["--model_mode", 2], ["rlhf", "full_sft_32", "pretrain_32"]),
+        (["--hidden_size", 64], ["full_sft_64", "full_sft_32"]),
+        (["--prompts", empty], ["empty.txt", "no prompt"]),
+        (["--prompts", broken], ["broken.jsonl", "line 2"]),
+        (["--prompts", keyless], ["line 1", "conversations"]),
+        (["--prompts", roleless], ["line 1", "robot"]),
+        (["--prompts", binary], ["binary.txt", "UTF-8"]),
+        (["--prompts", tmp_path / "missing.txt"], ["missing.txt"]),
+        (["--perplexity", tmp_path / "missing.jsonl"], ["missing.jsonl"]),
+        (["--task_file", answerless], ["record 0", "user"]),
+        (["--output", nothing / "no" / "x.json"], ["--output"]),
+        (["--top_p", 1.5], ["top_p 1.5"]),
+        (["--max_new_tokens", 0], ["max_new_tokens 0"]),
+        (["--tokenizer_path", nothing], ["tokenizer"]),
+    ]:
+        code, _, err = run(*argv)
+        assert code == 2, argv
+        assert len(err.strip().splitlines()) == 1, err
+        assert all(word in err for word in words), err
+    code, _, err = run(save_dir=nothing)
+    assert code == 2
+    assert "none" in err
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(run, tmp_path, tokenizer):
+    save_model(tiny_model(0, vocab_size=266), tmp_path / "full_sft_32", tokenizer=tokenizer)
+    code, _, err = run(save_dir=tmp_path)
+    assert code == 2
+    assert "267" in err
+    assert "266" in err

@@ -1,0 +1,127 @@
+"""Train a byte-level BPE tokenizer and save a directory that transformers' AutoTokenizer opens too.
+
+    python train_tokenizer.py --data_path data.jsonl,chats.jsonl --vocab_size 6400
+
+Reads top to bottom: arguments, texts, train, report, save. The text that is measured is never trained on.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from minillm.data import read_records
+from minillm.errors import UserError
+from minillm.tokenizer import Tokenizer, bytes_per_token, load_tokenizer, record_texts, train_bpe
+from minillm.tokenizer.train import check_vocab_size
+from minillm.training.arguments import TokenizerArguments
+from minillm.training.command_line import parse, script
+
+HOLD_OUT_EVERY = 20  # records
+HOLD_OUT_BYTES = 2_000_000  # more would make no figure more exact
+
+
+@script
+def main(argv: list[str] | None = None):
+    args = parse(TokenizerArguments, argv)
+    directory = Path(args.save_dir) / "tokenizer"
+    check_vocab_size(args.vocab_size)  # what can be refused is refused before the files are read
+    check_writable(directory)
+
+    # Texts: from all files alike, every 20th record held out unless there is a file for that
+    held_out: list[str] = []
+    n_bytes = 0
+
+    def training_texts() -> Iterator[str]:
+        nonlocal n_bytes
+        for n, texts in enumerate(balanced_records(args.data_files, strict=args.strict), start=1):
+            if not args.valid_files and n % HOLD_OUT_EVERY == 0 and n_of_bytes(held_out) < HOLD_OUT_BYTES:
+                held_out.extend(texts)
+            else:
+                n_bytes += n_of_bytes(texts)
+                yield from texts
+            if n == args.max_records or n_bytes >= args.max_bytes > 0:
+                return
+
+    # Train
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer = train_bpe(
+            training_texts(),
+            vocab_size=args.vocab_size,
+            max_token_length=args.max_token_length or None,
+            split_han=args.split_han,
+        )
+    print(f"trained {tokenizer.vocab_size:,} tokens on {n_bytes / 1e6:.1f} MB of text")
+    for warning in caught:
+        print(f"warning: {warning.message}")
+
+    # Report: how far one token reaches, for Chinese and English apart
+    for texts in balanced_records(args.valid_files, strict=args.strict):
+        if n_of_bytes(held_out) >= HOLD_OUT_BYTES:
+            break
+        held_out.extend(texts)
+    report(tokenizer, held_out)
+
+    # Save
+    warn_of_another(directory, tokenizer)
+    tokenizer.save(directory)
+    print(f"saved {directory}")
+    return tokenizer
+
+
+def balanced_records(files: list[str], *, strict: bool) -> Iterator[list[str]]:
+    """Yield the texts of one record after another, always of the file that gave the fewest bytes.
+
+    So a limit on the total cuts all files alike: a small Chinese file is not drowned by a large English one.
+    """
+    readers = {path: iter(read_records(path, strict=strict)) for path in files}  # missing files end it here
+    given = dict.fromkeys(readers, 0)
+    while readers:
+        path = min(readers, key=given.__getitem__)
+        record = next(readers[path], None)
+        if record is None:
+            del readers[path]
+            continue
+        fields = ("text", "messages", "chosen", "rejected")
+        texts = list(record_texts({name: getattr(record, name) for name in fields}))
+        given[path] += n_of_bytes(texts)
+        yield texts
+
+
+def n_of_bytes(texts: list[str]) -> int:
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)
+
+
+def report(tokenizer: Tokenizer, held_out: list[str]) -> None:
+    """Print bytes and characters per token of the held-out lines of each language."""
+    table = bytes_per_token(tokenizer, held_out)
+    if not table:
+        print(f"no held-out text to measure (fewer than {HOLD_OUT_EVERY} records): give --valid_path")
+    for language, row in table.items():
+        print(
+            f"{language}: {row['bytes_per_token']:.3f} bytes per token, {row['characters_per_token']:.3f} "
+            f"characters per token  (held out: {row['bytes']:,} bytes, {row['tokens']:,} tokens)"
+        )
+
+
+def check_writable(directory: Path) -> None:
+    """Raise UserError now if ``directory`` could not be made or written after minutes of training."""
+    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write to '{directory}': '{existing}' is no writable directory; change --save_dir"
+        )
+
+
+def warn_of_another(directory: Path, tokenizer: Tokenizer) -> None:
+    """Say so when a different tokenizer is replaced: models trained with it would read nonsense."""
+    try:
+        if load_tokenizer(directory).content_hash != tokenizer.content_hash:
+            print(f"warning: {directory} held another tokenizer; models trained with it need their own copy")
+    except UserError:
+        pass  # there was none
+
+
+if __name__ == "__main__":
+    main()
