@@ -21,9 +21,7 @@ from minillm.errors import UserError
 PADDING = {"input_ids": 0, "targets": IGNORE_INDEX, "position_ids": 0, "document_ids": -1, "weights": 0.0}
 
 
-def collate(
-    rows: list[dict[str, np.ndarray]], pad_to: int | None = None, *, n_rows: int = 0
-) -> dict[str, Tensor]:
+def collate(rows: list[dict[str, np.ndarray]], pad_to: int | None = None, *, n_rows: int = 0) -> dict[str, Tensor]:
     """Return a batch of the rows' columns, (B, T) each, right-padded.
 
     Args:
@@ -70,9 +68,7 @@ class StepBatches:
         shuffle: bool = True,
     ):
         if batch_size < 1 or global_batch_size < 1:
-            raise UserError(
-                f"batch_size {batch_size}, global_batch_size {global_batch_size}: must be at least 1"
-            )
+            raise UserError(f"batch_size {batch_size}, global_batch_size {global_batch_size}: must be at least 1")
         if global_batch_size % (batch_size * world_size):
             raise UserError(
                 f"global_batch_size {global_batch_size} is no multiple of batch_size {batch_size} x "
@@ -142,11 +138,7 @@ class StepBatches:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             n_rows = len(self.rows)
-            order = (
-                np.random.default_rng([self.seed, epoch]).permutation(n_rows)
-                if self.shuffle
-                else np.arange(n_rows)
-            )
+            order = np.random.default_rng([self.seed, epoch]).permutation(n_rows) if self.shuffle else np.arange(n_rows)
             self._order = (epoch, order)
         return self._order[1]
 

@@ -121,9 +121,7 @@ class ChatRows(PackedRows):
     def target_bytes(self) -> int:
         """UTF-8 bytes of all targets' text; control tokens count 0."""
         control = getattr(self.tokenizer, "special_ids", frozenset())
-        n_bytes = [
-            0 if i in control else len(self.tokenizer.token_bytes(i)) for i in range(len(self.target_counts))
-        ]
+        n_bytes = [0 if i in control else len(self.tokenizer.token_bytes(i)) for i in range(len(self.target_counts))]
         return int(self.target_counts @ np.asarray(n_bytes))
 
 

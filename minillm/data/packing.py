@@ -90,9 +90,9 @@ def best_fit(lengths: np.ndarray, capacity: int, *, seed: int = 0) -> tuple[np.n
     """Pack items into rows, best-fit decreasing (Johnson 1974: at most 11/9 of the optimum plus a constant).
 
     Items are shuffled by ``seed`` first, so that items of equal length meet in no particular order; then
-    each, longest first, goes into the fullest row it fits in. The rows with exactly c places left form bucket c,
-    and bit c of an integer says whether the bucket holds any: the best bucket is the lowest set bit at or
-    above the item's length, found in one operation instead of a search.
+    each, longest first, goes into the fullest row it fits in. The rows with exactly c places left form
+    bucket c, and bit c of an integer says whether the bucket holds any: the best bucket is the lowest set bit
+    at or above the item's length, found in one operation instead of a search.
 
     Args:
         lengths: (n,) each from 1 to ``capacity``.
@@ -156,9 +156,7 @@ class PackedRows:
     summary: dict
     target_bytes: int
 
-    def __init__(
-        self, store: TokenStore, tokenizer, files: list[Path], *, max_seq_len: int, fixed_len: int | None
-    ):
+    def __init__(self, store: TokenStore, tokenizer, files: list[Path], *, max_seq_len: int, fixed_len: int | None):
         self.store, self.tokenizer, self.files = store, tokenizer, files
         self.max_seq_len, self.fixed_len = max_seq_len, fixed_len
 

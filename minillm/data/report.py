@@ -57,15 +57,15 @@ def _warnings(report: dict, n_targets: int) -> list[str]:
     warnings = []
     if report["special_share"] > MAX_SPECIAL_SHARE:
         warnings.append(
-            f"special tokens are {report['special_share']:.1%} of the targets (usual: under {MAX_SPECIAL_SHARE:.0%}). "
-            "Short documents and short answers do this rightly, since each ends with one; with long ones it "
-            "means that markers are learned instead of text"
+            f"special tokens are {report['special_share']:.1%} of the targets (usual: under "
+            f"{MAX_SPECIAL_SHARE:.0%}). Short documents and short answers do this rightly, since each ends with "
+            "one; with long ones it means that markers are learned instead of text"
         )
     for token_id, text, share in report["frequent_targets"]:
         if share > MAX_TOKEN_SHARE:
             warnings.append(
-                f"token {token_id} {text} is {share:.1%} of the targets (limit {MAX_TOKEN_SHARE:.0%}): is the data "
-                "padded, or repeated?"
+                f"token {token_id} {text} is {share:.1%} of the targets (limit {MAX_TOKEN_SHARE:.0%}): "
+                "is the data padded, or repeated?"
             )
     total = report["documents"] + report["rejected"]
     if report["rejected"] > 0.01 * total:
@@ -88,16 +88,12 @@ def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
 
 def format_report(report: dict) -> str:
     """Return the report as text for a terminal."""
-    lines = [
-        f"{file['path']}: {file['documents']:,} documents, {file['tokens']:,} tokens"
-        for file in report["files"]
-    ]
+    lines = [f"{file['path']}: {file['documents']:,} documents, {file['tokens']:,} tokens" for file in report["files"]]
     lines += [
         f"rows       {report['rows']:,} of up to {report['max_seq_len']:,}, {report['fill']:.1%} full",
         f"targets    {report['targets']:,} of {report['pairs']:,} positions, "
         f"{report['bytes_per_target']:.2f} bytes of text each",
-        f"rejected   {report['rejected']:,} records"
-        + "".join(f", see {p}" for p in report["rejected_files"]),
+        f"rejected   {report['rejected']:,} records" + "".join(f", see {p}" for p in report["rejected_files"]),
         f"cut        {report['cut']:,} documents are longer than a row",
         f"special    {report['special_share']:.2%} of the targets are control tokens",
         "lengths    (tokens per document)",
@@ -106,9 +102,7 @@ def format_report(report: dict) -> str:
     for low, high, n in report["histogram"]:
         lines.append(f"  {low:>9,} - {high:<9,} {n:>9,} " + "#" * round(40 * n / most))
     lines.append("most frequent targets")
-    lines += [
-        f"  {share:>7.2%}  {text}  ({token_id})" for token_id, text, share in report["frequent_targets"]
-    ]
+    lines += [f"  {share:>7.2%}  {text}  ({token_id})" for token_id, text, share in report["frequent_targets"]]
     lines += [f"WARNING: {warning}" for warning in report["warnings"]]
     return "\n".join(lines)
 
@@ -132,9 +126,7 @@ def colour_targets(batch: dict, tokenizer) -> str:
         # The first token is nobody's target; token t + 1 is target t, learned or not.
         following = np.where(targets != IGNORE_INDEX, targets, np.append(inputs[1:], -1))
         tokens = [(int(inputs[0]), False)]
-        tokens += [
-            (int(i), bool(t != IGNORE_INDEX)) for i, t in zip(following, targets, strict=True) if i >= 0
-        ]
+        tokens += [(int(i), bool(t != IGNORE_INDEX)) for i, t in zip(following, targets, strict=True) if i >= 0]
         paragraphs.append(_paint(tokens, tokenizer))
     return "\n\n".join(paragraphs)
 
@@ -159,9 +151,7 @@ def open_rows(data_path: str, tokenizer, *, kind: str = "auto", **settings) -> P
     if kind == "auto":
         first = next(iter(read_records(split_paths(data_path)[0], on_reject=lambda *bad: None)))
         if first.kind not in ("text", "chat"):
-            raise UserError(
-                f"{data_path} holds {first.kind} records; the report reads text and conversations"
-            )
+            raise UserError(f"{data_path} holds {first.kind} records; the report reads text and conversations")
         kind = first.kind
     return (TextRows if kind == "text" else ChatRows)(data_path, tokenizer, **settings)
 

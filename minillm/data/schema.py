@@ -118,9 +118,7 @@ def _read_and_publish(path: Path, strict: bool) -> Iterator[Record]:
     finally:
         if rejected:
             where = publish_rejected(path, rejected, fallback_dir=None)
-            print(
-                f"{path}: {len(rejected)} bad lines, see {where or 'nowhere (not writable)'}", file=sys.stderr
-            )
+            print(f"{path}: {len(rejected)} bad lines, see {where or 'nowhere (not writable)'}", file=sys.stderr)
 
 
 def _read(path: Path, strict: bool, on_reject: Callable) -> Iterator[Record]:
@@ -142,9 +140,7 @@ def _read(path: Path, strict: bool, on_reject: Callable) -> Iterator[Record]:
         yield record
     if not n_usable:
         if n_rejected:
-            raise UserError(
-                f"{path} has no usable record: all {n_rejected} lines are bad; the first, {first_reason}"
-            )
+            raise UserError(f"{path} has no usable record: all {n_rejected} lines are bad; the first, {first_reason}")
         raise UserError(f"{path} is empty: give a file with at least one record")
 
 
@@ -291,9 +287,7 @@ def _preference(value: dict):
         sides = {s: m[len(prompt) :] if m[: len(prompt)] == prompt else m for s, m in sides.items()}
     else:
         if any(isinstance(value[side], str) for side in sides):
-            raise UserError(
-                "chosen and rejected are strings without a prompt: add prompt, or give message lists"
-            )
+            raise UserError("chosen and rejected are strings without a prompt: add prompt, or give message lists")
         prompt = sides["chosen"][:-1]
         if prompt != sides["rejected"][:-1]:
             raise UserError("chosen and rejected must share every message but the last")

@@ -248,11 +248,7 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def _texts(record: Record) -> list[str]:
-    return (
-        [record.text]
-        if record.kind == "text"
-        else [message.get("content") or "" for message in record.messages]
-    )
+    return [record.text] if record.kind == "text" else [message.get("content") or "" for message in record.messages]
 
 
 def _encode(records: list[Record], tokenizer, kind: str, reject) -> list[tuple]:

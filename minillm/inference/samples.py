@@ -35,6 +35,12 @@ def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) ->
 def _generate(model, tokenizer, prompts: list[list[int]], eos_token_id: int) -> list[str]:
     generator = torch.Generator(device="cpu").manual_seed(0)
     new_ids = generate(
-        model, prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0.7, top_p=0.9, eos_token_id=eos_token_id, generator=generator
+        model,
+        prompts,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=0.7,
+        top_p=0.9,
+        eos_token_id=eos_token_id,
+        generator=generator,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids]

@@ -22,11 +22,12 @@ CHUNK_NUMEL = 32 * 1024 * 1024
 
 
 def count_targets(targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return Σ weights over the targets that count, as a float64 scalar: the denominator of a token loss."""
+    """Return Σ weights over the targets that count, a float64 scalar (float32 on mps): a token loss's denominator."""
     counted = targets != IGNORE_INDEX
+    wide = torch.float32 if targets.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     if weights is None:
-        return counted.sum().double()
-    return weights.double().masked_fill(~counted, 0.0).sum()
+        return counted.sum().to(wide)
+    return weights.to(wide).masked_fill(~counted, 0.0).sum()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

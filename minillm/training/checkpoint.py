@@ -100,6 +100,13 @@ def load_state(path: Path) -> dict:
     return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (dropout draws from torch's)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the legacy global generator
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict:
     """Return every random generator's state of this process, as tensors and plain values."""
     version, keys, position = random.getstate()

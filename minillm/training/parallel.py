@@ -6,6 +6,7 @@ by the number of ranks before it divides by the global count of targets.
 """
 
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -123,3 +124,18 @@ class Engine:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return self.scaler.get_scale() >= scale_before
+
+
+class StepBatchesOnDevice:
+    """The micro-batches of one update: iterating moves each to the device and tells the engine which is the last."""
+
+    def __init__(self, micro_batches: list[dict[str, Tensor]], device: torch.device, engine: Engine):
+        self.micro_batches, self.device, self.engine = micro_batches, device, engine
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for index, batch in enumerate(self.micro_batches):
+            self.engine.set_last(index == len(self.micro_batches) - 1)
+            yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

@@ -6,14 +6,12 @@ resuming happen here, once for every stage.
 """
 
 import math
-import random
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ from minillm.losses import count_targets
 from minillm.model.hf import load_model, save_model
 from minillm.training import checkpoint, hardware, precision
 from minillm.training.arguments import TrainArguments, as_dict
-from minillm.training.parallel import Engine, Ranks
+from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
 from minillm.training.schedule import Schedule, schedule_factor
 from minillm.training.summary import write_run_file, write_summary
 from minillm.training.tracking import Tracker
@@ -44,6 +42,7 @@ class Run:
         self.ranks = Ranks()
         self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
         self.dtype = precision.choose_dtype(args.dtype, self.device)
+        self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of losses
         self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype))
         self.step = self.epoch = self.step_in_epoch = 0
         self.tokens = 0  # non-padding tokens seen, over all ranks
@@ -55,7 +54,7 @@ class Run:
         self.tracker: Tracker | None = None
         if args.num_threads:
             torch.set_num_threads(args.num_threads)
-        seed_everything(args.seed)
+        checkpoint.seed_everything(args.seed)
 
     def __enter__(self) -> "Run":
         self.ranks.start(self.device)
@@ -138,12 +137,14 @@ class Run:
         self.ranks.main_first(self._open_directory)
         run_id = self._resume() if args.from_resume else None
         self.tracker = Tracker(
-            self.directory, enabled=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step, name=self.stage
+            self.directory,
+            enabled=self.ranks.is_main,
+            total_steps=self.total_steps,
+            first_step=self.step,
+            name=self.stage,
         )
         if args.use_wandb:
-            self.tracker.start_wandb(
-                project=args.wandb_project, name=self.directory.name, config=as_dict(args), directory=self.directory, run_id=run_id
-            )
+            self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
         self._flops_per_token = self.model.config.flops_per_token(args.max_seq_len)
@@ -161,7 +162,7 @@ class Run:
 
     # ---- the loop's four calls -------------------------------------------------------------------------------
 
-    def steps(self, loader) -> Iterator["StepBatchesOnDevice"]:
+    def steps(self, loader) -> Iterator[StepBatchesOnDevice]:
         """Yield, for each optimizer update, this rank's micro-batches; go on where a checkpoint left off."""
         while self.step < self.total_steps:
             batches = loader.iterate(self.epoch, self.step_in_epoch, num_workers=self.args.num_workers)
@@ -187,15 +188,15 @@ class Run:
         The engine averages over ranks, so the sum is multiplied by their number and divided by the count of
         targets of the whole step: what remains is Σ loss / Σ targets, however the step was cut.
         """
-        self._loss_sum = self._loss_sum + loss_sum.detach().double()
+        self._loss_sum = self._loss_sum + loss_sum.detach().to(self.sum_dtype)
         self.engine.backward(loss_sum * (self.ranks.world_size / max(self._n_targets, 1e-12)))
 
     def update(self) -> None:
         """Clip, apply the update, advance the schedule and the counters; log, validate and save when due."""
         lr = self.schedule.set_step(self.step)
         grad_norm = self.engine.clip(self.args.grad_clip)
-        loss_sum = self.ranks.sum(torch.as_tensor(self._loss_sum, device=self.device).reshape(()))
-        loss_sum, grad_norm = torch.stack([loss_sum.double(), grad_norm.double()]).tolist()
+        loss_sum = self.ranks.sum(torch.as_tensor(self._loss_sum, dtype=self.sum_dtype, device=self.device))
+        loss_sum, grad_norm = torch.stack([loss_sum, grad_norm.to(self.sum_dtype)]).tolist()
         if not self.engine.scaler.is_enabled() and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             self._stop_for_nonfinite(loss_sum, grad_norm)
         applied = self.engine.step()
@@ -294,11 +295,11 @@ class Run:
         }
 
     def _resume(self) -> str | None:
-        path = checkpoint.newest_checkpoint(
-            self.directory / "checkpoints", report=lambda line: print(line, file=sys.stderr) if self.ranks.is_main else None
-        )
+        directory = self.directory / "checkpoints"
+        quiet = None if self.ranks.is_main else (lambda line: None)
+        path = checkpoint.newest_checkpoint(directory, report=quiet or (lambda line: print(line, file=sys.stderr)))
         if path is None:
-            raise UserError(f"--from_resume: no intact checkpoint under {self.directory / 'checkpoints'}; start without it")
+            raise UserError(f"--from_resume: no intact checkpoint under {directory}; start without it")
         state = checkpoint.load_state(path)
         was, now = state["identity"], self._identity()
         different = [f"{key}: {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]]
@@ -306,7 +307,6 @@ class Run:
             raise UserError(f"--from_resume: {path} was made with other settings ({'; '.join(different)})")
         self.model.load_state_dict(load_model(path, device="cpu", dtype=torch.float32).state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.optimizer = self.optimizer
         self.engine.scaler.load_state_dict(state["scaler"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
@@ -368,32 +368,10 @@ class Run:
         path = self.directory / f"nonfinite-step-{self.step + 1:08d}-rank{self.ranks.rank}.pt"
         torch.save({"step": self.step + 1, "micro_batches": self._micro_batches}, path)
         raise UserError(
-            f"step {self.step + 1}: loss {loss_sum / max(self._n_targets, 1e-12)}, gradient norm {grad_norm}: not finite, "
-            f"the update was not applied; its batch is saved in {path}. Lower --learning_rate, or look at that batch; "
-            f"the newest checkpoint is untouched"
+            f"step {self.step + 1}: loss {loss_sum / max(self._n_targets, 1e-12)}, gradient norm {grad_norm}: not "
+            f"finite, the update was not applied; its batch is saved in {path}. Lower --learning_rate, or look at "
+            f"that batch; the newest checkpoint is untouched"
         )
-
-
-class StepBatchesOnDevice:
-    """The micro-batches of one update: iterating moves each to the device and tells the engine which is the last."""
-
-    def __init__(self, micro_batches: list[dict[str, Tensor]], device: torch.device, engine: Engine):
-        self.micro_batches, self.device, self.engine = micro_batches, device, engine
-
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for index, batch in enumerate(self.micro_batches):
-            self.engine.set_last(index == len(self.micro_batches) - 1)
-            yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (dropout draws from torch's)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the legacy global generator
-    torch.manual_seed(seed)
 
 
 def resume_command() -> str:

@@ -30,7 +30,9 @@ def write_run_file(run) -> None:
         "model": dataclasses.asdict(run.model.config),
         "n_parameters": sum(p.numel() for p in run.model.parameters()),
         "data": {"hash": run.loader.rows.data_hash, "summary": _plain(run.loader.rows.summary)},
-        "versions": {"minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "versions": {
+            "minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()
+        },
         "git_revision": git_revision(),
     }  # fmt: skip
     temporary = run.directory / "run.yaml.tmp"
@@ -71,7 +73,8 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
     figure, (loss_axis, lr_axis, norm_axis) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(2, 1, 1))
     loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7fa7d6", label="training")
     if valid:
-        loss_axis.plot([r["step"] for r in valid], [r["loss"] for r in valid], "o-", color="#b3402a", label="validation")
+        steps, losses = [r["step"] for r in valid], [r["loss"] for r in valid]
+        loss_axis.plot(steps, losses, "o-", color="#b3402a", label="validation")
         floor = valid[-1].get("floor")
         if floor is not None:
             loss_axis.axhline(floor, color="#3b7d3b", linestyle="--", label=f"entropy floor {floor:.3f}")
@@ -103,7 +106,11 @@ def summary_facts(run) -> dict[str, str]:
     }
     if run.skipped_steps:
         facts["skipped steps (float16 overflow)"] = str(run.skipped_steps)
-    names = {"loss": "validation loss (nats/token)", "bits_per_byte": "bits per byte", "floor": "entropy floor (nats/token)"}
+    names = {
+        "loss": "validation loss (nats/token)",
+        "bits_per_byte": "bits per byte",
+        "floor": "entropy floor (nats/token)",
+    }
     return facts | {text: f"{run.last_eval[key]:.4f}" for key, text in names.items() if key in run.last_eval}
 
 
@@ -129,8 +136,9 @@ def _page(title: str, facts: dict[str, str], samples: list[tuple[str, str]], pic
         "pre{background:#f5f5f2;padding:.6em;white-space:pre-wrap;margin:.2em 0 1em}"
     )
     return (
-        f'<!doctype html><html><head><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style></head>'
-        f"<body><h1>{escape(title)}</h1>{image}<table>{rows}</table><h2>Samples</h2>{texts or '<p>none</p>'}</body></html>"
+        f'<!doctype html><html><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{style}</style></head><body><h1>{escape(title)}</h1>{image}<table>{rows}</table>"
+        f"<h2>Samples</h2>{texts or '<p>none</p>'}</body></html>"
     )
 
 

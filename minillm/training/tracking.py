@@ -16,15 +16,17 @@ class Tracker:
     """
 
     def __init__(self, directory: Path, *, enabled: bool, total_steps: int, first_step: int, name: str):
-        self.path, self.enabled = directory / "metrics.jsonl", enabled
+        self.directory, self.path, self.enabled = directory, directory / "metrics.jsonl", enabled
         self.wandb = None
         self.run_id: str | None = None
         if not enabled:
             return
         truncate_metrics(self.path, after_step=first_step)
-        self.bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0
+        )
 
-    def start_wandb(self, *, project: str, name: str, config: dict, directory: Path, run_id: str | None) -> None:
+    def start_wandb(self, *, project: str, config: dict, run_id: str | None) -> None:
         """Begin (or, with ``run_id``, go on with) a run at Weights & Biases.
 
         Raises:
@@ -37,7 +39,12 @@ class Tracker:
         except ImportError:
             raise missing_package("wandb", purpose="--use_wandb", extra="track") from None
         self.wandb = wandb.init(
-            project=project, name=name, config=config, dir=str(directory), id=run_id, resume="allow" if run_id else None
+            project=project,
+            name=self.directory.name,
+            config=config,
+            dir=str(self.directory),
+            id=run_id,
+            resume="allow" if run_id else None,
         )
         self.run_id = self.wandb.id
 

@@ -15,13 +15,13 @@ def evaluate_loss(module, loader, run) -> dict:
     """
     was_training = module.training
     module.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # Σ loss, Σ targets
+    totals = torch.zeros(2, dtype=run.sum_dtype, device=run.device)  # Σ loss, Σ targets
     for _, micro_batches in loader.iterate(0, 0, num_workers=0):
         for batch in micro_batches:
             batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
             with run.autocast():
                 loss_sum, n_targets = run.loss(module, batch)
-            totals += torch.stack([loss_sum.double(), n_targets.double()])
+            totals += torch.stack([loss_sum.to(run.sum_dtype), n_targets.to(run.sum_dtype)])
     module.train(was_training)
     loss_sum, n_targets = run.ranks.sum(totals).tolist()
     result = {"loss": loss_sum / max(n_targets, 1e-12), "n_targets": n_targets}

@@ -1,0 +1,165 @@
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from minillm.data import shards
+from minillm.data.shards import TokenStore, prepare, split_paths
+from minillm.errors import UserError
+from minillm.tokenizer.chat import encode_chat
+
+
+def test_texts_are_stored_between_end_tokens(write, texts, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"text": t, "log_prob": -float(n)} for n, t in enumerate(texts)])
+    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    eos = tokenizer.eos_token_id
+    for n, text in enumerate(texts):
+        stored = shard.tokens[shard.offsets[n] : shard.offsets[n + 1]]
+        assert stored.tolist() == [eos, *tokenizer.encode(text), eos]
+        assert (shard.bytes[n], shard.lines[n], shard.log_prob[n]) == (len(text.encode()), n + 1, -n)
+    assert shard.tokens.dtype == np.uint16
+    assert shard.mask is None
+    assert TokenStore([shard]).log_prob() == -sum(range(len(texts)))
+
+
+def test_conversations_are_stored_with_their_mask(write, talks, tokenizer, tmp_path):
+    (shard,) = prepare(write("a.jsonl", [{"messages": t} for t in talks]), tokenizer, kind="chat", cache_dir=tmp_path)
+    for n, talk in enumerate(talks):
+        here = slice(shard.offsets[n], shard.offsets[n + 1])
+        assert (shard.tokens[here].tolist(), shard.mask[here].tolist()) == encode_chat(tokenizer, talk)
+    assert TokenStore([shard]).log_prob() is None
+
+
+def test_chunks_change_nothing_and_are_bounded(write, texts, tokenizer, tmp_path, monkeypatch):
+    path = write("a.jsonl", [{"text": t} for t in texts])
+    (whole,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    sizes = []
+
+    class Spy:
+        vocab_size, eos_token_id, content_hash = tokenizer.vocab_size, tokenizer.eos_token_id, "spy"
+
+        def encode_batch(self, batch):
+            sizes.append(sum(map(len, batch)))
+            return tokenizer.encode_batch(batch)
+
+    monkeypatch.setattr(shards, "CHUNK_CHARS", 500)
+    (pieces,) = prepare(path, Spy(), kind="text", cache_dir=tmp_path / "c")
+    assert len(sizes) > 5
+    assert max(sizes) < 500 + max(map(len, texts))  # the last text of a chunk may reach over
+    for name in ("tokens", "offsets", "lines", "bytes"):
+        assert np.array_equal(getattr(whole, name), getattr(pieces, name))
+
+
+def test_the_key_follows_content_tokenizer_and_kind(write, texts, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"text": t} for t in texts])
+    cache = tmp_path / "c"
+    (first,) = prepare(path, tokenizer, kind="text", cache_dir=cache)
+    stamp = os.stat(first.path / "meta.json").st_mtime_ns
+    (again,) = prepare(path, tokenizer, kind="text", cache_dir=cache)
+    assert (again.path, os.stat(again.path / "meta.json").st_mtime_ns) == (first.path, stamp)
+    moved = path.rename(path.with_name("b.jsonl"))
+    assert prepare(moved, tokenizer, kind="text", cache_dir=cache)[0].path == first.path
+    moved.write_text(moved.read_text("utf-8") + '{"text": "more"}\n', encoding="utf-8")
+    assert prepare(moved, tokenizer, kind="text", cache_dir=cache)[0].path != first.path
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_large_vocabularies_take_four_bytes(write, tokenizer, tmp_path):
+    class Large:
+        vocab_size, eos_token_id, content_hash = 70_000, 69_999, "large"
+        encode_batch = staticmethod(tokenizer.encode_batch)
+
+    (shard,) = prepare(write("a.jsonl", [{"text": "fox"}]), Large(), kind="text", cache_dir=tmp_path)
+    assert shard.tokens.dtype == np.uint32
+    assert shard.tokens[0] == 69_999
+
+
+def test_bad_records_and_wrong_kinds_are_set_aside(write, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"text": "fox"}, "{", {"messages": [{"role": "user", "content": "q"}]},
+                             '{"text": "\\ud800"}', {"instruction": "q", "output": "a"}])  # fmt: skip
+    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    assert (shard.n_documents, shard.meta["n_rejected"]) == (1, 4)
+    assert sorted(json.loads(line)["line"] for line in shard.rejected_lines()) == [2, 3, 4, 5]
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: broken JSON"):  # strict looks at a finished cache, too
+        prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c", strict=True)
+    with pytest.raises(UserError, match=r"no usable record; the first, line 1: a text record, where chat"):
+        prepare(write("b.jsonl", [{"text": "fox"}]), tokenizer, kind="chat", cache_dir=tmp_path / "c")
+    assert not list((tmp_path / "c").glob(".*"))  # no half-written leftovers
+
+
+def test_errors(write, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"text": "fox"}])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="set another --cache_dir"):
+        prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "file" / "c")
+    with pytest.raises(UserError, match="no such data file"):
+        prepare(f"{path},{tmp_path}/none.jsonl", tokenizer, kind="text", cache_dir=tmp_path / "c")
+    with pytest.raises(UserError, match="no data file given"):
+        split_paths(" , ")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_damaged_shard_is_made_anew(write, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"text": "the little fox"}])
+    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    before = shard.tokens.tolist()
+    (shard.path / "tokens.bin").write_bytes(b"")
+    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    assert shard.tokens.tolist() == before
+
+
+def test_a_killed_process_leaves_nothing_that_looks_finished(write, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tok")
+    path = write("a.jsonl", [{"text": f"the fox {n}"} for n in range(50)])
+    code = """
+        import sys, time
+        from minillm.data import shards
+        from minillm.tokenizer import load_tokenizer
+        shards.CHUNK_CHARS = 100
+        append = shards._append
+        def slow(*args):
+            append(*args)
+            print("one", flush=True)
+            time.sleep(60)
+        shards._append = slow
+        shards.prepare(sys.argv[1], load_tokenizer(sys.argv[2]), kind="text", cache_dir=sys.argv[3])
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(code), path, tmp_path / "tok", tmp_path / "c"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "one\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = list((tmp_path / "c").iterdir())
+    assert len(left) == 1
+    assert left[0].name.endswith(".tmp")
+    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    assert shard.n_documents == 50
+    assert [p.name for p in (tmp_path / "c").iterdir()] == [shard.path.name]  # the orphan is gone as well
+
+
+def test_several_shards_read_as_one(write, texts, tokenizer, tmp_path):
+    one = write("one.jsonl", [{"text": t} for t in texts])
+    parts = [write(f"{n}.jsonl", [{"text": t} for t in texts[n * 10 : n * 10 + 10]]) for n in range(4)]
+    whole = TokenStore(prepare(one, tokenizer, kind="text", cache_dir=tmp_path / "c"))
+    split = TokenStore(prepare(",".join(map(str, parts)), tokenizer, kind="text", cache_dir=tmp_path / "c"))
+    assert np.array_equal(whole.offsets, split.offsets)
+    index = np.random.default_rng(0).integers(0, whole.n_tokens, 500)
+    assert np.array_equal(whole.gather("tokens", index), split.gather("tokens", index))
+    copy = pickle.loads(pickle.dumps(split))
+    assert np.array_equal(copy.gather("tokens", index), split.gather("tokens", index))
+    assert len(pickle.dumps(split)) < 6000  # paths, not arrays
+
+
+def test_speed_of_a_finished_cache(write, texts, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"text": t} for t in texts] * 50)
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    began = time.perf_counter()
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    assert time.perf_counter() - began < 0.5
