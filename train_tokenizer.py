@@ -34,12 +34,13 @@ def main(argv: list[str] | None = None):
 
     def training_texts() -> Iterator[str]:
         nonlocal n_bytes
-        for n, texts in enumerate(balanced_records(args.data_files, strict=args.strict), start=1):
+        for n, (texts, roles) in enumerate(balanced_records(args.data_files, strict=args.strict), start=1):
             if not args.valid_files and n % HOLD_OUT_EVERY == 0 and n_of_bytes(held_out) < HOLD_OUT_BYTES:
                 held_out.extend(texts)
             else:
                 n_bytes += n_of_bytes(texts)
                 yield from texts
+                yield from roles  # the chat template writes them before every turn
             if n == args.max_records or n_bytes >= args.max_bytes > 0:
                 return
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None):
         print(f"warning: {warning.message}")
 
     # Report: how far one token reaches, for Chinese and English apart
-    for texts in balanced_records(args.valid_files, strict=args.strict):
+    for texts, _ in balanced_records(args.valid_files, strict=args.strict):
         if n_of_bytes(held_out) >= HOLD_OUT_BYTES:
             break
         held_out.extend(texts)
@@ -70,8 +71,8 @@ def main(argv: list[str] | None = None):
     return tokenizer
 
 
-def balanced_records(files: list[str], *, strict: bool) -> Iterator[list[str]]:
-    """Yield the texts of one record after another, always of the file that gave the fewest bytes.
+def balanced_records(files: list[str], *, strict: bool) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the texts and the role names of one record after another, always of the file that gave the fewest bytes.
 
     So a limit on the total cuts all files alike: a small Chinese file is not drowned by a large English one.
     """
@@ -86,7 +87,7 @@ def balanced_records(files: list[str], *, strict: bool) -> Iterator[list[str]]:
         fields = ("text", "messages", "chosen", "rejected")
         texts = list(record_texts({name: getattr(record, name) for name in fields}))
         given[path] += n_of_bytes(texts)
-        yield texts
+        yield texts, [message["role"] for message in record.messages or []]
 
 
 def n_of_bytes(texts: list[str]) -> int:

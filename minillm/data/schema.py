@@ -113,10 +113,15 @@ def parse_record(value: object, line: int) -> Record:
 
 def _read_and_publish(path: Path, strict: bool) -> Iterator[Record]:
     rejected: list[str] = []
+    finished = False  # a reader that stops early knows only some of the bad lines: it must not write them
     try:
         yield from _read(path, strict, lambda *bad: rejected.append(reject_line(*bad)))
+        finished = True
+    except UserError:  # no usable record, or a strict reader (which has set nothing aside)
+        finished = True
+        raise
     finally:
-        if rejected:
+        if finished and rejected:
             where = publish_rejected(path, rejected, fallback_dir=None)
             print(f"{path}: {len(rejected)} bad lines, see {where or 'nowhere (not writable)'}", file=sys.stderr)
 

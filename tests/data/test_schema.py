@@ -1,5 +1,6 @@
 import gzip
 import json
+from itertools import islice
 
 import pytest
 
@@ -86,6 +87,14 @@ def test_bad_lines_are_set_aside_with_their_numbers(write):
     assert [r["line"] for r in rejected] == [4, 5]
     assert "broken JSON" in rejected[0]["reason"]
     assert rejected[0]["raw"] == '{"text": "cut'
+
+
+def test_a_reader_that_stops_early_writes_nothing(write):
+    path = write("a.jsonl", [{"text": "x"}, "{", {"text": "y"}, "["])
+    complete = path.parent / "a.jsonl.rejected.jsonl"
+    complete.write_text("all of them\n")
+    assert [r.text for r in islice(read_records(path), 2)] == ["x", "y"]
+    assert complete.read_text() == "all of them\n"
 
 
 def test_strict_makes_line_7_fatal_and_writes_nothing(write):
