@@ -21,14 +21,18 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 demo: $(VENV)/.installed
 	$(MAKE) --no-print-directory demo-run PATH="$(abspath $(BIN)):$(PATH)"
 
-# The stages, with whatever python is on the PATH. DEMO_FLAGS shortens them in the tests.
+# The stages, with whatever python is on the PATH. DATA_FLAGS and TRAIN_FLAGS shorten them in the tests.
 demo-run:
-	python dataset/make_demo.py --save_dir $(DATA)
-	python train_tokenizer.py --config configs/demo/tokenizer.yaml --save_dir $(DEMO)
-	python train_pretrain.py --config configs/demo/pretrain.yaml --save_dir $(DEMO) $(DEMO_FLAGS)
-	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO) $(DEMO_FLAGS)
+	python dataset/make_demo.py --out_dir $(DATA) $(DATA_FLAGS)
+	python train_tokenizer.py --config configs/demo/tokenizer.yaml --save_dir $(DEMO) \
+	    --data_path $(DATA)/pretrain_train.jsonl,$(DATA)/sft_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl
+	python train_pretrain.py --config configs/demo/pretrain.yaml --save_dir $(DEMO) \
+	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
+	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO) \
+	    --data_path $(DATA)/sft_train.jsonl --valid_path $(DATA)/sft_valid.jsonl $(TRAIN_FLAGS)
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 0 --perplexity $(DATA)/pretrain_valid.jsonl
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --task_file $(DATA)/sft_test.jsonl
+	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html"
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --temperature 0
 
 test: $(VENV)/.installed-dev

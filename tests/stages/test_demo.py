@@ -1,0 +1,40 @@
+"""The whole demo, shortened: every command of ``make demo`` in order, without a terminal and without a network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SIZES = {
+    "pretrain": 3000, "valid": 60, "addition": 60, "sorting": 60, "counting": 60, "translation": 60, "facts": 60,
+    "multi_turn": 60, "style": 60, "sft_valid": 40, "test": 4, "reason": 20, "reason_test": 10,
+}  # fmt: skip
+
+
+def test_demo_runs_from_raw_text_to_chat(tmp_path):
+    sizes = " ".join(f"--n_{name} {size}" for name, size in SIZES.items())
+    training = "--max_steps 6 --batch_size 4 --eval_interval 3 --save_interval 3 --log_interval 2 --dtype float32"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["make", "demo-run", f"DEMO={tmp_path}/out", f"DATA={tmp_path}/data", f"DATA_FLAGS={sizes}", f"TRAIN_FLAGS={training}"],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "chat skipped" in done.stdout
+    for name in ("pretrain_128", "full_sft_128"):
+        directory = tmp_path / "out" / name
+        assert {"config.json", "model.safetensors", "tokenizer.json", "run.yaml", "summary.html", "summary.png"} <= {
+            file.name for file in directory.iterdir()
+        }
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if row["split"] == "train"] == [2, 4, 6]
+        assert [row["step"] for row in rows if row["split"] == "valid"] == [3, 6]
+    floor = [row for row in rows if "floor" in row]
+    assert not floor  # only texts know their probability; conversations do not
