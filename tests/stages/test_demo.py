@@ -17,15 +17,16 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path):
     sizes = " ".join(f"--n_{name} {size}" for name, size in SIZES.items())
     training = "--max_steps 6 --batch_size 4 --eval_interval 3 --save_interval 3 --log_interval 2 --dtype float32"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    settings = {"DEMO": f"{tmp_path}/out", "DATA": f"{tmp_path}/data", "DATA_FLAGS": sizes, "TRAIN_FLAGS": training}
     done = subprocess.run(
-        ["make", "demo-run", f"DEMO={tmp_path}/out", f"DATA={tmp_path}/data", f"DATA_FLAGS={sizes}", f"TRAIN_FLAGS={training}"],
+        ["make", "demo-run", *(f"{name}={value}" for name, value in settings.items())],
         cwd=ROOT,
         env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=280,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "chat skipped" in done.stdout
     for name in ("pretrain_128", "full_sft_128"):
