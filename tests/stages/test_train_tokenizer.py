@@ -84,7 +84,7 @@ def test_limits_cut_all_files_alike(capsys, data, tmp_path):
     assert "on 0.0 MB" in run(capsys, *common, "--max_bytes", 4000)
     files = [part.strip() for part in data.split(",")]
     given = {"en": 0, "zh": 0}
-    for n, texts in enumerate(train_tokenizer.balanced_records(files, strict=True)):
+    for n, (texts, _roles) in enumerate(train_tokenizer.balanced_records(files, strict=True)):
         given["en" if texts[0].isascii() else "zh"] += train_tokenizer.n_of_bytes(texts)
         if n == 300:
             break
