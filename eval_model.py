@@ -119,6 +119,7 @@ def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> l
 
 
 def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
+    """Measure --perplexity, print it, and return it as it goes into --output."""
     start = time.perf_counter()
     result = perplexity(
         model,
@@ -133,6 +134,7 @@ def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
 
 
 def measure_exact_match(args: EvalArguments, model, tokenizer) -> dict:
+    """Measure --task_file, print the table, and return it as it goes into --output."""
     start = time.perf_counter()
     records = read_records(args.task_file)
     result = exact_match(
@@ -181,6 +183,7 @@ def parse_prompt(record: dict) -> str | list[dict]:
 
 
 def answer_prompts(args: EvalArguments, model, tokenizer, prompts, options: dict) -> list[dict]:
+    """Answer --prompts in batches, print the answers as they come, and return them."""
     encoded = [encode_prompt(args, tokenizer, prompt) for prompt in prompts]
     answers, n_tokens, start = [], 0, time.perf_counter()
     for first in range(0, len(prompts), args.batch_size):

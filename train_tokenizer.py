@@ -91,6 +91,7 @@ def balanced_records(files: list[str], *, strict: bool) -> Iterator[tuple[list[s
 
 
 def n_of_bytes(texts: list[str]) -> int:
+    """Return how many bytes of UTF-8 the texts take."""
     return sum(len(text.encode("utf-8", "replace")) for text in texts)
 
 

@@ -13,8 +13,7 @@ Between the steps a matrix product is timed, in the same dtype: its rate is what
 
 import dataclasses
 import importlib.util
-import json
-import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +23,15 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+
+from benchmarks.common import Side, format_table, median_ratio, turns, write_json
 from minillm.config import ModelConfig
 from minillm.errors import UserError, missing_package
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.training.command_line import parse, require, script
-from minillm.training.optim import adamw
-from minillm.training.precision import autocast, choose_device
+from minillm.training.precision import choose_device
 
 # name: (preset, T positions, B rows)
 SHAPES = {"small": ("small", 512, 4), "demo": ("demo", 256, 8)}
@@ -181,34 +182,6 @@ def make_batch(config: ModelConfig, *, n_rows: int, seq_len: int, n_documents: i
     return {name: column.to(device) for name, column in batch.items()}
 
 
-class Side:
-    """One contender: a model with its loss and optimizer."""
-
-    def __init__(self, build: Callable, config: ModelConfig, state: dict[str, Tensor], device, dtype):
-        model, self.loss = build(config, state)
-        self.model = model.to(device).train()
-        self.optimizer = adamw(self.model, learning_rate=1e-4)
-        self.device, self.dtype = device, dtype
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.seconds: list[float] = []
-
-    def step(self, batch: dict[str, Tensor]) -> float:
-        """Make one optimizer update; return its loss."""
-        with autocast(self.device, self.dtype):
-            loss = self.loss(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()  # waits for the device
-
-    def timed_step(self, batch: dict[str, Tensor]) -> None:
-        """Make one update and remember how long it took."""
-        began = time.perf_counter()
-        self.step(batch)
-        self.seconds.append(time.perf_counter() - began)
-
-
 def product_seconds(device, dtype, size: int) -> float:
     """Return the time of one product of two size × size matrices, the best of three."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -232,16 +205,14 @@ def compare(shape: str, dtype_name: str, args: Arguments, peers: dict[str, Calla
     names, products = list(sides), []
     rounds = args.rounds or (9 if shape == "small" else 60)
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always goes first
+        for name in turns(names, turn):
             sides[name].timed_step(batch)
         if turn % max(1, rounds // 9) == 0:
             products.append(product_seconds(device, dtype, PRODUCT_SIZE))
     n_tokens = batch["input_ids"].numel()
     rates = {name: n_tokens / median(side.seconds) for name, side in sides.items()}
     ratios = {
-        name: median(theirs / mine for theirs, mine in zip(side.seconds, sides["ours"].seconds, strict=True))
-        for name, side in sides.items()
-        if name != "ours"
+        name: median_ratio(side.seconds, sides["ours"].seconds) for name, side in sides.items() if name != "ours"
     }
     product_rate = 2 * PRODUCT_SIZE**3 / median(products)
     return {
@@ -275,7 +246,10 @@ def set_up(shape: str, dtype_name: str, args: Arguments, peers: dict[str, Callab
     )
     torch.manual_seed(0)
     state = Transformer(config).state_dict()
-    sides = {name: Side(build, config, state, device, dtype) for name, build in {"ours": ours, **peers}.items()}
+    sides = {
+        name: Side(*build(config, state), device=device, dtype=dtype)
+        for name, build in {"ours": ours, **peers}.items()
+    }
     return config, sides, batch, device, dtype
 
 
@@ -303,27 +277,7 @@ def table(results: list[dict], names: list[str]) -> str:
         rates = [f"{result['tokens_per_s'][name]:,.0f}" for name in ["ours", *names]]
         ratios = [f"{result['ratio'][name]:.2f}x" for name in names]
         rows.append([result["shape"], result["dtype"], *rates, *ratios, f"{result['share_of_matrix_rate']:.0%}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def write_json(path: str, content: dict) -> None:
-    """Write ``content`` with the machine's description; an empty path writes nothing."""
-    if not path:
-        return
-    machine = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({"machine": machine, **content}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write --output {path}: {error.strerror}; choose another") from error
-    print(f"written: {path}")
+    return format_table(rows)
 
 
 @script

@@ -23,7 +23,7 @@ sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
 from demo_world.grammar import Draw, Source  # noqa: E402
 from demo_world.identity import identity_records  # noqa: E402
 from demo_world.items import COUNT_LENGTHS, HELD_OUT_ONE_IN, SORT_LENGTHS, Items  # noqa: E402
-from demo_world.tasks import TASKS, Tasks, reason_records  # noqa: E402
+from demo_world.tasks import OPEN_TASKS, TASKS, Tasks, reason_records  # noqa: E402
 from demo_world.world import make_world  # noqa: E402
 
 from minillm.errors import UserError  # noqa: E402
@@ -48,7 +48,8 @@ def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
         return records
 
     sft_counts = {task: getattr(args, f"n_{task}") for task in TASKS}
-    valid_counts = {task: max(1, args.n_sft_valid // (len(TASKS) - 1)) for task in TASKS if task != "style"}
+    closed = [task for task in TASKS if task not in OPEN_TASKS]
+    valid_counts = dict.fromkeys(closed, max(1, args.n_sft_valid // len(closed)))
     files = {
         "pretrain_train": documents("pretrain_train", args.n_pretrain),
         "pretrain_valid": documents("pretrain_valid", args.n_valid),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 
 from demo_world import items as it
+from demo_world.grammar import Draw, Source
 from demo_world.world import (
     DICTIONARY,
     ENTITIES,
@@ -23,7 +24,14 @@ from demo_world.world import (
 )
 
 SPLITS = ("train", "valid", "test")
-TASKS = ("addition", "sorting", "counting", "translation", "facts", "multi_turn", "style")
+TASKS = ("addition", "sorting", "counting", "translation", "facts", "multi_turn", "style", "writing")
+
+#: Tasks without one right answer: not tested, and not in the validation file.
+OPEN_TASKS = ("style", "writing")
+
+#: What the writing task writes, in shares: all that no other task asks for stays alive there.
+WRITING_KINDS = {"facts": 0.4, "translation": 0.45, "stories": 0.15}
+WRITING_ASKS = ("Write a line.", "写一句。")
 
 #: Beginnings of prompts. Those of "test" occur nowhere else, though each of their words does.
 PROMPTS = {
@@ -78,6 +86,7 @@ class Tasks:
     def __init__(self, world: World, items: it.Items):
         rng = random.Random(f"tasks {world.seed}")
         self.world, self.items = world, items
+        self.source = Source(world, items, WRITING_KINDS)
         unordered = [p for p in items.held_sums if p[0] <= p[1]]
         valid = set(rng.sample(unordered, len(unordered) // 4))
         self.sums = {
@@ -192,6 +201,10 @@ class Tasks:
         full, terse = self._answers(fact, language)
         answer = rng.choice((full, terse))
         return conversation(opening + self.world.question(fact, language, variant), answer), "style"
+
+    def _writing(self, split, rng):
+        """A fresh document of the source. Without it, tuning on the asked words and facts erases the others."""
+        return conversation(rng.choice(WRITING_ASKS), self.source.sample(Draw(rng))["text"]), "writing"
 
     def _answers(self, fact: Fact, language: str) -> tuple[str, str]:
         return self.world.statement(fact, language), self.world.values[fact][LANGUAGES.index(language)]

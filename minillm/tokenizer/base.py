@@ -164,10 +164,12 @@ class Tokenizer:
 
     @property
     def im_start_id(self) -> int:
+        """Return the id of the token that begins a turn."""
         return self.token_id("<|im_start|>")
 
     @property
     def im_end_id(self) -> int:
+        """Return the id of the token that ends a turn."""
         return self.token_id("<|im_end|>")
 
     @cached_property

@@ -136,6 +136,7 @@ class TrainArguments(ModelArguments):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} {value}: must lie between 0 and 1")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
+        require(bool(self.data_files), "--data_path names no file: give at least one")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
 
@@ -193,14 +194,15 @@ class DemoDataArguments:
     """Documents in pretrain_train.jsonl (about 15 tokens each at vocabulary 1,024)."""
     n_valid: int = 3_000
     """Documents in pretrain_valid.jsonl."""
-    n_addition: int = 55_000
-    """SFT conversations per task, as the next six."""
-    n_sorting: int = 20_000
-    n_counting: int = 40_000
-    n_translation: int = 10_000
-    n_facts: int = 14_000
-    n_multi_turn: int = 10_000
-    n_style: int = 8_000
+    n_addition: int = 42_000
+    """SFT conversations per task, as the next seven."""
+    n_sorting: int = 14_000
+    n_counting: int = 30_000
+    n_translation: int = 1_000
+    n_facts: int = 4_000
+    n_multi_turn: int = 9_000
+    n_style: int = 6_000
+    n_writing: int = 16_000
     n_sft_valid: int = 1_000
     """Conversations in sft_valid.jsonl, all tasks in equal shares."""
     n_test: int = 150
@@ -211,6 +213,7 @@ class DemoDataArguments:
     """Reasoning problems to test on."""
 
     def check(self) -> None:
+        """Raise UserError for a size out of range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(

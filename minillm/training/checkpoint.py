@@ -36,10 +36,12 @@ def save_checkpoint(directory: Path, step: int, write_model: Callable[[Path], No
     final = directory / f"step-{step:08d}"
     temporary = directory / f".{final.name}.tmp-{os.getpid()}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in directory.glob(".step-*.tmp-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_model(temporary)
-        torch.save(state, temporary / STATE_FILE)
+        with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
+            torch.save(state, file)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
         (temporary / MANIFEST_FILE).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
@@ -79,7 +81,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint (missing, truncated or changed file), or None if it is intact."""
     try:
-        files = json.loads((path / MANIFEST_FILE).read_text())["files"]
+        files = dict(json.loads((path / MANIFEST_FILE).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST_FILE} is missing or not readable"
     if STATE_FILE not in files:

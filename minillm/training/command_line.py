@@ -72,10 +72,12 @@ def _from_yaml(cls: type[Arguments], path: str) -> Arguments:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")
     known = get_type_hints(cls)
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
         raise UserError(f"--config {path}: unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     for name, value in values.items():
@@ -94,7 +96,7 @@ def _to_type(where: str, value, kind):
         if plain in (int, float):
             try:
                 converted = plain(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UserError(f"{where}: {value!r} is not of type {plain.__name__}") from None
             if isinstance(value, bool) or (plain is int and converted != float(value)):
                 raise UserError(f"{where}: {value!r} is not of type {plain.__name__}")

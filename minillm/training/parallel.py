@@ -91,7 +91,7 @@ class Engine:
         self.module = model
         if self.ranks.world_size > 1:
             ids = [device.index] if device.type == "cuda" else None
-            self.module = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.module = nn.parallel.DistributedDataParallel(model, device_ids=ids)
         return self.module
 
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:

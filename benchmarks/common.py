@@ -1,0 +1,82 @@
+"""What the benchmarks share: sides that take turns in one process, ratios by round, the table, the JSON."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from minillm.errors import UserError
+from minillm.training.optim import adamw
+from minillm.training.precision import autocast
+
+
+class Side:
+    """One contender: a model with its loss and optimizer.
+
+    Args:
+        loss: takes a batch and returns the mean loss to go backward from.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable, *, device: torch.device, dtype: torch.dtype):
+        self.model, self.loss = model.to(device).train(), loss
+        self.optimizer = adamw(self.model, learning_rate=1e-4)
+        self.device, self.dtype = device, dtype
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.seconds: list[float] = []
+
+    def step(self, batch: dict[str, Tensor]) -> float:
+        """Make one optimizer update; return its loss."""
+        with autocast(self.device, self.dtype):
+            loss = self.loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()  # waits for the device
+
+    def timed_step(self, batch: dict[str, Tensor]) -> None:
+        """Make one update and remember how long it took."""
+        began = time.perf_counter()
+        self.step(batch)
+        self.seconds.append(time.perf_counter() - began)
+
+
+def turns(names: list[str], round_index: int) -> list[str]:
+    """Return the names in the order of this round: nobody always goes first."""
+    shift = round_index % len(names)
+    return names[shift:] + names[:shift]
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Return the median of the rounds' own ratios: what slows a whole round down leaves its ratio alone."""
+    return median(above / below for above, below in zip(numerators, denominators, strict=True))
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Return rows of cells as text, right-aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write ``content`` with the machine's description; an empty path writes nothing."""
+    if not path:
+        return
+    machine = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"machine": machine, **content}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write --output {path}: {error.strerror}; choose another") from error
+    print(f"written: {path}")

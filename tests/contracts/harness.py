@@ -1,0 +1,162 @@
+"""A tiny run of the real loop: ragged rows, some without any target, several documents per row.
+
+Equal lengths and full masks hide the classic mistakes (mean of means, lost remainders), so nothing here is even.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+from minillm.config import ModelConfig
+from minillm.data import StepBatches
+from minillm.losses import causal_lm_loss
+from minillm.model import Transformer
+from minillm.training.arguments import PretrainArguments
+from minillm.training.optim import adamw
+from minillm.training.parallel import Engine
+from minillm.training.run import Run
+from minillm.training.tracking import read_metrics
+
+CONFIG = ModelConfig(
+    vocab_size=61,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=24,
+    rope_theta=1e4,
+)
+
+
+class RaggedRows:
+    """``n_rows`` rows of 1 to ``max_len`` tokens in 1 to 3 documents; every fifth row has no target at all."""
+
+    fixed_len = None
+    data_hash = "ragged"
+    summary: dict = {}  # noqa: RUF012
+    target_bytes = 0
+    log_prob = None
+
+    def __init__(self, n_rows: int = 33, max_len: int = 19, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.rows = []
+        for index in range(n_rows):
+            length = int(rng.integers(1, max_len + 1))
+            n_cuts = min(int(rng.integers(0, 3)), length - 1)
+            cuts = np.sort(rng.choice(np.arange(1, length), size=n_cuts, replace=False))
+            documents = np.searchsorted(cuts, np.arange(length), side="right")
+            starts = np.concatenate([[0], cuts]).astype(int)
+            targets = rng.integers(0, CONFIG.vocab_size, length)
+            targets[rng.random(length) < 0.4] = -100
+            if index % 5 == 0:
+                targets[:] = -100
+            self.rows.append(
+                {
+                    "input_ids": rng.integers(0, CONFIG.vocab_size, length),
+                    "targets": targets,
+                    "position_ids": np.arange(length) - starts[documents],
+                    "document_ids": documents,
+                }
+            )
+        self.lengths = np.array([len(row["targets"]) for row in self.rows])
+        self.n_targets = float(sum((row["targets"] != -100).sum() for row in self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.rows[index]
+
+
+def tiny_model(*, double: bool = False, dropout: float = 0.0) -> Transformer:
+    """Return the model of CONFIG with weights of seed 0, large enough that every part matters."""
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    if dropout:
+        for block in model.model.layers:
+            block.mlp.register_forward_hook(lambda module, _, out: F.dropout(out, dropout, module.training))
+    return model.double() if double else model
+
+
+def arguments(directory: Path, **changes) -> PretrainArguments:
+    """Return arguments of a short run without validation, whose clipping is at work."""
+    defaults = {
+        "data_path": "-", "save_dir": str(directory), "dtype": "float32", "device": "cpu", "max_steps": 3,
+        "learning_rate": 1e-2, "warmup_ratio": 0.0, "grad_clip": 0.5, "save_interval": 0, "log_interval": 1,
+    }  # fmt: skip
+    return PretrainArguments(**(defaults | changes))
+
+
+def train(
+    args: PretrainArguments,
+    *,
+    engine: type[Engine] = Engine,
+    double: bool = False,
+    dropout: float = 0.0,
+    n_rows: int = 33,
+    prepare: Callable[[Run], None] = lambda run: None,
+    before_update: Callable[[Run], None] = lambda run: None,
+    finish: bool = False,
+) -> dict:
+    """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
+
+    Args:
+        prepare: called with the run before the loop. before_update: called before every ``run.update()``.
+        finish: save a checkpoint and the model at the end, as the scripts do.
+    """
+    with Run(args, stage="pretrain", engine=engine) as run:
+        model = tiny_model(double=double, dropout=dropout)
+        loader = StepBatches(RaggedRows(n_rows), **run.batching())
+        optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
+        model = run.start(optimizer, loader, tokenizer=None, loss=causal_lm_loss)
+        prepare(run)
+        for micro_batches in run.steps(loader):
+            for batch in micro_batches:
+                with run.autocast():
+                    loss_sum, n_targets = causal_lm_loss(model, batch)
+                run.backward(loss_sum)
+            before_update(run)
+            run.update()
+        if finish:
+            run.finish()
+        return {
+            "metrics": [
+                {key: row[key] for key in ("step", "epoch", "tokens", "loss", "lr", "grad_norm")}
+                for row in read_metrics(run.directory / "metrics.jsonl")
+                if row["split"] == "train"
+            ],
+            "weights": {
+                name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+                for name, value in run.model.state_dict().items()
+            },
+            "optimizer": copy.deepcopy(optimizer.state_dict()),
+            "skipped_steps": run.skipped_steps,
+        }
+
+
+def gradients_of_steps(args: PretrainArguments, **options) -> list[dict[str, torch.Tensor]]:
+    """Return the gradients of every step, unclipped, all at the first weights (the learning rate is nothing)."""
+    gradients = []
+
+    def keep(run: Run) -> None:
+        gradients.append({name: p.grad.detach().clone() for name, p in run.model.named_parameters()})
+
+    train(args, before_update=keep, **options)
+    return gradients
+
+
+def largest_difference(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """Return the largest ‖a − b‖ / ‖b‖ over all parameters."""
+    assert ours.keys() == reference.keys()
+    return max(
+        float((ours[name].double() - wanted.double()).norm() / wanted.double().norm())
+        for name, wanted in reference.items()
+    )

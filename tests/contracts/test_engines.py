@@ -1,0 +1,70 @@
+"""Two processes, uneven targets, three steps of the real loop, the last one partial: equal to one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.contracts.harness import arguments, largest_difference, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    return launch(tmp_path_factory.mktemp("two"), "ddp", "bypassed", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> dict:
+    return train(arguments(tmp_path_factory.mktemp("one"), batch_size=4, global_batch_size=12))
+
+
+def launch(out: Path, *names: str) -> Path:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*torchrun, "-m", "tests.contracts.engines", str(out), *names],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its workers; killed, it would leave them
+        output, _ = process.communicate(timeout=15)
+    assert process.returncode == 0, output[-3000:]
+    return out
+
+
+def assert_equal_runs(path: Path, reference: dict) -> None:
+    ours = torch.load(path)
+    assert [row["step"] for row in ours["metrics"]] == [1, 2, 3]
+    for row, wanted in zip(ours["metrics"], reference["metrics"], strict=True):
+        assert row["tokens"] == wanted["tokens"]
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-6)
+    # Three updates of AdamW: an element whose gradient is nearly nothing moves by lr × g / |g|, so the last digit of
+    # its gradient, which depends on the order of summation, shows in its weight.
+    assert largest_difference(ours["weights"], reference["weights"]) <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_equal_one(two_processes, one_process, engine):
+    assert_equal_runs(two_processes / f"{engine}.pt", one_process)
+
+
+def test_a_bypassed_ddp_is_caught(two_processes, one_process):
+    """The tenth seeded bug."""
+    with pytest.raises(AssertionError):
+        assert_equal_runs(two_processes / "bypassed.pt", one_process)
+
+
+def test_deepspeed_equals_one(tmp_path, one_process):
+    pytest.importorskip("deepspeed")
+    assert_equal_runs(launch(tmp_path, "zero2") / "zero2.pt", one_process)

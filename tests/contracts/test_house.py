@@ -1,0 +1,339 @@
+"""The rules of the house: who imports whom, how long files are, what an import costs, what every script looks like."""
+
+import ast
+import os
+import re
+import runpy
+import subprocess
+import sys
+import textwrap
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+# Package or module of minillm: what it may import of the others. ``errors`` is free for all, as a package is to itself.
+BELOW_TRAINING = {"config", "model", "lora", "losses", "tokenizer", "data"}
+MAY_IMPORT = {
+    "errors": set(),
+    "config": set(),
+    "model": {"config"},
+    "lora": {"config", "model"},
+    "losses": set(),
+    "tokenizer": set(),
+    "data": {"tokenizer"},
+    "training": BELOW_TRAINING,
+    "inference": BELOW_TRAINING | {"training"},
+    "evaluation": BELOW_TRAINING | {"training", "inference"},
+    "serving": BELOW_TRAINING | {"training", "inference", "evaluation"},
+}
+CONFIG_TO_INFERENCE = ("errors", "config", *sorted(BELOW_TRAINING - {"config"}), "training", "inference")
+MODULES = sorted((ROOT / "minillm").rglob("*.py"))
+SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")
+STAGES = [path for path in SCRIPTS if path.stem.startswith("train_") and path.stem != "train_tokenizer"]
+TOP_LEVEL = {path.stem for path in SCRIPTS} | {"tests", "benchmarks", "dataset", "demo_world", "make_demo"}
+# What no extra of ours names, but code around language models easily pulls in.
+NEVER_NEEDED = {"sentencepiece", "peft", "trl", "accelerate", "datasets", "pandas", "scipy", "sklearn", "tensorboard"}
+IMPORT_NAMES = {"rouge-score": "rouge_score"}
+
+
+def name_of(path: Path) -> str:
+    """Return the dotted name of a module of the repository."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the dotted names that a file imports, inside functions and under conditions too.
+
+    ``from a.b import c`` counts as ``a.b.c`` where that is a module of ours, else as ``a.b``.
+    """
+    found = set()
+    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = ROOT.joinpath(*base.split("."), alias.name)
+                is_module = inner.with_suffix(".py").is_file() or (inner / "__init__.py").is_file()
+                found.add(f"{base}.{alias.name}" if is_module else base)
+    return found
+
+
+def part_of(module: str) -> str | None:
+    """Return which part of minillm a module belongs to; None for minillm itself and for others' modules."""
+    words = module.split(".")
+    return words[1] if words[0] == "minillm" and len(words) > 1 else None
+
+
+# ---- imports go one way ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_one_way(path):
+    imports = imports_of(path)
+    here = part_of(name_of(path))
+    outside = {name for name in imports if name.split(".")[0] in TOP_LEVEL}
+    assert not outside, f"the library must not import scripts, tests or tools: {outside}"
+    if here is None:
+        assert not imports, "minillm/__init__.py imports nothing"
+        return
+    assert here in MAY_IMPORT, f"{here} is new: give it a place in the order"
+    parts = {part_of(name) for name in imports if name.split(".")[0] == "minillm"} - {here, "errors", None}
+    assert parts <= MAY_IMPORT[here], f"{here} must not import {parts - MAY_IMPORT[here]}"
+    assert not {"model", "data"} <= parts, "model and data meet only in the scripts"
+
+
+def test_losses_import_torch_alone():
+    for path in MODULES:
+        if part_of(name_of(path)) == "losses":
+            roots = {name.split(".")[0] for name in imports_of(path)}
+            assert roots - sys.stdlib_module_names <= {"torch", "minillm"}, path
+
+
+def test_neither_modules_nor_packages_form_cycles():
+    modules = {name_of(path): {n for n in imports_of(path) if n.startswith("minillm.")} for path in MODULES}
+    for path in MODULES:  # a package's names live in its modules; importing them from itself is no cycle
+        if path.name == "__init__.py":
+            modules[name_of(path)] = {n for n in modules[name_of(path)] if not n.startswith(name_of(path) + ".")}
+    parts: dict[str, set] = {}
+    for name, imports in modules.items():
+        if here := part_of(name):
+            parts.setdefault(here, set()).update({part_of(n) for n in imports} - {here})
+    for graph in (modules, parts):
+        try:
+            list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            pytest.fail(f"imports form a cycle: {' -> '.join(error.args[1])}")
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+
+
+def n_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def own_files() -> list[Path]:
+    """Return every file of the repository: tracked, or new and not ignored."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_files_are_short():
+    sizes = {str(path.relative_to(ROOT)): n_lines(path) for path in own_files() if path.suffix == ".py"}
+    assert len(sizes) > len(MODULES)
+    assert not {name: size for name, size in sizes.items() if size > 400}
+
+
+def test_stage_scripts_are_short():
+    sizes = {path.name: n_lines(path) for path in SCRIPTS if path.stem.startswith("train_")}
+    assert not {name: size for name, size in sizes.items() if size > 130}
+
+
+def test_library_can_be_read_in_a_weekend():
+    n = sum(n_lines(path) for path in MODULES if part_of(name_of(path)) in CONFIG_TO_INFERENCE)
+    assert 0 < n < 6000, f"{n} lines from config to inference"
+
+
+# ---- what an import needs and costs ------------------------------------------------------------------------------
+
+
+def python(code: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run ``code`` in a fresh interpreter that finds the repository; fail with what it printed."""
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def setup_arguments():
+    """What setup.py hands to setuptools."""
+    taken = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", taken.update)
+        patch.setattr(setuptools, "find_packages", lambda **_: [])
+        runpy.run_path(str(ROOT / "setup.py"))
+    return taken
+
+
+def test_library_needs_no_optional_package(setup_arguments):
+    needed = {canonicalize_name(Requirement(line).name) for line in setup_arguments["install_requires"]}
+    extras = {Requirement(line).name for lines in setup_arguments["extras_require"].values() for line in lines}
+    optional = {IMPORT_NAMES.get(name, name) for name in extras if canonicalize_name(name) not in needed} | NEVER_NEEDED
+    assert {"transformers", "wandb", "matplotlib", "deepspeed", "pyarrow", "fastapi", "rouge_score"} <= optional
+    modules = [name_of(path) for path in MODULES if path.stem != "__main__"] + [path.stem for path in SCRIPTS]
+    assert {"minillm.model", "minillm.data", "minillm.training.run", "minillm.evaluation"} <= set(modules)
+    python(
+        f"""
+        import importlib, sys
+
+        class Hide:
+            '''Finds what the usual finders find, but for the optional packages: these seem not to be installed.'''
+            def __init__(self, finders):
+                self.finders = finders
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {sorted(optional)}:
+                    return None
+                found = (finder.find_spec(name, path, target) for finder in self.finders)
+                return next((spec for spec in found if spec is not None), None)
+
+        sys.meta_path[:] = [Hide(list(sys.meta_path))]
+        for name in {modules}:
+            importlib.import_module(name)
+        """
+    )
+
+
+def test_importing_minillm_is_quick():
+    """``import minillm`` costs at most 0.3 s beyond torch; the requirement is a time, so this test takes the time."""
+
+    def seconds() -> float:
+        totals: dict[str, int] = {}
+        for line in python("import minillm", "-X", "importtime").stderr.splitlines():
+            if match := re.match(r"import time:\s+\d+ \|\s+(\d+) \|\s+(\S+)$", line):
+                totals.setdefault(match[2], int(match[1]))  # microseconds, with what it imported
+        return (totals["minillm"] - totals.get("torch", 0)) / 1e6
+
+    assert min(seconds() for _ in range(3)) <= 0.3
+
+
+# ---- the scripts -------------------------------------------------------------------------------------------------
+
+
+def loop_of(path: Path) -> tuple[str, int]:
+    """Return (the text of a stage's loop with the lines that compute the loss as one "...", its number of lines)."""
+    text = path.read_text(encoding="utf-8")
+    loops = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.For) and ast.unparse(node.iter).startswith("run.steps(")
+    ]
+    assert len(loops) == 1, f"{path.name} has {len(loops)} loops over run.steps(...)"
+    (loop,) = loops
+    losses = [
+        node for node in ast.walk(loop) if isinstance(node, ast.With) and ast.unparse(node.items[0]) == "run.autocast()"
+    ]
+    assert len(losses) == 1, f"{path.name} enters run.autocast() {len(losses)} times in its loop"
+    lines = text.splitlines()
+    before, after = lines[loop.lineno - 1 : losses[0].lineno], lines[losses[0].end_lineno : loop.end_lineno]
+    return textwrap.dedent("\n".join([*before, *after])), loop.end_lineno - loop.lineno + 1
+
+
+def test_loop_is_the_same_in_every_stage():
+    loops = {path.name: loop_of(path) for path in STAGES}
+    assert {"train_pretrain.py", "train_sft.py"} <= set(loops)
+    text, _ = loops["train_pretrain.py"]
+    assert text.startswith("for micro_batches in run.steps(")
+    assert text.endswith("run.update()")
+    for name, (other, size) in loops.items():
+        assert other == text, f"the loop of {name} differs"
+        assert size <= 25, f"the loop of {name} has {size} lines"
+
+
+def test_importing_a_script_starts_nothing(tmp_path):
+    done = python(
+        f"""
+        import importlib, inspect, threading
+        for name in {[path.stem for path in SCRIPTS]}:
+            main = importlib.import_module(name).main
+            assert str(inspect.signature(main, follow_wrapped=False)).startswith("(argv"), name
+            parameters = inspect.signature(main).parameters
+            assert list(parameters) == ["argv"] and parameters["argv"].default is None, (name, parameters)
+        assert threading.active_count() == 1, threading.enumerate()
+        """,
+        cwd=tmp_path,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what is written down ----------------------------------------------------------------------------------------
+
+
+def undocumented(path: Path) -> list[str]:
+    """Return the public module, classes, functions and methods of a file that have no docstring."""
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    missing = [] if ast.get_docstring(tree) else [name_of(path)]
+    for node in tree.body:
+        members = [node, *(node.body if isinstance(node, ast.ClassDef) else [])]
+        for member in members:
+            if isinstance(member, kinds) and not node.name.startswith("_") and not member.name.startswith("_"):
+                inside = "" if member is node else f"{node.name}."
+                # main is the script, whose docstring is the module's; a module's forward is what its class does.
+                if not ast.get_docstring(member) and member.name not in ("main", "forward", "backward"):
+                    missing.append(f"{name_of(path)}.{inside}{member.name}")
+    return missing
+
+
+def test_everything_public_has_a_docstring():
+    public = [*MODULES, *SCRIPTS, *(ROOT / "benchmarks").glob("*.py")]
+    assert not [name for path in public for name in undocumented(path)]
+
+
+def test_every_module_has_its_test_file():
+    expected = {
+        ROOT / "tests" / path.relative_to(ROOT / "minillm").parent / f"test_{path.stem}.py"
+        for path in MODULES
+        if not path.stem.startswith("__")
+    }
+    missing = sorted(str(path.relative_to(ROOT)) for path in expected if not path.is_file())
+    assert not missing, "\n".join(missing)
+
+
+def test_no_file_names_a_place_on_one_machine():
+    places = re.compile(r"(?<![\w.~$}/-])/(?:work|root|home|Users)/")
+    hits = []
+    for path in own_files():
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        hits += [f"{path.relative_to(ROOT)}: {line.strip()[:120]}" for line in text.splitlines() if places.search(line)]
+    assert not hits
+
+
+def pins(name: str) -> dict[str, Requirement]:
+    """Return the requirements of a file by their normalised names."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    found = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def test_pins_agree_with_setup(setup_arguments):
+    extras = setup_arguments["extras_require"]
+    core, everything = pins("requirements.txt"), pins("requirements.txt") | pins("requirements-dev.txt")
+    needed = {canonicalize_name(Requirement(line).name) for line in setup_arguments["install_requires"]}
+    # Besides: the curves of the demo, and what builds the package without a network.
+    assert set(core) == needed | {"matplotlib", "setuptools", "wheel"}
+    assert {canonicalize_name(Requirement(line).name) for line in extras["dev"]} <= set(everything)
+    for line in [*setup_arguments["install_requires"], *(line for lines in extras.values() for line in lines)]:
+        wanted = Requirement(line)
+        if pin := everything.get(canonicalize_name(wanted.name)):
+            (exact,) = pin.specifier
+            assert exact.operator == "==", f"{pin} is no pin"
+            assert exact.version in wanted.specifier, f"setup.py wants {wanted}, the pin is {pin}"
+
+
+def commands(name: str) -> list[str]:
+    """Return the lines of a page's code blocks, without comments and runs of spaces."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    lines = (re.sub(r"(^|\s)#.*", "", line) for block in blocks for line in block.splitlines())
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def test_both_readmes_give_the_same_commands():
+    assert commands("README.md") == commands("README_zh.md") != []

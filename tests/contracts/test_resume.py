@@ -1,0 +1,156 @@
+"""A run that is killed, at any moment, and resumed equals one that was not, bit by bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minillm.tokenizer import train_bpe
+from minillm.training.checkpoint import list_checkpoints
+from tests.contracts import checks
+
+ROOT = Path(__file__).parents[2]
+
+# Runs a stage and kills its own process, without a chance to clean up, at the given call of a function.
+DEADLY = """
+import importlib, os, signal, sys
+stage, module, owner, name, call, *argv = sys.argv[1:]
+target = importlib.import_module(module)
+target = getattr(target, owner) if owner else target
+original, calls = getattr(target, name), 0
+def deadly(*args, **options):
+    global calls
+    calls += 1
+    if calls == int(call):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+setattr(target, name, deadly)
+importlib.import_module(stage).main(argv)
+"""
+MOMENTS = {
+    "in the middle of accumulation": ("minillm.training.run", "Run", "backward", 12),
+    "between two updates": ("minillm.training.run", "Run", "update", 6),
+    "while the weights of a checkpoint are written": ("minillm.training.checkpoint", "", "sha256", 12),
+    "before a checkpoint gets its name": ("os", "", "rename", 2),
+    "after it got its name": ("shutil", "", "rmtree", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Ragged texts and chats, and a tokenizer."""
+    directory = tmp_path_factory.mktemp("data")
+    words = ["the", "old", "house", "老", "房子", "stands", "by", "河", "边"]
+    texts = [" ".join(words[(n * k) % 9] for k in range(1, 3 + n % 11)) for n in range(90)]
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": " ".join(text.split()[: 1 + n % 4])}]
+        for n, text in enumerate(texts)
+    ]
+    lines = {"text.jsonl": [{"text": t} for t in texts], "chat.jsonl": [{"conversations": c} for c in chats]}
+    for name, records in lines.items():
+        (directory / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    train_bpe(iter(texts), vocab_size=290).save(directory / "tokenizer")
+    return directory
+
+
+def command(stage: str, data: Path, out: Path) -> list[str]:
+    flags = {
+        "data_path": data / ("text.jsonl" if stage == "train_pretrain" else "chat.jsonl"),
+        "tokenizer_path": data / "tokenizer", "cache_dir": data / "cache", "save_dir": out, "from_weight": "",
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_seq_len": 24, "batch_size": 2, "accumulation_steps": 2, "max_steps": 9, "save_interval": 2,
+        "log_interval": 1, "learning_rate": 0.01, "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def run(code: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, timeout=200)
+
+
+def outcome(out: Path) -> dict:
+    """Return all that a run leaves and that does not depend on the clock."""
+    (directory,) = (path for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
+    newest = list_checkpoints(directory / "checkpoints")[0]
+    state = torch.load(newest / "training_state.pt", weights_only=True)
+    clock = ("seconds", "tokens_per_s", "mfu")
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    del state["counters"]["seconds"], state["window"]["seconds"]
+    return {
+        "rows": [{key: value for key, value in row.items() if key not in clock} for row in rows],
+        "checkpoint": newest.name,
+        "state": state,
+        "weights": load_file(newest / "model.safetensors"),
+        "exported": load_file(directory / "model.safetensors"),
+    }
+
+
+def assert_same(a, b, where: str = "") -> None:
+    """Compare nested containers of tensors and values exactly."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("stage", ["train_pretrain", "train_sft"])
+def test_killed_and_resumed_equals_uninterrupted(stage, data, tmp_path):
+    whole = run([str(ROOT / f"{stage}.py"), *command(stage, data, tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr
+    expected = outcome(tmp_path / "whole")
+    assert [row["step"] for row in expected["rows"]] == list(range(1, 10))
+    # Every run of killing takes seconds: both stages share the loop, so each moment is tried in one of them.
+    moments = [m for n, m in enumerate(MOMENTS) if (n % 2 == 0) == (stage == "train_pretrain")]
+    for number, moment in enumerate(moments):
+        out = tmp_path / f"killed{number}"
+        arguments = command(stage, data, out)
+        module, owner, name, call = MOMENTS[moment]
+        killed = run(["-c", DEADLY, stage, module, owner, name, str(call), *arguments])
+        assert killed.returncode == -9, f"{moment}: was not killed\n{killed.stderr}"
+        assert not list(out.glob("*/model.safetensors")), moment
+        resumed = run([str(ROOT / f"{stage}.py"), *arguments, "--from_resume"])
+        assert resumed.returncode == 0, resumed.stderr
+        assert "resumed from" in resumed.stdout
+        assert_same(outcome(out), expected, moment)
+        leftovers = [path.name for path in (next(out.glob("*/checkpoints"))).iterdir() if path.name.startswith(".")]
+        assert leftovers == [], moment
+
+
+def test_resume_is_exact_with_dropout(tmp_path):
+    checks.resume_is_exact(tmp_path)
+
+
+def test_without_a_checkpoint_resume_says_so(data, tmp_path, capsys):
+    train_pretrain = pytest.importorskip("train_pretrain")
+    with pytest.raises(SystemExit) as ended:
+        train_pretrain.main([*command("train_pretrain", data, tmp_path / "none"), "--from_resume"])
+    assert ended.value.code == 2
+    assert "no intact checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, named", [(("--learning_rate", "0.02"), "learning_rate: 0.01 then, 0.02 now"), (("--seed", "7"), "seed")]
+)
+def test_other_settings_are_refused(data, tmp_path, capsys, change, named):
+    train_pretrain = pytest.importorskip("train_pretrain")
+    arguments = command("train_pretrain", data, tmp_path)
+    train_pretrain.main([*arguments, "--save_interval", "4"])
+    with pytest.raises(SystemExit) as ended:
+        train_pretrain.main([*arguments, *change, "--from_resume"])
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
