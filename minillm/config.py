@@ -75,12 +75,12 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}: each key head serves the same number of query heads"
             )
+        if self.hidden_size % self.num_attention_heads and (self.head_dim is None or not self.use_qk_norm):
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
+                f"choose one that is (with use_qk_norm, setting head_dim will do; the Llama family does not allow it)"
+            )
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise UserError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{self.num_attention_heads}: choose one that is, or set head_dim"
-                )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", 64 * -(-8 * self.hidden_size // 192))

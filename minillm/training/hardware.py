@@ -4,6 +4,7 @@ MFU as in Chowdhery et al., PaLM (2022), appendix B: the model's own floating-po
 recomputation, over the device's peak.
 """
 
+import re
 import resource
 import sys
 import time
@@ -26,7 +27,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, (half, single) in _GPU_PEAKS.items():
-            if key in name:
+            if re.search(rf"\b{key}G?\b", name):  # whole words: an L40 is no L4; the G is the A10G's
                 return single if dtype == torch.float32 else half
         return None
     if device.type != "cpu":

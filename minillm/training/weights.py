@@ -52,12 +52,14 @@ def create_model(args: TrainArguments, tokenizer) -> Transformer:
     """Return the float32 model to train, on the CPU: new (weights drawn from ``--seed``), or from ``--from_weight``.
 
     Raises:
-        UserError: the weights are missing, or their vocabulary is smaller than the tokenizer's.
+        UserError: the weights are missing, their vocabulary is smaller than the tokenizer's, or a row is
+            longer than the model's positions.
     """
     config = preset_config(
         args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     if not args.from_weight:
+        _check_positions(config, args)
         torch.manual_seed(args.seed)
         return Transformer(config)
     path = find_weights(args.from_weight, save_dir=args.save_dir, hidden_size=config.hidden_size)
@@ -67,4 +69,13 @@ def create_model(args: TrainArguments, tokenizer) -> Transformer:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the weights {path} have embeddings for "
             f"{model.config.vocab_size}; give --tokenizer_path the tokenizer these weights were trained with"
         )
+    _check_positions(model.config, args)
     return model
+
+
+def _check_positions(config: ModelConfig, args: TrainArguments) -> None:
+    if args.max_seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions; "
+            f"choose at most that"
+        )

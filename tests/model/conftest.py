@@ -1,0 +1,99 @@
+"""Shapes that differ where mistakes hide, and transformers' models with the same weights."""
+
+import pytest
+import torch
+import transformers
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from minillm.config import ModelConfig
+from minillm.model import Transformer
+
+TINY = {"vocab_size": 83, "hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64, "rope_theta": 1e4}
+SHAPES = {
+    "grouped": {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 100},
+    "one kv head, wide heads": {
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 14, "intermediate_size": 77,
+    },
+    "no groups, untied": {
+        "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 64, "tie_word_embeddings": False,
+    },
+    "narrow heads, untied": {
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 33,
+        "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+FAMILIES = {"llama": False, "qwen3": True}
+
+
+def make_config(shape: str = "grouped", family: str = "llama", **changes) -> ModelConfig:
+    return ModelConfig(**(TINY | SHAPES[shape] | {"use_qk_norm": FAMILIES[family]} | changes))
+
+
+def make_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
+    """Return a model with weights large enough, and norms uneven enough, that every part of it matters."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.15 if parameter.ndim > 1 else 1 + 0.3 * noise)
+    return model.to(dtype)
+
+
+def make_reference(model: Transformer, **options):
+    """Return transformers' model of the same family with the same weights."""
+    values = transformers.AutoConfig.for_model(**model.config.to_hf())
+    reference = transformers.AutoModelForCausalLM.from_config(values, attn_implementation="eager", **options)
+    reference.load_state_dict(model.state_dict())
+    return reference.to(next(model.parameters()).dtype)
+
+
+@pytest.fixture
+def float64_reference(monkeypatch):
+    """Take the reference's own float32 casts out: norms, rotary tables and softmax stay float64."""
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def rotary(self, x, position_ids):
+        exponents = torch.arange(0, 2 * len(self.inv_freq), 2, dtype=torch.float64) / (2 * len(self.inv_freq))
+        theta = self.config.rope_parameters["rope_theta"]
+        angles = position_ids[..., None].double() * theta**-exponents
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+    softmax = torch.nn.functional.softmax
+
+    def wide_softmax(x, dim, dtype=None):
+        return softmax(x, dim=dim)
+
+    for module, prefix in ((modeling_llama, "Llama"), (modeling_qwen3, "Qwen3")):
+        monkeypatch.setattr(getattr(module, f"{prefix}RMSNorm"), "forward", norm)
+        monkeypatch.setattr(getattr(module, f"{prefix}RotaryEmbedding"), "forward", rotary)
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+
+
+@pytest.fixture
+def tools():
+    """Give tests the functions of this file (test modules cannot import one another)."""
+
+    class Tools:
+        config, model, reference = staticmethod(make_config), staticmethod(make_model), staticmethod(make_reference)
+        tokens = staticmethod(
+            lambda *sizes, seed=0: torch.randint(83, sizes, generator=torch.Generator().manual_seed(seed))
+        )
+
+        @staticmethod
+        def difference(ours, wanted) -> float:
+            """Return the largest difference, relative to the largest number."""
+            return float((ours - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+    return Tools
+
+
+def pytest_generate_tests(metafunc):
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", SHAPES)
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", FAMILIES)

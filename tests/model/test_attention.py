@@ -1,0 +1,69 @@
+"""Attention against loops over heads and positions."""
+
+import math
+
+import pytest
+import torch
+
+from minillm.model.attention import Attention, document_mask, document_positions
+from minillm.model.rope import rope_tables
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0], [3, 3, 1, 1, 1, -1, -1, -1]])
+
+
+def may_look(documents, row, query, key):
+    if query == key:
+        return True
+    return key < query and documents[row, query] == documents[row, key] and documents[row, query] >= 0
+
+
+def test_document_mask():
+    mask = document_mask(DOCUMENTS)
+    assert mask.shape == (3, 1, 8, 8)
+    for row in range(3):
+        for query in range(8):
+            for key in range(8):
+                assert mask[row, 0, query, key].item() == bool(may_look(DOCUMENTS, row, query, key))
+
+
+def test_document_positions():
+    expected = torch.tensor([[0, 1, 2, 0, 0, 1, 0, 1], list(range(8)), [0, 1, 0, 1, 2, 0, 1, 2]])
+    assert torch.equal(document_positions(DOCUMENTS), expected)
+
+
+def slow(attention, x, rope, documents):
+    """The formula, one query of one head at a time."""
+    n_rows, seq_len, _ = x.shape
+    cos, sin = rope
+
+    def heads(projection, norm):
+        y = norm(projection(x).view(n_rows, seq_len, -1, attention.head_dim))
+        half = attention.head_dim // 2
+        first, second = y[..., :half], y[..., half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    q, k = heads(attention.q_proj, attention.q_norm), heads(attention.k_proj, attention.k_norm)
+    v = attention.v_proj(x).view(n_rows, seq_len, -1, attention.head_dim)
+    out = torch.zeros_like(q)
+    for row in range(n_rows):
+        for head in range(q.shape[2]):
+            group = head // (q.shape[2] // k.shape[2])
+            for t in range(seq_len):
+                keys = [s for s in range(seq_len) if may_look(documents, row, t, s)]
+                scores = torch.stack([q[row, t, head] @ k[row, s, group] for s in keys]) / math.sqrt(q.shape[-1])
+                out[row, t, head] = scores.softmax(0) @ v[row, keys, group]
+    return attention.o_proj(out.flatten(2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_against_loops(tools, shape, family, packed):
+    torch.manual_seed(0)
+    config = tools.config(shape, family)
+    attention = Attention(config, 0).double()
+    x = torch.randn(3, 8, config.hidden_size, dtype=torch.float64)
+    documents = DOCUMENTS if packed else torch.zeros(3, 8, dtype=torch.long)
+    rope = rope_tables(document_positions(documents), head_dim=config.head_dim, theta=1e4, dtype=torch.float64)
+    ours = attention(x, rope, document_mask(documents) if packed else None, None)
+    with torch.no_grad():
+        wanted = slow(attention, x, rope, documents)
+    torch.testing.assert_close(ours.detach(), wanted, rtol=0, atol=1e-12)

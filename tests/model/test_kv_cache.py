@@ -1,0 +1,96 @@
+"""Decoding with the cache against the full forward."""
+
+import pytest
+import torch
+
+from minillm.errors import UserError
+from minillm.model import KVCache
+
+
+def full_logits(model, tokens):
+    """Return the logits of the last token of one row, without a cache."""
+    return model(tokens[None])[0, -1]
+
+
+def prefill(model, rows, cache):
+    """Store rows of different lengths at once, padded on the right; return each one's last logits."""
+    longest = max(len(row) for row in rows)
+    input_ids = torch.stack([torch.cat([row, row.new_zeros(longest - len(row))]) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    document_ids = torch.where(torch.arange(longest)[None] < lengths[:, None], 0, -1)
+    logits = model(input_ids, document_ids=document_ids, cache=cache)
+    return logits[torch.arange(len(rows)), lengths - 1]
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 5), (1, 6, 3)])
+@torch.no_grad()
+def test_greedy_decoding_equals_full_forward(tools, shape, family, lengths):
+    model = tools.model(tools.config(shape, family)).eval()
+    rows = [tools.tokens(length, seed=seed) for seed, length in enumerate(lengths)]
+    cache = KVCache(model.config, batch_size=len(rows), max_len=max(lengths) + 6)
+    logits = prefill(model, rows, cache)
+    for _ in range(6):
+        for row, tokens in enumerate(rows):
+            wanted = full_logits(model, tokens)
+            assert tools.difference(logits[row], wanted) <= 1e-5
+            assert logits[row].argmax() == wanted.argmax()
+        chosen = logits.argmax(-1)
+        rows = [torch.cat([tokens, chosen[row : row + 1]]) for row, tokens in enumerate(rows)]
+        logits = model(chosen[:, None], cache=cache)[:, 0]
+    assert cache.lengths.tolist() == [length + 6 for length in lengths]
+
+
+@torch.no_grad()
+def test_prompt_in_pieces(tools):
+    """A long prompt may be stored piece by piece, pieces of several tokens looking back at all before them."""
+    model = tools.model(tools.config()).eval()
+    tokens = tools.tokens(2, 13)
+    cache = KVCache(model.config, batch_size=2, max_len=13)
+    pieces = [model(tokens[:, start:end], cache=cache) for start, end in ((0, 5), (5, 6), (6, 13))]
+    assert tools.difference(torch.cat(pieces, dim=1), model(tokens)) <= 1e-5
+
+
+@torch.no_grad()
+def test_ragged_pieces(tools):
+    """Rows of different lengths go on with pieces of different lengths."""
+    model = tools.model(tools.config(), dtype=torch.float64).eval()
+    a, b = tools.tokens(9, seed=1), tools.tokens(9, seed=2)
+    cache = KVCache(model.config, batch_size=2, max_len=10, dtype=torch.float64)
+    prefill(model, [a[:2], b[:5]], cache)
+    logits = prefill(model, [a[2:8], b[5:6]], cache)
+    assert cache.lengths.tolist() == [8, 6]
+    for row, tokens in enumerate((a[:8], b[:6])):
+        assert tools.difference(logits[row], full_logits(model, tokens)) <= 1e-12
+
+
+@torch.no_grad()
+def test_select_keeps_the_chosen_rows(tools):
+    model = tools.model(tools.config()).eval()
+    rows = [tools.tokens(length, seed=length) for length in (6, 2, 4)]
+    cache = KVCache(model.config, batch_size=3, max_len=8)
+    prefill(model, rows, cache)
+    cache.select(torch.tensor([2, 1]))
+    assert cache.lengths.tolist() == [4, 2]
+    following = torch.tensor([[5], [6]])
+    logits = model(following, cache=cache)[:, 0]
+    for row, tokens in enumerate((rows[2], rows[1])):
+        assert tools.difference(logits[row], full_logits(model, torch.cat([tokens, following[row]]))) <= 1e-5
+    cache.select(torch.tensor([], dtype=torch.long))
+    assert cache.lengths.shape == (0,)
+
+
+@torch.no_grad()
+def test_shorter_dtype(tools):
+    model = tools.model(tools.config()).eval()
+    tokens = tools.tokens(1, 6)
+    cache = KVCache(model.config, batch_size=1, max_len=6, dtype=torch.bfloat16)
+    logits = [model(tokens[:, t : t + 1], cache=cache) for t in range(6)]
+    assert cache.keys[0].dtype == torch.bfloat16
+    assert tools.difference(logits[-1][0, 0], full_logits(model, tokens[0])) < 0.02  # keys of 8 bits
+
+
+def test_too_long_names_the_sizes(tools):
+    model = tools.model(tools.config()).eval()
+    cache = KVCache(model.config, batch_size=1, max_len=4)
+    with pytest.raises(UserError, match="4 slots and would need 5"):
+        model(tools.tokens(1, 5), cache=cache)

@@ -1,0 +1,50 @@
+"""Peak rates from the data sheet or the clock, and memory in use."""
+
+import pytest
+import torch
+
+from minillm.training import hardware
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "single"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12), ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 19.5e12), ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
+        ("NVIDIA L40S", 362e12, 91.6e12), ("NVIDIA L4", 121e12, 30.3e12), ("NVIDIA A10G", 125e12, 31.2e12),
+        ("Tesla T4", 65e12, 8.1e12), ("NVIDIA GeForce RTX 4090", 165e12, 82.6e12), ("Some Card", None, None),
+        ("NVIDIA L40", None, None), ("NVIDIA RTX A1000 Laptop GPU", None, None),
+    ],
+)  # fmt: skip
+def test_known_cards_by_name(monkeypatch, name, half, single):
+    """A100 must not be read as A10, nor L40S as L4; an unlisted L40 has no figure rather than the L4's."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert hardware.peak_flops(CUDA, torch.bfloat16) == half
+    assert hardware.peak_flops(CUDA, torch.float16) == half
+    assert hardware.peak_flops(CUDA, torch.float32) == single
+
+
+def test_an_unknown_kind_of_device_has_no_peak():
+    assert hardware.peak_flops(torch.device("mps"), torch.float32) is None
+
+
+def test_the_cpu_is_measured(monkeypatch):
+    clock = iter([10.0, 10.5, 20.0, 20.25, 30.0, 31.0])  # begin and end of three products; the fastest counts
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
+    assert hardware.peak_flops(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.25
+
+
+def test_memory_of_this_process_grows_with_what_it_holds():
+    before = hardware.memory_bytes(torch.device("cpu"))
+    assert before > 20 * 2**20  # bytes, not kilobytes: torch alone is larger
+    more = before + 64 * 2**20
+    held = bytearray(b"x") * more  # larger than the peak so far, and written to
+    assert hardware.memory_bytes(torch.device("cpu")) >= more
+    del held
+
+
+def test_memory_on_cuda_is_the_allocators_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 12345)
+    assert hardware.memory_bytes(CUDA) == 12345

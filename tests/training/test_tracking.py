@@ -1,0 +1,145 @@
+"""metrics.jsonl row by row, its truncation at a resume, and Weights & Biases without a network."""
+
+import builtins
+import json
+
+import pytest
+
+from minillm.errors import UserError
+from minillm.training.tracking import Tracker, read_metrics, truncate_metrics
+
+
+@pytest.fixture
+def tracker(tmp_path):
+    """Call it to open a tracker of tmp_path; all are closed at the end."""
+    opened = []
+
+    def tracker(*, first_step=0, enabled=True):
+        opened.append(Tracker(tmp_path, enabled=enabled, total_steps=9, first_step=first_step, name="toy"))
+        return opened[-1]
+
+    yield tracker
+    for one in opened:
+        one.close()
+
+
+def row(step, split="train", **more):
+    return {"step": step, "split": split, "loss": 1.0 / step, "lr": 1e-3} | more
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_logged(tracker, tmp_path):
+    one = tracker()
+    rows = [row(1), row(2, split="valid", floor=0.1), row(3, note="文")]
+    for number, each in enumerate(rows, start=1):
+        one.log(each)
+        assert read_metrics(tmp_path / "metrics.jsonl") == rows[:number]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_fresh_run_starts_the_file_afresh_and_a_resumed_one_goes_on(tracker, tmp_path):
+    one = tracker()
+    for step in (2, 4, 5, 6):
+        one.log(row(step))
+        one.log(row(step, split="valid"))
+    tracker(first_step=4).log(row(5, loss=7.0))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["split"]) for r in rows] == [
+        (2, "train"), (2, "valid"), (4, "train"), (4, "valid"), (5, "train"),
+    ]  # fmt: skip
+    assert rows[-1]["loss"] == 7.0
+    tracker()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(row(1)) + "\n" + json.dumps(row(2)) + "\n" + json.dumps(row(3))[:-9])
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+    truncate_metrics(path, after_step=1)
+    assert path.read_text() == json.dumps(row(1)) + "\n"
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_another_rank_writes_and_prints_nothing(tracker, tmp_path, capsys):
+    one = tracker(enabled=False)
+    one.start_wandb(project="p", config={}, run_id=None)
+    one.log(row(1))
+    one.advance()
+    one.show(loss="1")
+    one.print("hello")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_and_its_lines(tracker, capsys):
+    one = tracker(first_step=4)
+    one.advance()
+    one.show(loss="1.5")
+    one.print("a line above the bar")
+    assert (one.bar.n, one.bar.total) == (5, 9)
+    assert capsys.readouterr().out == "a line above the bar\n"
+
+
+class FakeRun:
+    id = "run-7"
+
+    def __init__(self):
+        self.logged, self.finished = [], False
+
+    def log(self, values, step):
+        self.logged.append((values, step))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_what_is_sent_to_wandb(tracker, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    runs, calls = [], []
+
+    def init(**settings):
+        calls.append(settings)
+        runs.append(FakeRun())
+        return runs[-1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    one = tracker()
+    one.start_wandb(project="minillm", config={"a": 1}, run_id=None)
+    assert one.run_id == "run-7"
+    one.log(row(2, split="valid"))
+    assert runs[0].logged == [({"valid/step": 2, "valid/loss": 0.5, "valid/lr": 1e-3}, 2)]
+    one.close()
+    assert runs[0].finished
+    again = tracker(first_step=2)
+    again.start_wandb(project="minillm", config={"a": 1}, run_id="run-7")
+    assert [(call["id"], call["resume"]) for call in calls] == [(None, None), ("run-7", "allow")]
+    assert calls[0]["project"] == "minillm"
+    assert calls[0]["dir"] == str(tmp_path)
+
+
+def test_wandb_offline_leaves_a_run_on_disk(tracker, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    one = tracker()
+    one.start_wandb(project="minillm", config={"seed": 1}, run_id=None)
+    one.log(row(1))
+    one.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (record,) = run.glob("*.wandb")
+    assert one.run_id in record.name
+    assert b"train/loss" in record.read_bytes()
+
+
+def test_a_missing_wandb_names_the_line_that_installs_it(tracker, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"--use_wandb needs .*pip install wandb"):
+        tracker().start_wandb(project="p", config={}, run_id=None)
