@@ -1,7 +1,8 @@
 """Conversations with checkable answers: supervised tasks, preference pairs and reasoning problems.
 
-Every task keeps the surface form of the pretraining text (``23+45=``, ``sort:528=``, ``Ming lives in
-Paris.``), so that tuning only has to turn what is known into answers. Three splits: ``train``; ``valid``
+Every answer has the surface form of the pretraining text (``23+45=68``, ``528=258``, ``bird=鸟``, ``Ming lives in
+Paris.``), so that tuning only has to turn what is known into answers: with the bare result as the answer, words
+never asked for were not translated, and sums took several times the examples. Three splits: ``train``; ``valid``
 (held-out items, or phrasings of its own where every item must be asked); ``test`` (held-out items *and*
 phrasings, both disjoint from the other two).
 """
@@ -30,7 +31,7 @@ TASKS = ("addition", "sorting", "counting", "translation", "facts", "multi_turn"
 OPEN_TASKS = ("style", "writing")
 
 #: What the writing task writes, in shares: all that no other task asks for stays alive there.
-WRITING_KINDS = {"facts": 0.4, "translation": 0.45, "stories": 0.15}
+WRITING_KINDS = {"facts": 0.5, "translation": 0.4, "stories": 0.1}
 WRITING_ASKS = ("Write a line.", "写一句。")
 
 #: Beginnings of prompts. Those of "test" occur nowhere else, though each of their words does.
@@ -126,7 +127,7 @@ class Tasks:
 
     def _addition(self, split, rng):
         a, b = rng.choice(self.sums[split])
-        return conversation(f"{self._prompt('addition', split, rng)}{a}+{b}=", str(a + b)), _skill(split)
+        return conversation(f"{self._prompt('addition', split, rng)}{a}+{b}", f"{a}+{b}={a + b}"), _skill(split)
 
     def _sorting(self, split, rng):
         while True:
@@ -134,8 +135,8 @@ class Tasks:
             digits = "".join(rng.choices("0123456789", k=n))
             if self._in_split(self.items.is_list[n](digits), sum(map(int, digits)), split):
                 break
-        prompt = f"{self._prompt('sorting', split, rng)}{digits}="
-        return conversation(prompt, it.sort_answer(digits)), _skill(split)
+        prompt = f"{self._prompt('sorting', split, rng)}{digits}"
+        return conversation(prompt, f"{digits}={it.sort_answer(digits)}"), _skill(split)
 
     def _counting(self, split, rng):
         while True:
@@ -144,8 +145,9 @@ class Tasks:
             code = sum(map(ord, letters[::2])) + ord(target)
             if self._in_split(self.items.is_string[target, n](letters), code, split):
                 break
-        prompt = f"{self._prompt('counting', split, rng).format(target)}{it.count_prompt(letters)}="
-        return conversation(prompt, str(letters.count(target))), _skill(split)
+        asked = it.count_prompt(letters)
+        prompt = f"{self._prompt('counting', split, rng).format(target)}{asked}"
+        return conversation(prompt, f"{target}:{asked}={letters.count(target)}"), _skill(split)
 
     @staticmethod
     def _in_split(allowed: bool, code: int, split: str) -> bool:
@@ -154,9 +156,8 @@ class Tasks:
 
     def _translation(self, split, rng):
         word, side = DICTIONARY[rng.choice(self.words[split])], rng.randrange(2)
-        return conversation(
-            f"{self._prompt('translation', split, rng)}{word[side]}=", word[1 - side]
-        ), _skill(split)
+        prompt = f"{self._prompt('translation', split, rng)}{word[side]}"
+        return conversation(prompt, f"{word[side]}={word[1 - side]}"), _skill(split)
 
     def _facts(self, split, rng):
         derived = split != "train" and rng.random() < 0.5
@@ -183,7 +184,7 @@ class Tasks:
             else:
                 opening = "请回答:" if test else rng.choice(("", "现在回答:"))
                 texts = (f"我是{name}。", f"你好{name}。", f"{opening}我是谁?", f"你是{name}。")
-            middle = (f"{word[1 - side]}=", word[side])
+            middle = (word[1 - side], f"{word[1 - side]}={word[side]}")
             return conversation(*texts[:2], *middle, *texts[2:]), "name"
         a, b, index = rng.choice(self.shopping[split])
         thing = THINGS[index][side]

@@ -38,17 +38,17 @@ def chat(
             history.clear()
         elif question.strip():
             asked = {"role": "user", "content": question}
-            history = history[-history_turns:] if history_turns else []
+            kept = history[-history_turns:] if history_turns else []
             try:
-                ids = encode([*(turn for pair in history for turn in pair), asked])
-                while history and len(ids) + max_new_tokens > model.config.max_position_embeddings:
-                    history = history[1:]
-                    ids = encode([*(turn for pair in history for turn in pair), asked])
+                ids = encode([*(turn for pair in kept for turn in pair), asked])
+                while kept and len(ids) + max_new_tokens > model.config.max_position_embeddings:
+                    kept = kept[1:]
+                    ids = encode([*(turn for pair in kept for turn in pair), asked])
                 answer = _say(stream(model, ids, max_new_tokens=max_new_tokens, **options))
-            except UserError as error:  # a question too long, say: the conversation goes on
+            except UserError as error:  # a question too long, say: the conversation goes on as it was
                 print(f"error: {error}", file=sys.stderr)
                 continue
-            history.append((asked, {"role": "assistant", "content": answer}))
+            history = [*kept, (asked, {"role": "assistant", "content": answer})]
 
 
 def _say(pieces) -> str:

@@ -25,7 +25,7 @@ def dry_run(run, loader, tokenizer, loss) -> None:
             with run.autocast():
                 loss_sum, _ = loss(module, {name: tensor.to(run.device) for name, tensor in batch.items()})
             loss_sum.backward()
-        float(loss_sum)  # waits for the device
+        float(loss_sum.detach())  # waits for the device
         seconds = time.perf_counter() - began
         module.zero_grad(set_to_none=True)
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)

@@ -6,6 +6,7 @@ resuming happen here, once for every stage.
 """
 
 import math
+import os
 import shlex
 import sys
 import time
@@ -134,8 +135,8 @@ class Run:
         )
         self.schedule = Schedule(optimizer, factor)
         module = self.engine.attach(optimizer)
-        self.ranks.main_first(self._open_directory)
         run_id = self._resume() if args.from_resume else None
+        self.ranks.main_first(self._open_directory)
         self.tracker = Tracker(
             self.directory,
             enabled=self.ranks.is_main,
@@ -230,7 +231,13 @@ class Run:
 
     def export(self, directory: Path) -> None:
         """Write the model as a Hugging Face directory, with the tokenizer, in ``--save_dtype``."""
-        save_model(self.model, directory, tokenizer=self.tokenizer, dtype=getattr(torch, self.args.save_dtype))
+        try:
+            save_model(self.model, directory, tokenizer=self.tokenizer, dtype=getattr(torch, self.args.save_dtype))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the model to {directory}: {error.strerror or error}; make room there and go on with "
+                f"--from_resume from the newest checkpoint"
+            ) from error
 
     def validate(self) -> None:
         """Measure the validation loss, log it, and keep the best weights under ``best/``."""
@@ -331,13 +338,13 @@ class Run:
         self._window["seconds"] += elapsed
         self.tracker.advance()
 
-    def _row(self, split: str, loss: float) -> dict:
+    def _row(self, split: str, loss: float | None) -> dict:
         place = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, "split": split}
         return place | {"loss": loss, "seconds": round(self.seconds, 3)}
 
     def _log(self, lr: float, grad_norm: float) -> None:
         window = self._window
-        loss = window["loss_sum"] / window["n_targets"] if window["n_targets"] else 0.0
+        loss = window["loss_sum"] / window["n_targets"] if window["n_targets"] else None  # every step was skipped
         tokens_per_s = window["tokens"] / max(window["seconds"], 1e-9)
         row = self._row("train", loss) | {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": round(tokens_per_s, 1)}
         if self._peak_flops:
@@ -346,7 +353,8 @@ class Run:
             row |= {"loss_scale": self.engine.scaler.get_scale(), "skipped_steps": self.skipped_steps}
         self.tracker.log(row)
         memory = hardware.memory_bytes(self.device) / 2**30
-        shown = {"loss": f"{loss:.4f}", "tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
+        shown_loss = "skipped" if loss is None else f"{loss:.4f}"
+        shown = {"loss": shown_loss, "tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
         self.tracker.show(**shown, **({"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}))
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0}
 
@@ -377,4 +385,6 @@ class Run:
 def resume_command() -> str:
     """Return the command line of this process with ``--from_resume`` added."""
     words = [word for word in sys.argv if not word.startswith("--from_resume")]
-    return shlex.join(["python", *words, "--from_resume"])
+    n_here = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    launcher = ["torchrun", "--nproc_per_node", n_here] if n_here else ["python"]
+    return shlex.join([*launcher, *words, "--from_resume"])

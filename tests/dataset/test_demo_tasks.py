@@ -45,16 +45,18 @@ def answer(record):
 def is_right(task, prompt, said, facts):
     """Answer the prompt from scratch and compare."""
     if task == "addition":
-        a, b = map(int, re.search(r"(\d\d)\+(\d\d)=$", prompt).groups())
-        return said == str(a + b)
+        a, b = map(int, re.search(r"(\d\d)\+(\d\d)$", prompt).groups())
+        return said == f"{a}+{b}={a + b}"
     if task == "sorting":
-        return said == "".join(sorted(re.search(r"(\d+)=$", prompt)[1]))
+        digits = re.search(r"(\d+)$", prompt)[1]
+        return said == f"{digits}={''.join(sorted(digits))}"
     if task == "counting":
-        target, letters = re.search(r"([abcd]):((?: [abcd])+)=$", prompt).groups()
-        return said == str(letters.count(target))
+        target, letters = re.search(r"([abcd]):((?: [abcd])+)$", prompt).groups()
+        return said == f"{target}:{letters}={letters.count(target)}"
     if task == "translation":
-        word = re.search(r"([^:]+)=$", prompt)[1]
-        return (word, said) in world.DICTIONARY or (said, word) in world.DICTIONARY
+        word, other = said.split("=")
+        assert word == re.search(r"([^:]+)$", prompt)[1]
+        return (word, other) in world.DICTIONARY or (other, word) in world.DICTIONARY
     return said in facts
 
 
@@ -138,12 +140,11 @@ def item(record):
     """What a record asks for, whatever the phrasing or language."""
     task, prompt = record["task"], last_prompt(record)
     if task == "addition":
-        return task, tuple(sorted(re.search(r"(\d\d)\+(\d\d)=$", prompt).groups()))
+        return task, tuple(sorted(re.search(r"(\d\d)\+(\d\d)$", prompt).groups()))
     if task == "counting":
-        return task, *re.search(r"([abcd]):((?: [abcd])+)=$", prompt).groups()
+        return task, *re.search(r"([abcd]):((?: [abcd])+)$", prompt).groups()
     if task in ("sorting", "translation"):
-        said = {re.search(r"([^:]+)=$", prompt)[1], answer(record)}
-        return task, frozenset(said) if task == "translation" else re.search(r"(\d+)=$", prompt)[1]
+        return task, frozenset(answer(record).split("="))
     if task == "facts":
         for fact in FACTS:
             if FACTS[fact][0] == answer(record) or FACTS[fact][1] == answer(record):

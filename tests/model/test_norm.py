@@ -30,7 +30,11 @@ def test_formula(sizes, dtype, bound):
 def test_gradcheck():
     norm = RMSNorm(4, 1e-2).double()
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, (x,)), (x, norm.weight))
+
+    def call(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(call, (x, norm.weight))
 
 
 def test_zero_vector_is_finite():
