@@ -1,8 +1,8 @@
 """Conversations with checkable answers: supervised tasks, preference pairs and reasoning problems.
 
-Every answer has the surface form of the pretraining text (``23+45=68``, ``528=258``, ``bird=鸟``, ``Ming lives in
-Paris.``), so that tuning only has to turn what is known into answers: with the bare result as the answer, words
-never asked for were not translated, and sums took several times the examples. Three splits: ``train``; ``valid``
+Prompt and answer keep the surface form of the pretraining text (``23+45=68``, ``bird=鸟``, ``Ming lives in Paris.``),
+so that tuning only has to turn what is known into answers: with the bare sum as the answer, addition took twice
+the examples. Three splits: ``train``; ``valid``
 (held-out items, or phrasings of its own where every item must be asked); ``test`` (held-out items *and*
 phrasings, both disjoint from the other two).
 """
@@ -25,14 +25,15 @@ from demo_world.world import (
 )
 
 SPLITS = ("train", "valid", "test")
-TASKS = ("addition", "sorting", "counting", "translation", "facts", "multi_turn", "style", "writing")
+TASKS = ("addition", "sorting", "counting", "translation", "facts", "multi_turn", "style", "writing", "repeat")
 
-#: Tasks without one right answer: not tested, and not in the validation file.
-OPEN_TASKS = ("style", "writing")
+#: Tasks that are not tested and not in the validation file: they have no one right answer, or nothing is held out.
+OPEN_TASKS = ("style", "writing", "repeat")
 
 #: What the writing task writes, in shares: all that no other task asks for stays alive there.
 WRITING_KINDS = {"facts": 0.5, "translation": 0.4, "stories": 0.1}
 WRITING_ASKS = ("Write a line.", "写一句。")
+REPEAT_ASKS = ("Repeat:", "重复:")
 
 #: Beginnings of prompts. Those of "test" occur nowhere else, though each of their words does.
 PROMPTS = {
@@ -145,9 +146,8 @@ class Tasks:
             code = sum(map(ord, letters[::2])) + ord(target)
             if self._in_split(self.items.is_string[target, n](letters), code, split):
                 break
-        asked = it.count_prompt(letters)
-        prompt = f"{self._prompt('counting', split, rng).format(target)}{asked}"
-        return conversation(prompt, f"{target}:{asked}={letters.count(target)}"), _skill(split)
+        prompt = f"{self._prompt('counting', split, rng).format(target)}{it.count_prompt(letters)}="
+        return conversation(prompt, str(letters.count(target))), _skill(split)
 
     @staticmethod
     def _in_split(allowed: bool, code: int, split: str) -> bool:
@@ -206,6 +206,13 @@ class Tasks:
     def _writing(self, split, rng):
         """A fresh document of the source. Without it, tuning on the asked words and facts erases the others."""
         return conversation(rng.choice(WRITING_ASKS), self.source.sample(Draw(rng))["text"]), "writing"
+
+    def _repeat(self, split, rng):
+        """One to three words or numbers, said again: where only asked words are ever copied, only they can be."""
+        words = [rng.choice(rng.choice(DICTIONARY)) for _ in range(rng.randint(1, 2))]
+        words += [str(rng.randrange(10, 100)) for _ in range(rng.randint(0, 1))]
+        text = ",".join(words)
+        return conversation(rng.choice(REPEAT_ASKS) + text, text), "repeat"
 
     def _answers(self, fact: Fact, language: str) -> tuple[str, str]:
         return self.world.statement(fact, language), self.world.values[fact][LANGUAGES.index(language)]

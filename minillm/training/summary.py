@@ -5,6 +5,8 @@ import dataclasses
 import html
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ def write_run_file(run) -> None:
     """Write ``run.yaml``: resolved configuration, model, data, versions and git revision."""
     content = {
         "stage": run.stage,
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "arguments": as_dict(run.args),
         "resolved": {
             "device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "ranks": run.ranks.world_size,
@@ -54,7 +56,7 @@ def write_summary(run, samples: list[tuple[str, str]]) -> None:
         run.tracker.print("no summary.png: drawing needs matplotlib: pip install matplotlib")
     facts = summary_facts(run)
     (run.directory / "summary.html").write_text(_page(run.directory.name, facts, samples, picture), encoding="utf-8")
-    (run.directory / "README.md").write_text(_model_card(run, facts, samples), encoding="utf-8")
+    (run.directory / "README.md").write_text(_model_card(run, facts, samples, picture), encoding="utf-8")
 
 
 def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
@@ -97,7 +99,7 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
 def summary_facts(run) -> dict[str, str]:
     """Return the run's facts as (name, text), in the order in which they are shown."""
     facts = {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + shlex.join(sys.argv),
         "parameters": f"{sum(p.numel() for p in run.model.parameters()):,}",
         "steps": f"{run.step:,} of {run.rows_per_step} rows x {run.args.max_seq_len} tokens",
         "tokens seen": f"{run.tokens:,}",
@@ -142,15 +144,22 @@ def _page(title: str, facts: dict[str, str], samples: list[tuple[str, str]], pic
     )
 
 
-def _model_card(run, facts: dict[str, str], samples: list[tuple[str, str]]) -> str:
+def _model_card(run, facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    texts = "\n\n".join(f"**{prompt.strip() or '(empty)'}**\n\n```\n{text}\n```" for prompt, text in samples)
+    texts = "\n\n".join(f"**{prompt.strip() or '(empty)'}**\n\n{_fenced(text)}" for prompt, text in samples)
+    curves = f"![curves]({picture.name})\n\n" if picture is not None else ""
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {run.directory.name}\n\n"
         f"Trained with minillm, stage `{run.stage}`. Opens as it is with "
         f"`transformers.AutoModelForCausalLM.from_pretrained`.\n\n| | |\n|---|---|\n{table}\n\n"
-        f"![curves](summary.png)\n\n## Samples\n\n{texts or 'none'}\n"
+        f"{curves}## Samples\n\n{texts or 'none'}\n"
     )
+
+
+def _fenced(text: str) -> str:
+    """Return ``text`` between fences longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _plain(value):
