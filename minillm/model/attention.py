@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
+from minillm.model.block_attention import Blocks, block_attention
 from minillm.model.kv_cache import KVCache
 from minillm.model.norm import RMSNorm
 from minillm.model.rope import apply_rope
@@ -56,7 +57,9 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Blocks | None, cache: KVCache | None
+    ) -> Tensor:
         n_rows, seq_len, _ = x.shape
         per_head = (n_rows, seq_len, -1, self.head_dim)
         q = apply_rope(self.q_norm(self.q_proj(x).view(per_head)), *rope).transpose(1, 2)  # (B, H, T, K)
@@ -64,10 +67,13 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(per_head).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.store(self.layer, k, v)  # (B, G, S, K)
-        if mask is not None and q.is_cuda and self.n_groups > 1:
+        if isinstance(mask, Tensor) and q.is_cuda and self.n_groups > 1:
             # With a mask, CUDA's fast kernels take no grouped heads and would fall back to the slow one.
             k, v = (t.repeat_interleave(self.n_groups, dim=1) for t in (k, v))  # (B, H, S, K)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and seq_len > 1, enable_gqa=k.shape[1] != q.shape[1]
-        )  # (B, H, T, K)
+        if isinstance(mask, Blocks):
+            mixed = block_attention(q, k, v, mask)  # (B, H, T, K)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and seq_len > 1, enable_gqa=k.shape[1] != q.shape[1]
+            )  # (B, H, T, K)
         return self.o_proj(mixed.transpose(1, 2).reshape(n_rows, seq_len, -1))  # (B, T, D)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillm.config import ModelConfig
 from minillm.model.attention import Attention, document_mask, document_positions
+from minillm.model.block_attention import MAX_SEQ_LEN, Blocks, plan_blocks
 from minillm.model.kv_cache import KVCache
 from minillm.model.mlp import MLP
 from minillm.model.norm import RMSNorm
@@ -30,7 +31,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Blocks | None, cache: KVCache | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, D)
 
@@ -48,7 +51,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Blocks | None,
         cache: KVCache | None,
         recompute: bool,
     ) -> Tensor:
@@ -72,12 +75,14 @@ class Transformer(nn.Module):
 
     Attributes:
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        block_attention: train on a CPU with our own attention, which beats torch's there (``block_attention.py``).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.block_attention = True
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -133,6 +138,9 @@ class Transformer(nn.Module):
         elif position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         weight = self.model.embed_tokens.weight
+        if cache is None and self._trains_in_blocks(input_ids):
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+            mask = plan_blocks(mask, input_ids.shape[1], device=input_ids.device, dtype=dtype)
         rope = rope_tables(
             position_ids, head_dim=self.config.head_dim, theta=self.config.rope_theta, dtype=weight.dtype
         )
@@ -143,3 +151,7 @@ class Transformer(nn.Module):
         if head is not None:
             return head(hidden, self.lm_head.weight)
         return self.lm_head(hidden)
+
+    def _trains_in_blocks(self, input_ids: Tensor) -> bool:
+        wanted = self.block_attention and self.training and torch.is_grad_enabled()
+        return wanted and input_ids.device.type == "cpu" and 1 < input_ids.shape[1] <= MAX_SEQ_LEN

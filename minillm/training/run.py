@@ -100,6 +100,7 @@ class Run:
         self.model.gradient_checkpointing = self.args.gradient_checkpointing
         self.directory = Path(self.args.save_dir) / f"{self.stage}_{model.config.hidden_size}"
         if self.args.compile:
+            self.model.block_attention = False  # the compiler has its own way with torch's attention
             for block in self.model.model.layers:  # all blocks share one compiled code; the loss stays eager
                 block.compile(dynamic=False)
         return self.engine.wrap(self.model, self.device)

@@ -1,0 +1,99 @@
+"""Attention for training on a CPU: short blocks of queries against only the keys that they may see.
+
+torch's CPU kernel computes every score of a masked row, spends most of its time in the gradient, and recomputes
+the scores there. Here a block of 64 queries meets the keys from the first one that any of its rows may look at (the
+start of the earliest document that reaches into the block) to its own last; everything else is never computed.
+The probabilities are kept for the gradient, as in the textbook, which is why long rows go another way.
+
+Vaswani et al., Attention Is All You Need (2017), section 3.2; the gradient is the softmax's.
+
+Legend: B batch, T positions, H query heads, G kv heads, J = H / G, K head width, N queries of a block, M its keys.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_LEN = 64  # queries: small enough for the scores to stay in the cache, large enough for the products
+MAX_SEQ_LEN = 1024  # the kept probabilities grow with T²: B·H·T² numbers at most per layer
+
+
+class Blocks(NamedTuple):
+    """Who sees whom in one batch, the same for all layers."""
+
+    bias: Tensor  # (B, 1, 1, T, T): 0 where a query may look, −inf elsewhere, in the dtype of the scores
+    first_keys: list[int]  # per block of queries
+
+
+def plan_blocks(mask: Tensor | None, seq_len: int, *, device: torch.device, dtype: torch.dtype) -> Blocks:
+    """Return the plan of a batch.
+
+    Args:
+        mask: (B, 1, T, T), true where a query may look, never later than itself; None: causal.
+        dtype: of queries and keys.
+    """
+    if mask is None:
+        mask = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
+    bias = torch.zeros(mask.shape, device=device, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    reached = mask.any(dim=0)[0]  # (T, T): key s is seen by query t of any row
+    first = reached.to(torch.uint8).argmax(dim=1)  # (T,): the first such key
+    first_keys = [int(block.min()) for block in first.split(BLOCK_LEN)]
+    return Blocks(bias[:, :, None], first_keys)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Return softmax(q kᵀ / sqrt(K) + bias) v, (B, H, T, K).
+
+    Args:
+        q: (B, H, T, K). k, v: (B, G, T, K); each key head serves J neighbouring query heads.
+    """
+    return _BlockAttention.apply(q, k, v, blocks.bias, blocks.first_keys)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, first_keys):
+        n_rows, n_heads, seq_len, head_dim = q.shape
+        n_groups = k.shape[1]
+        q = (q * head_dim**-0.5).view(n_rows, n_groups, -1, seq_len, head_dim)  # (B, G, J, T, K)
+        k, v = (t.reshape(-1, seq_len, head_dim) for t in (k, v))  # (B·G, T, K)
+        out = q.new_empty(n_rows, seq_len, n_groups, n_heads // n_groups, head_dim)  # (B, T, G, J, K)
+        kept = []
+        for index, first in enumerate(first_keys):
+            start, end = index * BLOCK_LEN, min((index + 1) * BLOCK_LEN, seq_len)
+            queries = q[:, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
+            scores = torch.bmm(queries, k[:, first:end].transpose(1, 2))  # (B·G, J·N, M)
+            scores.view(n_rows, n_groups, -1, end - start, end - first).add_(bias[:, :, :, start:end, first:end])
+            shares = torch.softmax(scores, dim=-1)
+            kept += [queries, shares]
+            mixed = torch.bmm(shares, v[:, first:end])  # (B·G, J·N, K)
+            out[:, start:end] = mixed.view(n_rows, n_groups, -1, end - start, head_dim).permute(0, 3, 1, 2, 4)
+        ctx.save_for_backward(k, v, *kept)
+        ctx.first_keys, ctx.n_groups = first_keys, n_groups
+        return out.view(n_rows, seq_len, n_heads, head_dim).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        k, v, *kept = ctx.saved_tensors
+        n_rows, n_heads, seq_len, head_dim = grad.shape
+        n_groups = ctx.n_groups
+        grad = grad.reshape(n_rows, n_groups, -1, seq_len, head_dim)  # (B, G, J, T, K)
+        grad_q = grad.new_empty(n_rows, seq_len, n_groups, n_heads // n_groups, head_dim)  # (B, T, G, J, K)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        for index, first in enumerate(ctx.first_keys):
+            start, end = index * BLOCK_LEN, min((index + 1) * BLOCK_LEN, seq_len)
+            queries, shares = kept[2 * index : 2 * index + 2]
+            grad_mixed = grad[:, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
+            grad_v[:, first:end] += torch.bmm(shares.transpose(1, 2), grad_mixed)
+            grad_shares = torch.bmm(grad_mixed, v[:, first:end].transpose(1, 2))  # (B·G, J·N, M)
+            # d softmax: shares · (grad − Σ grad · shares)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
+            of_queries = torch.bmm(grad_scores, k[:, first:end])  # (B·G, J·N, K)
+            grad_q[:, start:end] = of_queries.view(n_rows, n_groups, -1, end - start, head_dim).permute(0, 3, 1, 2, 4)
+            grad_k[:, first:end] += torch.bmm(grad_scores.transpose(1, 2), queries)
+        grad_q = grad_q.mul_(head_dim**-0.5).view(n_rows, seq_len, n_heads, head_dim).transpose(1, 2)
+        grad_k, grad_v = (t.view(n_rows, n_groups, seq_len, head_dim) for t in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None, None

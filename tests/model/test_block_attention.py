@@ -1,0 +1,86 @@
+"""Attention in blocks against torch's, over lengths around a block's, with and without documents."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minillm.model.attention import document_mask
+from minillm.model.block_attention import BLOCK_LEN, MAX_SEQ_LEN, block_attention, plan_blocks
+
+
+def qkv(seq_len, n_heads=6, n_groups=2, head_dim=10, n_rows=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seq_len)
+    shapes = [(n_rows, seq_len, heads, head_dim) for heads in (n_heads, n_groups, n_groups)]
+    # transposed, as they come out of the projections
+    return [torch.randn(s, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for s in shapes]
+
+
+def documents(seq_len):
+    """Two rows, cut at different places, the second with padding."""
+    ids = torch.zeros(2, seq_len, dtype=torch.long)
+    ids[0, seq_len // 3 :] = 1
+    ids[0, seq_len // 2 :] = 2
+    ids[1, (2 * seq_len) // 3 :] = 1
+    ids[1, max(1, seq_len - 5) :] = -1
+    return ids
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seq_len", [2, 11, BLOCK_LEN, BLOCK_LEN + 1, 3 * BLOCK_LEN - 7])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
+def test_equals_torch(seq_len, packed, heads):
+    q, k, v = qkv(seq_len, *heads)
+    mask = document_mask(documents(seq_len)) if packed else None
+    ours = block_attention(q, k, v, plan_blocks(mask, seq_len, device=q.device, dtype=q.dtype))
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
+    ours, wanted = (torch.autograd.grad(out, (q, k, v), upstream) for out in (ours, wanted))
+    for gradient, reference in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-12)
+
+
+def test_gradcheck():
+    q, k, v = qkv(5, 4, 2, 3)
+    blocks = plan_blocks(document_mask(documents(5)), 5, device=q.device, dtype=q.dtype)
+    assert torch.autograd.gradcheck(lambda *qkv: block_attention(*qkv, blocks), (q, k, v))
+
+
+def test_keys_that_no_row_may_see_are_left_out():
+    """First keys are exact: one later would cut a document, one earlier would compute for nothing."""
+    ids = documents(3 * BLOCK_LEN)
+    mask = document_mask(ids)
+    blocks = plan_blocks(mask, 3 * BLOCK_LEN, device=ids.device, dtype=torch.float32)
+    for index, first in enumerate(blocks.first_keys):
+        seen = mask[:, 0, index * BLOCK_LEN : (index + 1) * BLOCK_LEN].any(dim=0).any(dim=0).nonzero()
+        assert first == seen.min().item()
+    assert blocks.first_keys == [0, 0, BLOCK_LEN + BLOCK_LEN // 2]
+    one_document = plan_blocks(None, 3 * BLOCK_LEN, device=ids.device, dtype=torch.float32)
+    assert one_document.first_keys == [0, 0, 0]
+
+
+def test_bfloat16_is_as_close_as_a_product_of_that_dtype():
+    q, k, v = (t.detach().bfloat16().requires_grad_() for t in qkv(100, head_dim=32))
+    out = block_attention(q, k, v, plan_blocks(None, 100, device=q.device, dtype=q.dtype))
+    wide = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    assert out.dtype == torch.bfloat16
+    assert ((out - wide).norm() / wide.norm()).item() < 0.01  # scores are rounded to 8 bits
+
+
+@pytest.mark.parametrize("seq_len, expected", [(9, True), (MAX_SEQ_LEN + 1, False), (1, False)])
+def test_where_it_is_used(tools, monkeypatch, seq_len, expected):
+    """In training on a CPU, up to a length; never under no_grad, in eval mode or when switched off."""
+    calls = []
+    module = "minillm.model.attention.block_attention"
+    monkeypatch.setattr(module, lambda *args: calls.append(1) or block_attention(*args))
+    model = tools.model(tools.config(max_position_embeddings=2048))
+    tokens = tools.tokens(1, seq_len)
+    model(tokens)
+    assert (len(calls) == model.config.num_hidden_layers) == expected
+    calls.clear()
+    with torch.no_grad():
+        model(tokens)
+    model.eval()(tokens)
+    model.train().block_attention = False
+    model(tokens)
+    assert not calls
