@@ -27,7 +27,7 @@ from minillm.tokenizer import check_messages, encode_chat, load_tokenizer
 from minillm.training.arguments import EvalArguments
 from minillm.training.command_line import parse, script
 from minillm.training.precision import choose_device, choose_dtype
-from minillm.training.weights import find_weights
+from minillm.training.weights import check_tokenizer, find_weights
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 
@@ -95,11 +95,7 @@ def open_model(args: EvalArguments):
         beside = (folder / "config.json").is_file()
         config = ModelConfig.from_hf(folder) if beside else ModelConfig.preset(args.preset, **described)
     model = load_model(path, device=device, dtype=dtype, config=config).eval()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding of {path} only "
-            f"{model.config.vocab_size}: give --tokenizer_path the tokenizer these weights were trained with"
-        )
+    check_tokenizer(tokenizer, model, path)
     print(f"{path}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device}, {dtype}")
     return model, tokenizer, path
 

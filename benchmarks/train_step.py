@@ -64,7 +64,7 @@ class Arguments:
     """Comma list of whom to compare with; empty: nobody."""
     profile: bool = False
     """Print the operators of our side, by the time spent in them, instead of comparing."""
-    output: str = "benchmarks/out/train_step.json"
+    output: str = "out/benchmarks/train_step.json"
     """Where the figures go as JSON; empty: nowhere."""
 
     def check(self):

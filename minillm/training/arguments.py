@@ -190,20 +190,20 @@ class DemoDataArguments:
     """Folder for the files; made where it is missing."""
     seed: int = 42
     """Draws the world, the held-out items and every file."""
-    n_pretrain: int = 210_000
+    n_pretrain: int = 190_000
     """Documents in pretrain_train.jsonl (about 15 tokens each at vocabulary 1,024)."""
     n_valid: int = 3_000
     """Documents in pretrain_valid.jsonl."""
-    n_addition: int = 24_000
+    n_addition: int = 20_000
     """SFT conversations per task, as the next eight."""
     n_sorting: int = 9_000
-    n_counting: int = 30_000
-    n_translation: int = 4_000
-    n_facts: int = 5_000
-    n_multi_turn: int = 12_000
-    n_style: int = 6_000
-    n_writing: int = 14_000
-    n_repeat: int = 8_000
+    n_counting: int = 22_000
+    n_translation: int = 3_500
+    n_facts: int = 4_000
+    n_multi_turn: int = 9_000
+    n_style: int = 3_000
+    n_writing: int = 8_000
+    n_repeat: int = 6_000
     n_sft_valid: int = 1_000
     """Conversations in sft_valid.jsonl, all tasks in equal shares."""
     n_test: int = 150

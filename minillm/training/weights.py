@@ -8,6 +8,7 @@ from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.model import Transformer
 from minillm.model.hf import load_model
+from minillm.tokenizer import load_tokenizer
 from minillm.training.arguments import TrainArguments
 
 
@@ -64,13 +65,27 @@ def create_model(args: TrainArguments, tokenizer) -> Transformer:
         return Transformer(config)
     path = find_weights(args.from_weight, save_dir=args.save_dir, hidden_size=config.hidden_size)
     model = load_model(path, device="cpu", dtype=torch.float32, **({"config": config} if path.suffix == ".pth" else {}))
+    check_tokenizer(tokenizer, model, path)
+    _check_positions(model.config, args)
+    return model
+
+
+def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
+    """Raise ``UserError`` unless ``tokenizer`` is the one that the weights at ``path`` were trained with.
+
+    With another one of the same size every id would mean another text, and nothing else would say so.
+    """
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the weights {path} have embeddings for "
             f"{model.config.vocab_size}; give --tokenizer_path the tokenizer these weights were trained with"
         )
-    _check_positions(model.config, args)
-    return model
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).content_hash != tokenizer.content_hash:
+        raise UserError(
+            f"the tokenizer ({tokenizer.vocab_size} tokens) is not the one that lies beside the weights in {folder}: "
+            f"leave --tokenizer_path out, or give it that directory"
+        )
 
 
 def _check_positions(config: ModelConfig, args: TrainArguments) -> None:

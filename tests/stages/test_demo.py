@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SIZES = {
     "pretrain": 3000, "valid": 60, "addition": 60, "sorting": 60, "counting": 60, "translation": 60, "facts": 60,
-    "multi_turn": 60, "style": 60, "writing": 60, "repeat": 60, "sft_valid": 40, "test": 4, "reason": 20, "reason_test": 10,
+    "multi_turn": 60, "style": 60, "writing": 60, "repeat": 60, "sft_valid": 40, "test": 4, "reason": 20,
+    "reason_test": 10,
 }  # fmt: skip
 
 

@@ -103,3 +103,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(out, tmp_path):
     larger = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"270 tokens.*pretrain_32.*267.*--tokenizer_path"):
         create_model(arguments(out, from_weight="pretrain"), larger)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
+    """Every id would mean another text, and nothing else would tell."""
+    one, other = (train_bpe(iter([f"{word} " * 9]), vocab_size=269) for word in ("house", "river"))
+    assert one.vocab_size == other.vocab_size
+    weights = tmp_path / "weights"
+    save_model(create_model(arguments(tmp_path), one), weights, tokenizer=one)
+    create_model(arguments(tmp_path, from_weight=str(weights)), one)
+    with pytest.raises(UserError, match="not the one that lies beside"):
+        create_model(arguments(tmp_path, from_weight=str(weights)), other)
