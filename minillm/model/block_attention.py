@@ -20,27 +20,56 @@ BLOCK_LEN = 64  # queries: small enough for the scores to stay in the cache, lar
 MAX_SEQ_LEN = 1024  # the kept probabilities grow with T²: B·H·T² numbers at most per layer
 
 
+class Tile(NamedTuple):
+    """Queries ``start`` to ``end`` of rows ``row`` to ``end_row``, against keys ``first`` to ``end``."""
+
+    row: int
+    end_row: int
+    start: int
+    end: int
+    first: int
+
+
 class Blocks(NamedTuple):
     """Who sees whom in one batch, the same for all layers."""
 
-    bias: Tensor  # (B, 1, 1, T, T): 0 where a query may look, −inf elsewhere, in the dtype of the scores
-    first_keys: list[int]  # per block of queries
+    bias: Tensor  # (B or 1, 1, 1, T, T): 0 where a query may look, −inf elsewhere, in the dtype of the scores
+    tiles: list[Tile]
 
 
-def plan_blocks(mask: Tensor | None, seq_len: int, *, device: torch.device, dtype: torch.dtype) -> Blocks:
+def plan_blocks(mask: Tensor | None, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> Blocks:
     """Return the plan of a batch.
+
+    Rows share their tiles, unless long rows of short documents would make them share too many keys that only one of
+    them may see: then each row gets its own.
 
     Args:
         mask: (B, 1, T, T), true where a query may look, never later than itself; None: causal.
-        dtype: of queries and keys.
+        shape: (B, T). dtype: of queries and keys.
     """
+    n_rows, seq_len = shape
     if mask is None:
         mask = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
-    bias = torch.zeros(mask.shape, device=device, dtype=dtype).masked_fill_(~mask, float("-inf"))
-    reached = mask.any(dim=0)[0]  # (T, T): key s is seen by query t of any row
-    first = reached.to(torch.uint8).argmax(dim=1)  # (T,): the first such key
-    first_keys = [int(block.min()) for block in first.split(BLOCK_LEN)]
-    return Blocks(bias[:, :, None], first_keys)
+    bias = torch.zeros(mask.shape, device=device, dtype=dtype).masked_fill_(~mask, float("-inf"))[:, :, None]
+    first = mask[:, 0].to(torch.uint8).argmax(dim=2)  # (B or 1, T): the first key that each query may see
+    shared = _tiles(first.amin(dim=0), 0, n_rows, BLOCK_LEN)
+    if len(first) > 1:
+        own = [tile for row in range(n_rows) for tile in _tiles(first[row], row, row + 1, 2 * BLOCK_LEN)]
+        if _work(own) < 0.8 * _work(shared):
+            return Blocks(bias, own)
+    return Blocks(bias, shared)
+
+
+def _tiles(first_keys: Tensor, row: int, end_row: int, block_len: int) -> list[Tile]:
+    ends = range(block_len, len(first_keys) + block_len, block_len)
+    blocks = zip(ends, first_keys.split(block_len), strict=True)
+    return [
+        Tile(row, end_row, end - block_len, min(end, len(first_keys)), int(keys.min())) for end, keys in blocks
+    ]
+
+
+def _work(tiles: list[Tile]) -> int:
+    return sum((t.end_row - t.row) * (t.end - t.start) * (t.end - t.first) for t in tiles)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -49,29 +78,30 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     Args:
         q: (B, H, T, K). k, v: (B, G, T, K); each key head serves J neighbouring query heads.
     """
-    return _BlockAttention.apply(q, k, v, blocks.bias, blocks.first_keys)
+    return _BlockAttention.apply(q, k, v, blocks.bias, blocks.tiles)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, first_keys):
+    def forward(ctx, q, k, v, bias, tiles):
         n_rows, n_heads, seq_len, head_dim = q.shape
         n_groups = k.shape[1]
         q = (q * head_dim**-0.5).view(n_rows, n_groups, -1, seq_len, head_dim)  # (B, G, J, T, K)
         k, v = (t.reshape(-1, seq_len, head_dim) for t in (k, v))  # (B·G, T, K)
         out = q.new_empty(n_rows, seq_len, n_groups, n_heads // n_groups, head_dim)  # (B, T, G, J, K)
+        bias = bias.expand(n_rows, -1, -1, -1, -1)
         kept = []
-        for index, first in enumerate(first_keys):
-            start, end = index * BLOCK_LEN, min((index + 1) * BLOCK_LEN, seq_len)
-            queries = q[:, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
-            scores = torch.bmm(queries, k[:, first:end].transpose(1, 2))  # (B·G, J·N, M)
-            scores.view(n_rows, n_groups, -1, end - start, end - first).add_(bias[:, :, :, start:end, first:end])
+        for row, end_row, start, end, first in tiles:
+            rows, groups, n = slice(row, end_row), slice(row * n_groups, end_row * n_groups), end - start
+            queries = q[rows, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
+            scores = torch.bmm(queries, k[groups, first:end].transpose(1, 2))  # (B·G, J·N, M)
+            scores.view(end_row - row, n_groups, -1, n, end - first).add_(bias[rows, :, :, start:end, first:end])
             shares = torch.softmax(scores, dim=-1)
             kept += [queries, shares]
-            mixed = torch.bmm(shares, v[:, first:end])  # (B·G, J·N, K)
-            out[:, start:end] = mixed.view(n_rows, n_groups, -1, end - start, head_dim).permute(0, 3, 1, 2, 4)
+            mixed = torch.bmm(shares, v[groups, first:end])  # (B·G, J·N, K)
+            out[rows, start:end] = mixed.view(end_row - row, n_groups, -1, n, head_dim).permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(k, v, *kept)
-        ctx.first_keys, ctx.n_groups = first_keys, n_groups
+        ctx.tiles, ctx.n_groups = tiles, n_groups
         return out.view(n_rows, seq_len, n_heads, head_dim).transpose(1, 2)
 
     @staticmethod
@@ -83,17 +113,17 @@ class _BlockAttention(torch.autograd.Function):
         grad = grad.reshape(n_rows, n_groups, -1, seq_len, head_dim)  # (B, G, J, T, K)
         grad_q = grad.new_empty(n_rows, seq_len, n_groups, n_heads // n_groups, head_dim)  # (B, T, G, J, K)
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-        for index, first in enumerate(ctx.first_keys):
-            start, end = index * BLOCK_LEN, min((index + 1) * BLOCK_LEN, seq_len)
+        for index, (row, end_row, start, end, first) in enumerate(ctx.tiles):
+            rows, groups, n = slice(row, end_row), slice(row * n_groups, end_row * n_groups), end - start
             queries, shares = kept[2 * index : 2 * index + 2]
-            grad_mixed = grad[:, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
-            grad_v[:, first:end] += torch.bmm(shares.transpose(1, 2), grad_mixed)
-            grad_shares = torch.bmm(grad_mixed, v[:, first:end].transpose(1, 2))  # (B·G, J·N, M)
+            grad_mixed = grad[rows, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
+            grad_v[groups, first:end] += torch.bmm(shares.transpose(1, 2), grad_mixed)
+            grad_shares = torch.bmm(grad_mixed, v[groups, first:end].transpose(1, 2))  # (B·G, J·N, M)
             # d softmax: shares · (grad − Σ grad · shares)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
-            of_queries = torch.bmm(grad_scores, k[:, first:end])  # (B·G, J·N, K)
-            grad_q[:, start:end] = of_queries.view(n_rows, n_groups, -1, end - start, head_dim).permute(0, 3, 1, 2, 4)
-            grad_k[:, first:end] += torch.bmm(grad_scores.transpose(1, 2), queries)
+            of_queries = torch.bmm(grad_scores, k[groups, first:end])  # (B·G, J·N, K)
+            grad_q[rows, start:end] = of_queries.view(end_row - row, n_groups, -1, n, head_dim).permute(0, 3, 1, 2, 4)
+            grad_k[groups, first:end] += torch.bmm(grad_scores.transpose(1, 2), queries)
         grad_q = grad_q.mul_(head_dim**-0.5).view(n_rows, seq_len, n_heads, head_dim).transpose(1, 2)
         grad_k, grad_v = (t.view(n_rows, n_groups, seq_len, head_dim) for t in (grad_k, grad_v))
         return grad_q, grad_k, grad_v, None, None

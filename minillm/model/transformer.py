@@ -140,7 +140,7 @@ class Transformer(nn.Module):
         weight = self.model.embed_tokens.weight
         if cache is None and self._trains_in_blocks(input_ids):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-            mask = plan_blocks(mask, input_ids.shape[1], device=input_ids.device, dtype=dtype)
+            mask = plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device)
         rope = rope_tables(
             position_ids, head_dim=self.config.head_dim, theta=self.config.rope_theta, dtype=weight.dtype
         )

@@ -194,16 +194,16 @@ class DemoDataArguments:
     """Documents in pretrain_train.jsonl (about 15 tokens each at vocabulary 1,024)."""
     n_valid: int = 3_000
     """Documents in pretrain_valid.jsonl."""
-    n_addition: int = 20_000
+    n_addition: int = 18_000
     """SFT conversations per task, as the next eight."""
     n_sorting: int = 9_000
-    n_counting: int = 22_000
-    n_translation: int = 3_500
-    n_facts: int = 4_000
-    n_multi_turn: int = 9_000
-    n_style: int = 3_000
-    n_writing: int = 8_000
-    n_repeat: int = 6_000
+    n_counting: int = 19_000
+    n_translation: int = 3_000
+    n_facts: int = 3_500
+    n_multi_turn: int = 7_500
+    n_style: int = 2_500
+    n_writing: int = 7_000
+    n_repeat: int = 5_000
     n_sft_valid: int = 1_000
     """Conversations in sft_valid.jsonl, all tasks in equal shares."""
     n_test: int = 150

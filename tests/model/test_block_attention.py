@@ -31,7 +31,7 @@ def documents(seq_len):
 def test_equals_torch(seq_len, packed, heads):
     q, k, v = qkv(seq_len, *heads)
     mask = document_mask(documents(seq_len)) if packed else None
-    ours = block_attention(q, k, v, plan_blocks(mask, seq_len, device=q.device, dtype=q.dtype))
+    ours = block_attention(q, k, v, plan_blocks(mask, (2, seq_len), device=q.device, dtype=q.dtype))
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
     upstream = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
@@ -42,7 +42,7 @@ def test_equals_torch(seq_len, packed, heads):
 
 def test_gradcheck():
     q, k, v = qkv(5, 4, 2, 3)
-    blocks = plan_blocks(document_mask(documents(5)), 5, device=q.device, dtype=q.dtype)
+    blocks = plan_blocks(document_mask(documents(5)), (2, 5), device=q.device, dtype=q.dtype)
     assert torch.autograd.gradcheck(lambda *qkv: block_attention(*qkv, blocks), (q, k, v))
 
 
@@ -50,18 +50,37 @@ def test_keys_that_no_row_may_see_are_left_out():
     """First keys are exact: one later would cut a document, one earlier would compute for nothing."""
     ids = documents(3 * BLOCK_LEN)
     mask = document_mask(ids)
-    blocks = plan_blocks(mask, 3 * BLOCK_LEN, device=ids.device, dtype=torch.float32)
-    for index, first in enumerate(blocks.first_keys):
-        seen = mask[:, 0, index * BLOCK_LEN : (index + 1) * BLOCK_LEN].any(dim=0).any(dim=0).nonzero()
-        assert first == seen.min().item()
-    assert blocks.first_keys == [0, 0, BLOCK_LEN + BLOCK_LEN // 2]
-    one_document = plan_blocks(None, 3 * BLOCK_LEN, device=ids.device, dtype=torch.float32)
-    assert one_document.first_keys == [0, 0, 0]
+    blocks = plan_blocks(mask, ids.shape, device=ids.device, dtype=torch.float32)
+    for row, end_row, start, end, first in blocks.tiles:
+        seen = mask[row:end_row, 0, start:end].any(dim=0).any(dim=0).nonzero()
+        assert (first, end - 1) == (seen.min().item(), seen.max().item())
+    assert [(tile.row, tile.end_row, tile.first) for tile in blocks.tiles] == [
+        (0, 2, 0), (0, 2, 0), (0, 2, BLOCK_LEN + BLOCK_LEN // 2)
+    ]  # fmt: skip
+    one_document = plan_blocks(None, (2, 3 * BLOCK_LEN), device=ids.device, dtype=torch.float32)
+    assert [tile.first for tile in one_document.tiles] == [0, 0, 0]
+
+
+def test_long_rows_of_short_documents_get_tiles_of_their_own():
+    """Row 0 cut after 2, 5, ... blocks, row 1 after 3, 6, ...: together they would reach back further than each."""
+    position = torch.arange(8 * BLOCK_LEN)
+    ids = torch.stack([position // (2 * BLOCK_LEN), torch.zeros_like(position)])
+    mask = document_mask(ids)
+    blocks = plan_blocks(mask, ids.shape, device=ids.device, dtype=torch.float64)
+    assert {(tile.row, tile.end_row) for tile in blocks.tiles} == {(0, 1), (1, 2)}
+    assert [tile.first for tile in blocks.tiles if tile.row == 0] == [0, 128, 256, 384]
+    q, k, v = qkv(8 * BLOCK_LEN)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(block_attention(q, k, v, blocks), wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad(block_attention(q, k, v, blocks), (q, k, v), upstream)
+    for gradient, reference in zip(ours, torch.autograd.grad(wanted, (q, k, v), upstream), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-12)
 
 
 def test_bfloat16_is_as_close_as_a_product_of_that_dtype():
     q, k, v = (t.detach().bfloat16().requires_grad_() for t in qkv(100, head_dim=32))
-    out = block_attention(q, k, v, plan_blocks(None, 100, device=q.device, dtype=q.dtype))
+    out = block_attention(q, k, v, plan_blocks(None, (2, 100), device=q.device, dtype=q.dtype))
     wide = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
     assert out.dtype == torch.bfloat16
     assert ((out - wide).norm() / wide.norm()).item() < 0.01  # scores are rounded to 8 bits
