@@ -78,6 +78,12 @@ def test_what_old_files_leave_out_is_their_default():
         ({"intermediate_size": 0}, "intermediate_size is 0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"head_dim": 8.0}, "head_dim is 8.0"),
+        ({"head_dim": "8"}, "head_dim is '8'"),
+        ({"intermediate_size": 100.0}, "intermediate_size is 100.0"),
+        ({"num_key_value_heads": True}, "num_key_value_heads is True"),
     ],
 )
 def test_values_that_cannot_be(changes, message):
@@ -96,7 +102,13 @@ def test_qwen3_takes_any_head_width():
         ({"model_type": None}, "model_type None"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -105,6 +117,27 @@ def test_qwen3_takes_any_head_width():
 def test_settings_that_would_change_the_result_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         ModelConfig.from_hf(ModelConfig.preset("demo").to_hf() | changes)
+
+
+def test_rope_scaling_beside_rope_parameters_counts_in_transformers_too():
+    """The reason to refuse it: to_hf writes rope_parameters, a user adds rope_scaling, and they apply it."""
+    values = ModelConfig.preset("demo").to_hf() | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert transformers.AutoConfig.for_model(**values).rope_parameters["rope_type"] == "linear"
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "default"}])
+def test_rope_scaling_that_changes_nothing_is_read(scaling):
+    values = ModelConfig.preset("demo").to_hf() | {"rope_scaling": scaling}
+    assert ModelConfig.from_hf(values).rope_theta == transformers.AutoConfig.for_model(**values).rope_parameters[
+        "rope_theta"
+    ]
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '"llama"'])
+def test_a_file_that_holds_no_configuration(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is not a JSON object"):
+        ModelConfig.from_hf(tmp_path)
 
 
 def test_unknown_preset_lists_those_there_are():

@@ -102,9 +102,10 @@ def test_without_gradients_the_value_is_the_same(problem):
 
 
 def test_parts_add_up_to_the_whole(problem):
-    """Sums and counts of any parts add up; means would not."""
+    """Sums, counts and gradients of any parts add up; means would not."""
     hidden, weight, targets, weights = problem
     whole = linear_cross_entropy(hidden, weight, targets, weights)
+    gradients = torch.autograd.grad(whole[0], (hidden, weight))
     for cut in (1, 2):
         parts = [
             linear_cross_entropy(hidden[rows], weight, targets[rows], None if weights is None else weights[rows])
@@ -112,6 +113,30 @@ def test_parts_add_up_to_the_whole(problem):
         ]
         for index in (0, 1):
             assert parts[0][index].item() + parts[1][index].item() == pytest.approx(whole[index].item(), rel=1e-13)
+        ours = torch.autograd.grad(parts[0][0] + parts[1][0], (hidden, weight))
+        for gradient, reference in zip(ours, gradients, strict=True):
+            assert ((gradient - reference).norm() / reference.norm()).item() < 1e-13
+
+
+def test_a_second_derivative_is_refused():
+    """The gradient is formed in the forward pass, as a constant: its own derivative would silently be wrong."""
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64)
+    loss_sum, _ = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, -100]))
+    (gradient,) = torch.autograd.grad(loss_sum**2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(gradient.square().sum(), hidden)
+
+
+def test_large_logits_stay_finite():
+    """exp(10⁴) overflows even float64; the exact loss is the distance to the largest logit."""
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
+    targets = torch.tensor([1, 2])
+    for loss_sum, _ in (linear_cross_entropy(hidden, weight, targets), cross_entropy(hidden @ weight.T, targets)):
+        assert loss_sum.item() == 1e4
+        for gradient in torch.autograd.grad(loss_sum, (hidden, weight)):
+            assert torch.isfinite(gradient).all()
 
 
 def test_logits_of_short_dtypes_are_widened():

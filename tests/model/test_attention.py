@@ -29,6 +29,14 @@ def test_document_mask():
 def test_document_positions():
     expected = torch.tensor([[0, 1, 2, 0, 0, 1, 0, 1], list(range(8)), [0, 1, 0, 1, 2, 0, 1, 2]])
     assert torch.equal(document_positions(DOCUMENTS), expected)
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randint(4, (5, 40), generator=generator).cumsum(1) // 5  # runs of uneven lengths
+    for row, positions in zip(documents.tolist(), document_positions(documents).tolist(), strict=True):
+        for t, position in enumerate(positions):
+            start = t
+            while start > 0 and row[start - 1] == row[t]:
+                start -= 1
+            assert position == t - start
 
 
 def slow(attention, x, rope, documents):
@@ -60,10 +68,18 @@ def test_against_loops(tools, shape, family, packed):
     torch.manual_seed(0)
     config = tools.config(shape, family)
     attention = Attention(config, 0).double()
-    x = torch.randn(3, 8, config.hidden_size, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+    x = torch.randn(3, 8, config.hidden_size, dtype=torch.float64, requires_grad=True)
     documents = DOCUMENTS if packed else torch.zeros(3, 8, dtype=torch.long)
     rope = rope_tables(document_positions(documents), head_dim=config.head_dim, theta=1e4, dtype=torch.float64)
     ours = attention(x, rope, document_mask(documents) if packed else None, None)
-    with torch.no_grad():
-        wanted = slow(attention, x, rope, documents)
-    torch.testing.assert_close(ours.detach(), wanted, rtol=0, atol=1e-12)
+    wanted = slow(attention, x, rope, documents)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    leaves = {"x": x, **dict(attention.named_parameters())}
+    upstream = torch.randn_like(wanted)
+    ours, wanted = (torch.autograd.grad(out, list(leaves.values()), upstream) for out in (ours, wanted))
+    for name, gradient, reference in zip(leaves, ours, wanted, strict=True):
+        assert ((gradient - reference).norm() / reference.norm()).item() < 1e-12, name

@@ -66,6 +66,7 @@ def test_dtype_of_files_and_of_loading(tools, dtype, tmp_path):
     save_model(model, tmp_path, dtype=dtype)
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {dtype}
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == dtype
     loaded = load_model(tmp_path, dtype=torch.float64)
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == torch.float64
@@ -94,6 +95,15 @@ def test_plain_state_dict(tools, tmp_path):
     for name in ("no.pth", "broken.pth", "code.pth"):
         with pytest.raises(UserError, match=rf"{name} is not a plain state dict"):
             load_model(tmp_path / name, config=model.config)
+
+
+def test_plain_state_dict_of_a_tied_model(tools, tmp_path):
+    """torch.save stores the shared matrix under both names."""
+    model = tools.model(tools.config())
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded = load_model(tmp_path / "w.pth", config=model.config, dtype=torch.float64)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.double())
 
 
 @pytest.fixture
@@ -145,6 +155,20 @@ def test_a_missing_or_damaged_shard_is_named(saved):
         load_model(saved)
     shard.unlink()
     with pytest.raises(UserError, match=f"names {shard.name}, which is missing"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"a"', "{}", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(saved, content):
+    (saved / INDEX).write_text(content)
+    with pytest.raises(UserError, match=f"{INDEX} is damaged"):
+        load_model(saved)
+
+
+def test_another_family_is_refused_before_its_weights_are_read(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(UserError, match="model_type 'mamba' is not supported; supported are: llama, qwen3"):
         load_model(saved)
 
 

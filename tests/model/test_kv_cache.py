@@ -92,5 +92,21 @@ def test_shorter_dtype(tools):
 def test_too_long_names_the_sizes(tools):
     model = tools.model(tools.config()).eval()
     cache = KVCache(model.config, batch_size=1, max_len=4)
-    with pytest.raises(UserError, match="4 slots and would need 5"):
+    with pytest.raises(UserError, match="4 slots and would need 5: make it with a larger max_len"):
         model(tools.tokens(1, 5), cache=cache)
+
+
+@torch.no_grad()
+def test_a_refusal_spoils_nothing(tools):
+    """What fits may still be stored after something that did not; with ragged rows the fullest one decides."""
+    model = tools.model(tools.config()).eval()
+    rows = [tools.tokens(length, seed=length) for length in (2, 6)]
+    cache = KVCache(model.config, batch_size=2, max_len=7)
+    prefill(model, rows, cache)
+    with pytest.raises(UserError, match="7 slots and would need 8"):
+        model(tools.tokens(2, 2), cache=cache)
+    assert cache.lengths.tolist() == [2, 6]
+    following = torch.tensor([[5], [6]])
+    logits = model(following, cache=cache)[:, 0]
+    for row, tokens in enumerate(rows):
+        assert tools.difference(logits[row], full_logits(model, torch.cat([tokens, following[row]]))) <= 1e-5
