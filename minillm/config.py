@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,14 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", 64 * -(-8 * self.hidden_size // 192))
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}: rotary embedding turns pairs, so it must be even")
-        if self.intermediate_size < 1:
-            raise UserError(f"intermediate_size is {self.intermediate_size}: it must be at least 1")
+        if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim!r}: rotary embedding turns pairs, so it must be even")
+        if type(self.intermediate_size) is not int or self.intermediate_size < 1:
+            raise UserError(f"intermediate_size is {self.intermediate_size!r}: it must be a whole number of at least 1")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be positive")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UserError(f"{name} is {value!r}: it must be a positive number")
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ModelConfig":
@@ -155,7 +157,7 @@ class ModelConfig:
         model_type = raw.get("model_type")
         if model_type not in ARCHITECTURES:
             raise UserError(f"model_type {model_type!r} is not supported; supported are: {', '.join(ARCHITECTURES)}")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # where both stand, theirs takes the first
         _refuse_unsupported(raw, rope)
         names = {field.name for field in dataclasses.fields(cls)} - {"use_qk_norm"}
         values = {name: raw[name] for name in names if raw.get(name) is not None}
@@ -176,9 +178,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no model configuration: {path} does not exist")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object with the model's settings, but a {type(content).__name__}")
+    return content
 
 
 def _refuse_unsupported(raw: dict[str, Any], rope: dict[str, Any]) -> None:

@@ -128,9 +128,10 @@ def test_rope_scaling_beside_rope_parameters_counts_in_transformers_too():
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "default"}])
 def test_rope_scaling_that_changes_nothing_is_read(scaling):
     values = ModelConfig.preset("demo").to_hf() | {"rope_scaling": scaling}
-    assert ModelConfig.from_hf(values).rope_theta == transformers.AutoConfig.for_model(**values).rope_parameters[
-        "rope_theta"
-    ]
+    assert (
+        ModelConfig.from_hf(values).rope_theta
+        == transformers.AutoConfig.for_model(**values).rope_parameters["rope_theta"]
+    )
 
 
 @pytest.mark.parametrize("content", ["[1]", "null", '"llama"'])

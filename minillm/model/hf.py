@@ -133,7 +133,10 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _read_directory(path: Path) -> dict[str, Tensor]:
     if (path / INDEX).is_file():
-        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / INDEX} is damaged, copy it again: {error!r}") from error
     elif (path / WEIGHTS).is_file():
         names = [WEIGHTS]
     else:

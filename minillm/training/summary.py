@@ -69,6 +69,7 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import StrMethodFormatter
 
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
@@ -81,6 +82,11 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
         if floor is not None:
             loss_axis.axhline(floor, color="#3b7d3b", linestyle="--", label=f"entropy floor {floor:.3f}")
     loss_axis.set(title=f"{title}: loss", xlabel="step", ylabel="nats per token")
+    losses = [row["loss"] for row in rows if row["loss"]]
+    if losses and max(losses) > 3 * min(losses) > 0:  # or the first steps would flatten all that follows
+        loss_axis.set_yscale("log")
+        for set_formatter in (loss_axis.yaxis.set_major_formatter, loss_axis.yaxis.set_minor_formatter):
+            set_formatter(StrMethodFormatter("{x:g}"))
     if loss_axis.get_legend_handles_labels()[1]:
         loss_axis.legend()
     lr_axis.plot([r["step"] for r in train], [r["lr"] for r in train], color="#555555")

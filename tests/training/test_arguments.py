@@ -29,11 +29,6 @@ def test_the_known_flags_are_there(cls):
     assert {field.name for field in dataclasses.fields(cls)} >= FLAGS
 
 
-@pytest.mark.xfail(strict=True, reason="there is no mixture-of-experts model yet")
-def test_use_moe_is_there():
-    assert "use_moe" in {field.name for field in dataclasses.fields(TrainArguments)}
-
-
 def test_defaults_that_others_rely_on(file):
     args = PretrainArguments(data_path=file)
     args.check()
