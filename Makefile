@@ -45,6 +45,8 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/hf_parity.py
+	$(BIN)/python benchmarks/allocator.py
 
 clean:
 	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info

@@ -26,6 +26,7 @@ from minillm.model.hf import load_model
 from minillm.tokenizer import check_messages, encode_chat, load_tokenizer
 from minillm.training.arguments import EvalArguments
 from minillm.training.command_line import parse, script
+from minillm.training.hardware import keep_freed_memory
 from minillm.training.precision import choose_device, choose_dtype
 from minillm.training.weights import check_tokenizer, find_weights
 
@@ -88,6 +89,8 @@ def open_model(args: EvalArguments):
     default = folder if (folder / "tokenizer.json").is_file() else Path(args.save_dir) / "tokenizer"
     tokenizer = load_tokenizer(args.tokenizer_path or default)
     device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = choose_dtype(args.dtype, device)
     config = None
     if path.suffix == ".pth":  # bare weights: their shape lies beside them, or is what the flags say

@@ -42,6 +42,7 @@ from minillm.losses import causal_lm_loss, count_targets
 from minillm.model import Transformer
 from minillm.tokenizer import load_tokenizer
 from minillm.training.command_line import parse, require, script
+from minillm.training.hardware import keep_freed_memory
 from minillm.training.precision import choose_device
 
 DEMO_DATA, DEMO_TOKENIZER = "dataset/demo/sft_train.jsonl", "out/demo/tokenizer"
@@ -56,7 +57,7 @@ class Arguments:
     """Conversations: a file, or a comma list of files. The default is there after `make demo`."""
     tokenizer_path: str = DEMO_TOKENIZER
     """Directory of the tokenizer. The default is there after `make demo`."""
-    token_cache: str = "out/.token_cache"
+    cache_dir: str = "out/.token_cache"
     """Where tokenised data is kept."""
     max_seq_len: int = 1024
     """T of a packed row, positions; longer conversations are cut on every side."""
@@ -163,7 +164,7 @@ def make_plans(args: Arguments, tokenizer) -> dict[str, Plan]:
             max_seq_len=args.max_seq_len,
             packing=packing,
             seed=args.seed,
-            cache_dir=args.token_cache,
+            cache_dir=args.cache_dir,
         )
         for packing in ("best_fit", "none")
     }
@@ -293,6 +294,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse(Arguments, argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    keep_freed_memory()  # as our trainer does; here for all sides, which share the process
     tokenizer = load_tokenizer(args.tokenizer_path)
     plans = make_plans(args, tokenizer)
     lengths = plans["padded"].rows.lengths

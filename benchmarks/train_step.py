@@ -31,6 +31,7 @@ from minillm.errors import UserError, missing_package
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.training.command_line import parse, require, script
+from minillm.training.hardware import keep_freed_memory
 from minillm.training.precision import choose_device
 
 # name: (preset, T positions, B rows)
@@ -286,6 +287,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(Arguments, argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    keep_freed_memory()  # as our trainer does; here for all sides, which share the process
     pairs = [(s, d) for s in args.shapes.split(",") if s for d in args.dtypes.split(",") if d]
     if args.profile:
         for shape, dtype_name in pairs:

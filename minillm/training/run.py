@@ -55,6 +55,8 @@ class Run:
         self.tracker: Tracker | None = None
         if args.num_threads:
             torch.set_num_threads(args.num_threads)
+        if self.device.type == "cpu":
+            hardware.keep_freed_memory()
         checkpoint.seed_everything(args.seed)
 
     def __enter__(self) -> "Run":

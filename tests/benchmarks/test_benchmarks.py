@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, packing, train_step
+from benchmarks import allocator, common, hf_parity, packing, train_step
 from minillm.config import ModelConfig
 from minillm.model import Transformer
+from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def chats(tmp_path_factory):
 def packing_flags(chats, directory: Path, **changes) -> list[str]:
     data, tokenizer = chats
     values = {
-        "data_path": data, "tokenizer_path": tokenizer, "token_cache": directory / "cache", "max_seq_len": 160,
+        "data_path": data, "tokenizer_path": tokenizer, "cache_dir": directory / "cache", "max_seq_len": 160,
         "batch_size": 3, "accumulation_steps": 2, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "rounds": 1, "steps_per_round": 2, "output": directory / "deep" / "packing.json",
     }  # fmt: skip
@@ -153,6 +154,33 @@ def test_train_step_prints_a_ratio_and_writes_json(peers, tmp_path, capsys):
     assert {"shape", "dtype", "tokens_per_s", "ratio", "ratio_to_best", "share_of_matrix_rate"} <= row.keys()
     assert list(row["ratio"]) == ([peers] if peers else [])
     assert row["tokens_per_s"]["ours"] > 0
+
+
+def test_hf_parity_counts_what_is_equal_and_fails_on_a_difference(chats, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    data, tokenizer = chats
+    torch.manual_seed(2)
+    config = ModelConfig.preset("demo", vocab_size=268, hidden_size=16, num_hidden_layers=2)
+    model, tokenizer = Transformer(config), hf_parity.load_tokenizer(tokenizer)
+    save_model(model, tmp_path / "model", tokenizer=tokenizer)
+    flags = ["--model_path", str(tmp_path / "model"), "--data_path", str(data), "--n_prompts", "7"]
+    hf_parity.main([*flags, "--max_new_tokens", "5", "--output", str(tmp_path / "parity.json")])
+    assert "of 7 prompts 7 have equal ids and 7 equal greedy answers" in capsys.readouterr().out
+    assert json.loads((tmp_path / "parity.json").read_text())["logits"] <= 1e-5
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.01)
+    monkeypatch.setattr(hf_parity, "load_model", lambda path: model)
+    with pytest.raises(SystemExit) as stopped:
+        hf_parity.main([*flags, "--max_new_tokens", "5", "--output", ""])
+    assert stopped.value.code == 1
+
+
+def test_allocator_measures_each_setting_in_its_own_process(tmp_path, capsys):
+    output = tmp_path / "allocator.json"
+    allocator.main(["--rounds", "1", "--steps", "1", "--peers", "", "--output", str(output)])
+    assert re.search(r"kept .*\d\.\d\dx", capsys.readouterr().out)
+    faults = json.loads(output.read_text())["faults"]
+    assert faults["ours:kept"][0] < faults["ours:default"][0]
 
 
 def test_ratios_are_medians_of_the_rounds_own():

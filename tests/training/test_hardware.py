@@ -1,5 +1,9 @@
 """Peak rates from the data sheet or the clock, and memory in use."""
 
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,3 +52,28 @@ def test_memory_of_this_process_grows_with_what_it_holds():
 def test_memory_on_cuda_is_the_allocators_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 12345)
     assert hardware.memory_bytes(CUDA) == 12345
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+def test_freed_memory_is_kept_and_not_mapped_anew():
+    """Sixteen times 64 MiB, each freed before the next: by default every one is mapped and zeroed page by page."""
+    code = """
+import resource, sys, torch
+from minillm.training.hardware import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):  # the heap finds its size
+    torch.ones(2**24).sum()
+before = faults()
+for _ in range(16):
+    torch.ones(2**24).sum()
+print(faults() - before)
+"""
+    counts = [
+        int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
+        for name in ("default", "kept")
+    ]
+    pages = 2**26 // resource.getpagesize()
+    assert counts[1] <= 8 * pages < 15 * pages < counts[0]
