@@ -69,7 +69,7 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
@@ -85,8 +85,9 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
     losses = [row["loss"] for row in rows if row["loss"]]
     if losses and max(losses) > 3 * min(losses) > 0:  # or the first steps would flatten all that follows
         loss_axis.set_yscale("log")
-        for set_formatter in (loss_axis.yaxis.set_major_formatter, loss_axis.yaxis.set_minor_formatter):
-            set_formatter(StrMethodFormatter("{x:g}"))
+        loss_axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        loss_axis.yaxis.set_minor_locator(NullLocator())
+        loss_axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     if loss_axis.get_legend_handles_labels()[1]:
         loss_axis.legend()
     lr_axis.plot([r["step"] for r in train], [r["lr"] for r in train], color="#555555")
