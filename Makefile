@@ -47,6 +47,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/hf_parity.py
 	$(BIN)/python benchmarks/allocator.py
+	$(BIN)/python benchmarks/long_context.py
+	$(BIN)/python benchmarks/moe.py
 
 clean:
 	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info

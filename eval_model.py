@@ -4,6 +4,7 @@
     python eval_model.py --model_mode 0                      # complete text with out/pretrain_*
     python eval_model.py --prompts questions.txt --output answers.json
     python eval_model.py --perplexity valid.jsonl --task_file tasks.jsonl
+    python eval_model.py --rope_scaling yarn:4 --rope_original_len 512   # 2,048 tokens with a model trained on 512
 
 Without a file to work on it opens a chat (a completion prompt in mode 0); /clear forgets, /exit ends.
 """
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from minillm.config import ModelConfig
 from minillm.data import read_records
 from minillm.errors import UserError
 from minillm.evaluation import exact_match, perplexity
@@ -28,7 +28,8 @@ from minillm.training.arguments import EvalArguments
 from minillm.training.command_line import parse, script
 from minillm.training.hardware import keep_freed_memory
 from minillm.training.precision import choose_device, choose_dtype
-from minillm.training.weights import check_tokenizer, find_weights
+from minillm.training.routing import active_parameters
+from minillm.training.weights import check_tokenizer, find_weights, preset_config, pth_config, scale_positions
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     options = sampling | {
         "max_new_tokens": args.max_new_tokens,
         "stop": args.stop,
-        "eos_token_id": (tokenizer.eos_token_id, *([tokenizer.im_end_id] if args.model_mode else [])),
+        "eos_token_id": end_tokens(tokenizer),
         "generator": torch.Generator().manual_seed(args.seed),
         "tokenizer": tokenizer,
     }
@@ -80,11 +81,13 @@ def open_model(args: EvalArguments):
     name = args.from_weight or STAGES[args.model_mode]
     is_stage = "/" not in name and not Path(name).exists()
     runs = [path.parent for path in Path(args.save_dir).glob(f"{name}_*/config.json")] if is_stage else []
+    sparse = [path for path in runs if path.name.endswith("_moe")]
+    runs = sparse if args.has_experts else [path for path in runs if path not in sparse] or sparse
     if args.hidden_size is None and len(runs) == 1:
         path = runs[0]  # the only width there is: no need to name it
     else:
-        width = ModelConfig.preset(args.preset, **args.model_overrides()).hidden_size
-        path = find_weights(name, save_dir=args.save_dir, hidden_size=width)
+        width = preset_config(args).hidden_size
+        path = find_weights(name, save_dir=args.save_dir, hidden_size=width, has_experts=args.has_experts)
     folder = path if path.is_dir() else path.parent
     default = folder if (folder / "tokenizer.json").is_file() else Path(args.save_dir) / "tokenizer"
     tokenizer = load_tokenizer(args.tokenizer_path or default)
@@ -92,14 +95,13 @@ def open_model(args: EvalArguments):
     if device.type == "cpu":
         keep_freed_memory()
     dtype = choose_dtype(args.dtype, device)
-    config = None
-    if path.suffix == ".pth":  # bare weights: their shape lies beside them, or is what the flags say
-        described = {"vocab_size": tokenizer.vocab_size} | args.model_overrides()
-        beside = (folder / "config.json").is_file()
-        config = ModelConfig.from_hf(folder) if beside else ModelConfig.preset(args.preset, **described)
+    config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
     model = load_model(path, device=device, dtype=dtype, config=config).eval()
     check_tokenizer(tokenizer, model, path)
-    print(f"{path}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device}, {dtype}")
+    model.config = scale_positions(model.config, args)
+    total, active = (n / 1e6 for n in active_parameters(model))
+    shown = f"{total:.2f}M parameters" + (f" ({active:.2f}M active per token)" if active < total else "")
+    print(f"{path}: {shown}, {device}, {dtype}")
     return model, tokenizer, path
 
 
@@ -112,6 +114,11 @@ def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> l
     if args.system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": args.system}, *turns]
     return encode_chat(tokenizer, turns, add_generation_prompt=True)[0]
+
+
+def end_tokens(tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer; some models (MiniMind) end documents as turns, so mode 0 has both too."""
+    return (tokenizer.eos_token_id, *([tokenizer.im_end_id] if tokenizer.has_token("<|im_end|>") else []))
 
 
 # ---- measuring -----------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None):
         for micro_batches in run.steps(loader):
             for batch in micro_batches:
                 with run.autocast():
-                    loss_sum, n_targets = causal_lm_loss(model, batch)
+                    loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
                 run.backward(loss_sum)
             run.update()
 

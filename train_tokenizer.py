@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer and save a directory that transformers' AutoTokenizer opens too.
+"""Train a tokenizer, byte-level BPE or SentencePiece, and save a directory that transformers' AutoTokenizer opens too.
 
     python train_tokenizer.py --data_path data.jsonl,chats.jsonl --vocab_size 6400
 
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from minillm.data import read_records
 from minillm.errors import UserError
-from minillm.tokenizer import Tokenizer, bytes_per_token, load_tokenizer, record_texts, train_bpe
+from minillm.tokenizer import Tokenizer, bytes_per_token, load_tokenizer, record_texts, train_bpe, train_sentencepiece
+from minillm.tokenizer.sentencepiece_bpe import check_sentencepiece
 from minillm.tokenizer.train import check_vocab_size
 from minillm.training.arguments import TokenizerArguments
 from minillm.training.command_line import parse, script
 
+TRAINERS = {"bpe": (check_vocab_size, train_bpe), "sentencepiece": (check_sentencepiece, train_sentencepiece)}
 HOLD_OUT_EVERY = 20  # records
 HOLD_OUT_BYTES = 2_000_000  # more would make no figure more exact
 
@@ -25,7 +27,8 @@ HOLD_OUT_BYTES = 2_000_000  # more would make no figure more exact
 def main(argv: list[str] | None = None):
     args = parse(TokenizerArguments, argv)
     directory = Path(args.save_dir) / "tokenizer"
-    check_vocab_size(args.vocab_size)  # what can be refused is refused before the files are read
+    check, train = TRAINERS[args.tokenizer_type]
+    check(args.vocab_size)  # what can be refused is refused before the files are read
     check_writable(directory)
 
     # Texts: from all files alike, every 20th record held out unless there is a file for that
@@ -47,11 +50,9 @@ def main(argv: list[str] | None = None):
     # Train
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tokenizer = train_bpe(
-            training_texts(),
-            vocab_size=args.vocab_size,
-            max_token_length=args.max_token_length or None,
-            split_han=args.split_han,
+        longest = args.max_token_length or None
+        tokenizer = train(
+            training_texts(), vocab_size=args.vocab_size, max_token_length=longest, split_han=args.split_han
         )
     print(f"trained {tokenizer.vocab_size:,} tokens on {n_bytes / 1e6:.1f} MB of text")
     for warning in caught:

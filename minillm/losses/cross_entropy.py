@@ -76,21 +76,29 @@ def linear_cross_entropy(
     return loss_sum, count_targets(targets, weights)
 
 
-def causal_lm_loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def causal_lm_loss(model, batch: dict[str, Tensor], router_stats=None) -> tuple[Tensor, Tensor]:
     """The loss of pretraining and SFT: run ``model`` over ``batch`` with the loss as its output head.
 
     The loss runs *inside* the model's forward (``head=``), so that wrappers such as DDP, FSDP and ZeRO-3
     see the use of the output weight.
 
+    Args:
+        router_stats: what collects the balance and z-loss of a mixture of experts (``minillm.model.RouterStats``);
+            None: without them.
+
     Returns:
-        ``(loss_sum, n_targets)`` as ``cross_entropy``.
+        ``(loss_sum, n_targets)`` as ``cross_entropy``, the sum with the routers' losses in it.
     """
-    return model(
+    if router_stats is not None:
+        router_stats.begin(batch)
+    loss_sum, n_targets = model(
         batch["input_ids"],
         position_ids=batch.get("position_ids"),
         document_ids=batch.get("document_ids"),
         head=partial(linear_cross_entropy, targets=batch["targets"], weights=batch.get("weights")),
+        router_stats=router_stats,
     )
+    return (loss_sum if router_stats is None else loss_sum + router_stats.finish()), n_targets
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Grouped-query attention with rotary positions, causal and within documents.
 
 Vaswani et al., Attention Is All You Need (2017), section 3.2; Ainslie et al., GQA (2023), section 2.2;
-QK-norm: Henry et al., Query-Key Normalization (2020), in the form of Qwen3 (RMSNorm per head).
+QK-norm: Henry et al., Query-Key Normalization (2020), in the form of Qwen3 (RMSNorm per head). Sliding window: Jiang
+et al., Mistral 7B (2023), section 2.
 
 Legend: B batch, T positions, S key positions, D hidden, H query heads, G kv heads, K head width.
 """
@@ -17,8 +18,15 @@ from minillm.model.norm import RMSNorm
 from minillm.model.rope import apply_rope
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Return (B, 1, T, T), true where query t may look at key s: s ≤ t, in the same document.
+def window_mask(seq_len: int, window: int, *, device: torch.device) -> Tensor:
+    """Return (1, 1, T, T), true where query t may look at key s: t − window < s ≤ t, ``window`` keys with itself."""
+    index = torch.arange(seq_len, device=device)
+    distance = index[:, None] - index  # (T, T)
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def document_mask(document_ids: Tensor, window: int | None = None) -> Tensor:
+    """Return (B, 1, T, T), true where query t may look at key s: s ≤ t, in the same document, in the window if any.
 
     Documents of a packed row never see each other. Padding (−1) sees only itself: a query that may look
     nowhere would make the softmax 0 / 0.
@@ -27,7 +35,10 @@ def document_mask(document_ids: Tensor) -> Tensor:
     same = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
     same &= (document_ids >= 0)[:, :, None]
     itself = torch.eye(seq_len, dtype=torch.bool, device=document_ids.device)  # (T, T)
-    return (same.tril() | itself)[:, None]  # (B, 1, T, T)
+    mask = (same.tril() | itself)[:, None]  # (B, 1, T, T)
+    if window is not None and window < seq_len:
+        mask &= window_mask(seq_len, window, device=mask.device)
+    return mask
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
@@ -47,9 +58,9 @@ class Attention(nn.Module):
         q_dim = config.num_attention_heads * config.head_dim
         kv_dim = config.num_key_value_heads * config.head_dim
         self.n_groups = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
         if config.use_qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)

@@ -1,24 +1,29 @@
 """Models on disk: Hugging Face directories, read and written; plain ``.pth`` state dicts, read.
 
-Our parameter names are theirs, so nothing is renamed. Tied matrices are stored once.
+Our parameter names are theirs, but for the experts, which their files hold one by one (``experts_on_disk.py``). Tied
+matrices are stored once.
 """
 
 import json
 import os
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import UserError
+from minillm.model.experts_on_disk import Piece, pieces_of, prediction_layer_names
+from minillm.model.pth import load_pth
 from minillm.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TIED = "lm_head.weight"
+IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints hold this table; ours follows from the configuration
 
 
 def load_model(
@@ -30,6 +35,8 @@ def load_model(
 ) -> Transformer:
     """Return the model stored in a Hugging Face directory (sharded or not), or in a ``.pth`` state dict.
 
+    Tensors are read one at a time, each into its place, so that the weights lie in memory once.
+
     Args:
         config: needed for a ``.pth``, which holds weights alone; a directory has its own.
 
@@ -40,21 +47,28 @@ def load_model(
     path = Path(path)
     if path.is_dir():
         config = ModelConfig.from_hf(path)
-        weights = _read_directory(path)
+        stored = _open_directory(path)
     elif path.is_file() and config is not None:
-        weights = _read_pth(path)
+        stored = {name: _InMemory(tensor) for name, tensor in load_pth(path, config).items()}
     elif path.is_file():
-        raise UserError(f"{path} holds weights alone: give the model's configuration too")
+        raise UserError(f"{path} holds weights alone: give the model's configuration too, e.g. infer_config(path)")
     else:
         raise UserError(f"no model at {path}: neither a directory nor a .pth file")
+    ignored = prediction_layer_names(stored, config)
+    ignored |= {name for name in stored if name.endswith(IGNORED) or (config.tie_word_embeddings and name == TIED)}
+    stored = {name: source for name, source in stored.items() if name not in ignored}
     with torch.device("meta"):
         model = Transformer(config)
-    if config.tie_word_embeddings:
-        weights.pop(TIED, None)
-    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    _check_fit(path, expected, {name: tensor.shape for name, tensor in weights.items()})
-    model.load_state_dict(weights, assign=True, strict=False)  # strict was _check_fit; a tied matrix comes once
+    state = _state(model)
+    # A state dict of ours holds the experts as they lie in memory.
+    pieces = {name: [Piece(name)] if name in stored else pieces_of(name, config) for name in state}
+    expected = {piece.name: state[name][piece.index].shape for name in state for piece in pieces[name]}
+    _check_fit(path, expected, {name: source.shape for name, source in stored.items()})
+    buffers = dict(model.named_buffers())
+    for name, tensor in state.items():
+        as_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
+        state[name] = _read(pieces[name], stored, tensor.shape, as_dtype, device)
+    model.load_state_dict(state, assign=True, strict=False)  # strict was _check_fit; a tied matrix comes once
     model.tie_weights()
     return model.requires_grad_(True)
 
@@ -73,14 +87,13 @@ def save_model(
 
     Args:
         tokenizer: saved beside the model, and its end tokens written to ``generation_config.json``.
-        dtype: of the stored weights; default: the model's. max_shard_size: bytes per weight file.
+        dtype: of the stored weights; default: the model's. The correction biases of routers stay float32 at least.
+        max_shard_size: bytes per weight file; so much is copied at a time if the weights are elsewhere or other.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    dtype = dtype or next(iter(weights.values())).dtype
-    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-    written = _write_weights(weights, path, max_shard_size)
+    dtype = dtype or next(model.parameters()).dtype
+    written = _write_weights(_pieces_to_write(model, dtype), path, max_shard_size)
     for stale in path.glob("model*.safetensors*"):  # shards of an earlier, larger or smaller save
         if stale.name not in written:
             stale.unlink()
@@ -94,24 +107,45 @@ def save_model(
     _write_json(path / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
 
 
-def _write_weights(weights: dict[str, Tensor], path: Path, max_shard_size: int) -> set[str]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _state(model: Transformer) -> dict[str, Tensor]:
+    """Return all that is stored: the parameters, a tied one once, and the buffers (correction biases)."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+
+def _pieces_to_write(model: Transformer, dtype: torch.dtype) -> dict[str, tuple[Tensor, torch.dtype]]:
+    """Return the tensors under their names on disk, as parts of the model's, and the dtype to store each in."""
+    buffers = dict(model.named_buffers())
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        piece.name: (tensor.detach()[piece.index], wide if name in buffers else dtype)
+        for name, tensor in _state(model).items()
+        for piece in pieces_of(name, model.config)
+    }
+
+
+def _write_weights(weights: dict[str, tuple[Tensor, torch.dtype]], path: Path, max_shard_size: int) -> set[str]:
+    sizes = {name: tensor.numel() * dtype.itemsize for name, (tensor, dtype) in weights.items()}
+    shards: list[list[str]] = [[]]
     room = max_shard_size
-    for name, tensor in weights.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
             room = max_shard_size
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        _write_shard(shards[0], path / WEIGHTS)
-        return {WEIGHTS}
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        shards[-1].append(name)
+        room -= size
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(shard, path / name)
-    total = sum(tensor.nbytes for tensor in weights.values())
+        tensors = {key: weights[key][0].to("cpu", weights[key][1]).contiguous() for key in shard}
+        _write_shard(tensors, path / name)
+    if len(shards) == 1:
+        return {WEIGHTS}
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     return {*names, INDEX}
 
 
@@ -131,7 +165,37 @@ def _write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def _read_directory(path: Path) -> dict[str, Tensor]:
+# ---- reading ---------------------------------------------------------------------------------------
+
+
+class _InMemory(NamedTuple):
+    """A tensor that was read already."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def read(self) -> Tensor:
+        return self.tensor
+
+
+class _InFile(NamedTuple):
+    """A tensor in an open safetensors file: its shape is known, its numbers are read when asked for."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.file.get_slice(self.name).get_shape())
+
+    def read(self) -> Tensor:
+        return self.file.get_tensor(self.name)
+
+
+def _open_directory(path: Path) -> dict[str, _InFile]:
     if (path / INDEX).is_file():
         try:
             names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -141,25 +205,32 @@ def _read_directory(path: Path) -> dict[str, Tensor]:
         names = [WEIGHTS]
     else:
         raise UserError(f"no weights in {path}: neither {WEIGHTS} nor {INDEX} is there")
-    weights: dict[str, Tensor] = {}
+    stored: dict[str, _InFile] = {}
     for name in names:
         if not (path / name).is_file():
             raise UserError(f"{path / INDEX} names {name}, which is missing: copy that shard too")
         try:
-            weights |= load_file(path / name)
+            file = safe_open(path / name, framework="pt")
         except SafetensorError as error:
             raise UserError(f"{path / name} is damaged: {error}") from error
-    return weights
+        stored |= {key: _InFile(file, key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    return stored
 
 
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a plain state dict of tensors: {str(error).splitlines()[0]}") from error
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(f"{path} is not a plain state dict of tensors")
-    return weights
+def _read(
+    pieces: list[Piece],
+    stored: Mapping[str, _InMemory | _InFile],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Return one parameter, of ``shape``, put together from its pieces."""
+    if pieces[0].index == ():
+        return stored[pieces[0].name].read().to(device=device, dtype=dtype)
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for name, index in pieces:
+        whole[index].copy_(stored[name].read())
+    return whole
 
 
 def _check_fit(path: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:

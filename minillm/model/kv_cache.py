@@ -14,7 +14,8 @@ class KVCache:
     """Preallocated (B, G, S, K) keys and values per layer; slot s of a row holds the token at position s.
 
     Rows may differ in length: ``lengths[b]`` slots of row b are filled. Prompts are padded on the right, with
-    ``document_ids`` −1 there; padding is not stored.
+    ``document_ids`` −1 there; padding is not stored. With a sliding window all slots are kept, and those that no
+    query may see any more are left out of what attention reads.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class KVCache:
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)  # (B, G, S, K)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.window = config.sliding_window
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)  # (B,)
         self.longest = 0  # max(lengths), known without asking the device
         self.ragged = False  # whether the lengths may differ
@@ -41,8 +43,8 @@ class KVCache:
     def begin(self, seq_len: int, document_ids: Tensor | None) -> None:
         """Plan one forward pass of T = ``seq_len`` new positions per row: which slots, and who sees which.
 
-        Afterwards ``position_ids`` is (B, T) and ``mask`` (B, 1, T, end), true where a query may look, or None
-        where every query sees every slot.
+        Afterwards ``position_ids`` is (B, T) and ``mask`` (B, 1, T, S), true where a query may look at one of the S
+        slots that ``store`` returns, or None where every query sees all of them.
 
         Raises:
             UserError: the new tokens do not fit.
@@ -63,14 +65,23 @@ class KVCache:
             raise UserError(
                 f"the cache has {self.max_len} slots and would need {self._next_longest}: make it with a larger max_len"
             )
-        self._end = self._next_longest
+        self._first, self._end = 0, self._next_longest
+        if self.window is not None:
+            shortest = int(self.lengths.min()) if self.ragged and len(self.lengths) else self.longest
+            # The first slot that the first new query may see.
+            self._first = max(0, min(shortest, self._end - 1) + 1 - self.window)
         self.mask = None
         if self.ragged or seq_len > 1:
-            slots = torch.arange(self._end, device=self.lengths.device)  # (end,)
-            self.mask = (slots <= self.position_ids[..., None])[:, None]  # (B, 1, T, end)
+            slots = torch.arange(self._first, self._end, device=self.lengths.device)  # (S,)
+            queries = self.position_ids[..., None]  # (B, T, 1)
+            seen = slots <= queries  # (B, T, S)
+            if self.window is not None:
+                # Padding may stand beyond the last slot; it sees the window there, lest it see nothing: 0 / 0.
+                seen &= slots > queries.clamp(max=self._end - 1) - self.window
+            self.mask = seen[:, None]
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values, each (B, G, T, K), of one layer; return all up to here, (B, G, end, K)."""
+        """Write the new keys and values of one layer, each (B, G, T, K); return what is to be seen, (B, G, S, K)."""
         for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
             new = new.to(buffer.dtype)
             if not self.ragged:
@@ -81,8 +92,8 @@ class KVCache:
             else:
                 rows, columns = self._valid
                 buffer[rows, :, self.position_ids[rows, columns]] = new[rows, :, columns]  # (n, G, K)
-        end = self._end
-        return self.keys[layer][:, :, :end].to(keys.dtype), self.values[layer][:, :, :end].to(values.dtype)
+        seen = slice(self._first, self._end)
+        return self.keys[layer][:, :, seen].to(keys.dtype), self.values[layer][:, :, seen].to(values.dtype)
 
     def end(self) -> None:
         """Count the stored tokens: the forward pass is over."""

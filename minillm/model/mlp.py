@@ -3,6 +3,8 @@
 Shazeer, GLU Variants Improve Transformer (2020), equation 6.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,14 +12,20 @@ from minillm.config import ModelConfig
 
 
 class MLP(nn.Module):
-    """Return ``down(silu(gate(x)) · up(x))``: (B, T, D) → (B, T, D) through F numbers per position."""
+    """Return ``down(silu(gate(x)) · up(x))``: (B, T, D) → (B, T, D) through F numbers per position.
 
-    def __init__(self, config: ModelConfig):
+    Args:
+        width: F; default: the configuration's ``intermediate_size``.
+    """
+
+    def __init__(self, config: ModelConfig, width: int | None = None):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width = width or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routing: Any = None) -> Tensor:
+        """``routing`` is what a mixture of experts takes in this place; one layer for all has nothing to choose."""
         gated = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
         return self.down_proj(gated)  # (B, T, D)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.config import ModelConfig
-from minillm.model.attention import Attention, document_mask, document_positions
+from minillm.model.attention import Attention, document_mask, document_positions, window_mask
 from minillm.model.block_attention import MAX_SEQ_LEN, Blocks, plan_blocks
 from minillm.model.kv_cache import KVCache
 from minillm.model.mlp import MLP
+from minillm.model.moe import MoE, Routing
 from minillm.model.norm import RMSNorm
 from minillm.model.rope import rope_tables
+from minillm.model.router_stats import RouterStats
 
 
 class Block(nn.Module):
@@ -29,13 +31,18 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config, layer) if config.has_experts(layer) else MLP(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Blocks | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | Blocks | None,
+        cache: KVCache | None,
+        routing: Routing,
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, D)
+        return x + self.mlp(self.post_attention_layernorm(x), routing)  # (B, T, D)
 
 
 class Decoder(nn.Module):
@@ -53,6 +60,7 @@ class Decoder(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | Blocks | None,
         cache: KVCache | None,
+        routing: Routing,
         recompute: bool,
     ) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, D)
@@ -60,9 +68,9 @@ class Decoder(nn.Module):
             if recompute:
                 # Only the block's input is kept. The generators' state is kept too: dropout must draw the
                 # same mask in the recomputation, or the gradients belong to another network.
-                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False, preserve_rng_state=True)
+                x = checkpoint(block, x, rope, mask, cache, routing, use_reentrant=False, preserve_rng_state=True)
             else:
-                x = block(x, rope, mask, cache)
+                x = block(x, rope, mask, cache, routing)
         return self.norm(x)
 
 
@@ -100,10 +108,12 @@ class Transformer(nn.Module):
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():  # a tied matrix occurs once
             if parameter.ndim < 2:
-                parameter.fill_(1.0)  # the scales of the norms
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # else the scales of the norms
             else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if residual else std)
+        for buffer in self.buffers():  # the correction biases of the routers
+            buffer.zero_()
 
     def forward(
         self,
@@ -113,7 +123,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
-        router_stats: Any = None,
+        router_stats: RouterStats | None = None,
     ) -> Any:
         """Return logits (B, T, V), or what ``head(hidden, output_weight)`` returns.
 
@@ -125,27 +135,29 @@ class Transformer(nn.Module):
             cache: filled and advanced by the new tokens.
             head: takes the hidden states (B, T, D) and the output weight (V, D). A loss given so runs inside
                 this forward, where DDP, FSDP and ZeRO see its use of the weight.
-            router_stats: for mixture-of-experts models; a dense one has no router and leaves it untouched.
+            router_stats: collects what the routers of a mixture of experts do; a dense model leaves it untouched.
         """
-        mask = None
+        mask, window = None, self.config.sliding_window
         if cache is not None:
             cache.begin(input_ids.shape[1], document_ids)
             mask = cache.mask
             position_ids = cache.position_ids if position_ids is None else position_ids
         elif document_ids is not None:
-            mask = document_mask(document_ids)
+            mask = document_mask(document_ids, window)
             position_ids = document_positions(document_ids) if position_ids is None else position_ids
-        elif position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        else:
+            if window is not None and window < input_ids.shape[1]:
+                mask = window_mask(input_ids.shape[1], window, device=input_ids.device)
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         weight = self.model.embed_tokens.weight
         if cache is None and self._trains_in_blocks(input_ids):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
             mask = plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device)
-        rope = rope_tables(
-            position_ids, head_dim=self.config.head_dim, theta=self.config.rope_theta, dtype=weight.dtype
-        )
+        rope = rope_tables(position_ids, self.config, dtype=weight.dtype)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
-        hidden = self.model(input_ids, rope, mask, cache, recompute)
+        routing = Routing(None if document_ids is None else document_ids >= 0, router_stats)
+        hidden = self.model(input_ids, rope, mask, cache, routing, recompute)
         if cache is not None:
             cache.end()
         if head is not None:

@@ -1,7 +1,8 @@
-"""From text to token ids and back: byte-level BPE, its files, and the chat format."""
+"""From text to token ids and back: byte-level BPE or SentencePiece, their files, and the chat format."""
 
 from minillm.tokenizer.base import SPECIAL_TOKENS, TAG_TOKENS, Tokenizer, load_tokenizer
 from minillm.tokenizer.chat import check_messages, encode_chat, encode_chats
+from minillm.tokenizer.sentencepiece_bpe import train_sentencepiece
 from minillm.tokenizer.train import bytes_per_token, record_texts, train_bpe
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "load_tokenizer",
     "record_texts",
     "train_bpe",
+    "train_sentencepiece",
 ]

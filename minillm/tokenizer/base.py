@@ -32,9 +32,12 @@ SPECIAL_TOKENS = CONTROL_TOKENS + TAG_TOKENS
 # The files of a tokenizer directory. What was loaded is saved again byte for byte.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
+# The decoder of our SentencePiece tokenizers: blanks are written as blanks, nothing is stripped.
+_BYTE_FALLBACK = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+
 
 class Tokenizer:
-    """Text to ids and back; made by ``train_bpe`` or ``load_tokenizer``, never changed afterwards.
+    """Text to ids and back; made by ``train_bpe``, ``train_sentencepiece`` or ``load_tokenizer``, then never changed.
 
     ``files`` maps file names (see ``FILES``) to their text; only ``tokenizer.json`` is required.
     """
@@ -54,6 +57,9 @@ class Tokenizer:
         self._byte_level = _mentions_byte_level(spec.get("decoder")) or _mentions_byte_level(
             spec.get("pre_tokenizer")
         )
+        # Where a text is the bytes of its tokens in a row, decode() joins them itself: the library's own byte
+        # fallback turns *every* byte of a broken character into U+FFFD, Python and TextDecoder do not.
+        self._joins_bytes = self._byte_level or spec.get("decoder") == _BYTE_FALLBACK
 
     # ---- text to ids ----
 
@@ -89,7 +95,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if skip_special_tokens:
             ids = [i for i in ids if i not in self._special_ids]
-        if not self._byte_level:
+        if not self._joins_bytes:
             return self._full.decode(ids, skip_special_tokens=False)
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
@@ -209,7 +215,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a directory with a ``tokenizer.json`` (ours, or any fast Hugging Face one), or that file.
 
     Raises UserError when it is missing or broken. Chat encoding of a foreign tokenizer needs the ChatML
-    tokens ``<|im_start|>`` and ``<|im_end|>``; that is checked when a chat is encoded.
+    tokens ``<|im_start|>`` and ``<|im_end|>``; that is checked when a chat is encoded. Tags such as ``<think>`` that
+    it lacks as single tokens are encoded as plain text there.
     """
     path = Path(path)
     directory = path.parent if path.name == "tokenizer.json" else path

@@ -11,7 +11,11 @@ Where a token may come from:
 - ``<|im_start|> <|im_end|> <|endoftext|>``: from the format alone, never from content.
 - ``<think> <answer> <tool_call> <tool_response>`` and their ends: from assistant content, and from the
   fields ``reasoning_content`` and ``tool_calls``, and around the content of a ``tool`` message.
-Everywhere else their text stays text.
+Everywhere else their text stays text. A foreign tokenizer may lack some of these tags as single tokens (MiniMind 2 has
+none of them, MiniMind 3 no ``<answer>``, Qwen2.5 no ``<think>``): those are encoded as the plain text that they are.
+
+What a foreign template adds to plain ChatML (a system message of its own, empty ``<think>`` blocks) is added here too:
+``chat_format.py``.
 """
 
 import json
@@ -20,6 +24,7 @@ from itertools import groupby
 
 from minillm.errors import UserError
 from minillm.tokenizer.base import TAG_TOKENS, Tokenizer
+from minillm.tokenizer.chat_format import EMPTY_THINK, ChatFormat, chat_format
 
 ROLES = ("system", "user", "assistant", "tool")
 _TAGS = re.compile("(" + "|".join(map(re.escape, TAG_TOKENS)) + ")")
@@ -57,20 +62,22 @@ def encode_chats(
 ) -> list[tuple[list[int], list[int]]]:
     """``encode_chat`` of each conversation; all texts are encoded in one parallel call."""
     _check_tokenizer(tokenizer)
+    style = chat_format(tokenizer)
     plans = [
-        _segments(c, train_on=train_on, add_generation_prompt=add_generation_prompt) for c in conversations
+        _segments(c, style, train_on=train_on, add_generation_prompt=add_generation_prompt) for c in conversations
     ]
-    plans = [_split_unknown_tags(tokenizer, plan) for plan in plans]
+    plans = [_whole_texts(_split_unknown_tags(tokenizer, plan)) for plan in plans]
     texts = {text: None for plan in plans for text, is_token, _ in plan if not is_token}
     ids_of = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
 
     encoded = []
     for plan in plans:
         ids, mask = [], []
-        for text, is_token, is_trained in plan:
+        for text, is_token, head in plan:
             piece = [tokenizer.token_id(text)] if is_token else ids_of[text]
+            n_given = len(piece) if head == text else _n_inside(tokenizer, piece, head) if head else 0
             ids += piece
-            mask += [int(is_trained)] * len(piece)
+            mask += [0] * n_given + [1] * (len(piece) - n_given)
         encoded.append((ids, mask))
     return encoded
 
@@ -130,7 +137,7 @@ def _check_call(place: int, call) -> None:
         raise UserError(f"the arguments of a tool call of message {place} are not JSON: {error}") from None
 
 
-def _segments(messages, *, train_on: str, add_generation_prompt: bool) -> list[Segment]:
+def _segments(messages, style: ChatFormat, *, train_on: str, add_generation_prompt: bool) -> list[Segment]:
     """The conversation as single tokens and plain texts, each with whether it is to be learned."""
     if train_on not in ("all", "last"):
         raise UserError(f"train_on is {train_on!r}; allowed: 'all', 'last'")
@@ -139,13 +146,21 @@ def _segments(messages, *, train_on: str, add_generation_prompt: bool) -> list[S
     trained = set(answers if train_on == "all" else answers[-1:])
 
     segments: list[Segment] = []
+    if style.default_system is not None and messages[0]["role"] != "system":
+        segments += [("<|im_start|>", True, False), (f"system\n{style.default_system}", False, False)]
+        segments += [("<|im_end|>", True, False), ("\n", False, False)]
     for place, message in enumerate(messages):
         train = place in trained
         segments += [("<|im_start|>", True, False), (message["role"] + "\n", False, False)]
+        if style.always_thinks and message["role"] == "assistant":
+            think, message = _split_reasoning(message)
+            given = think == style.opens_with  # the prompt holds it already: nothing to learn
+            segments += [(text, is_token, train and not given) for text, is_token in _split_tags(think)]
         segments += [(text, is_token, train) for text, is_token in _body(message)]
         segments += [("<|im_end|>", True, train), ("\n", False, False)]
     if add_generation_prompt:
         segments += [("<|im_start|>", True, False), ("assistant\n", False, False)]
+        segments += [(text, is_token, False) for text, is_token in _split_tags(style.opens_with)]
     return _join_texts(segments)
 
 
@@ -164,8 +179,7 @@ def _body(message: dict) -> list[tuple[str, bool]]:
             ("</think>", True),
             ("\n", False),
         ]
-    # re.split with a group alternates: text, tag, text, tag, ..., text
-    body += [(part, bool(n % 2)) for n, part in enumerate(_TAGS.split(content))]
+    body += _split_tags(content)
     for n, call in enumerate(message.get("tool_calls") or ()):
         call = call.get("function") or call
         arguments = call["arguments"]
@@ -179,6 +193,53 @@ def _body(message: dict) -> list[tuple[str, bool]]:
             ("</tool_call>", True),
         ]
     return body
+
+
+def _split_tags(text: str) -> list[tuple[str, bool]]:
+    # re.split with a group alternates: text, tag, text, tag, ..., text
+    return [(part, bool(n % 2)) for n, part in enumerate(_TAGS.split(text))]
+
+
+def _split_reasoning(message: dict) -> tuple[str, dict]:
+    """An answer of a format that always thinks: its think block, and the message without reasoning.
+
+    Without ``reasoning_content``, what the content holds up to its last ``</think>`` is the reasoning.
+    """
+    content, reasoning = message.get("content") or "", message.get("reasoning_content")
+    if reasoning is None:
+        reasoning, rest = "", content
+        if "</think>" in content:
+            reasoning = content.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2]
+            rest = content.rpartition("</think>")[2]
+        content = rest
+    reasoning = reasoning.strip("\n")
+    block = f"<think>\n{reasoning}\n</think>\n\n" if reasoning else EMPTY_THINK
+    return block, {**message, "reasoning_content": None, "content": content.lstrip("\n")}
+
+
+def _whole_texts(plan: list[Segment]) -> list[tuple[str, bool, str]]:
+    """(text, is_token, beginning of it that is not trained); texts side by side become one.
+
+    A reader of the whole conversation cuts it at its tokens alone. A foreign pre-tokenizer may then join the newline of
+    a header with the blanks that an answer begins with, so the two are encoded together.
+    """
+    whole: list[tuple[str, bool, str]] = []
+    for text, is_token, is_trained in plan:
+        head = "" if is_trained else text
+        if whole and not is_token and not whole[-1][1]:
+            before, _, head_before = whole.pop()
+            head = before + head if head_before == before else head_before
+            text = before + text
+        whole.append((text, is_token, head))
+    return whole
+
+
+def _n_inside(tokenizer: Tokenizer, ids: list[int], head: str) -> int:
+    """How many of ``ids`` lie wholly inside ``head``; a token of header and answer together counts to the answer."""
+    n, room = 0, len(head.encode())
+    while n < len(ids) and (room := room - len(tokenizer.token_bytes(ids[n]))) >= 0:
+        n += 1
+    return n
 
 
 def _join_texts(segments: list[Segment]) -> list[Segment]:

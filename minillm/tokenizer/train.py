@@ -91,7 +91,7 @@ def train_bpe(
         max_token_length=max_token_length,
         show_progress=show_progress,
     )
-    texts = _CountedTexts(_texts_of(files))
+    texts = CountedTexts(texts_of(files))
     backend.train_from_iterator(texts, trainer=trainer)
     if texts.n_characters == 0:
         raise UserError("there is no text to train on: every file or record is empty")
@@ -103,7 +103,7 @@ def train_bpe(
             f"other pair occurs {min_frequency} times; give more text or a smaller vocab_size",
             stacklevel=2,
         )
-    return Tokenizer(_directory_files(backend, specials), origin="the trained tokenizer")
+    return Tokenizer(directory_files(backend, specials), origin="the trained tokenizer")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -122,7 +122,7 @@ def special_tokens(vocab_size: int) -> list[str]:
     return [*SPECIAL_TOKENS, *(f"<|spare_{n}|>" for n in range(n_spare))]
 
 
-def _directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[str, str]:
+def directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[str, str]:
     """tokenizer.json and what transformers expects beside it."""
     spec = json.loads(backend.to_str())
     for token in spec["added_tokens"]:
@@ -150,7 +150,7 @@ def _directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict
     }
 
 
-class _CountedTexts:
+class CountedTexts:
     """Iterate once, count characters, and refuse what is no text before Rust reports it in its own words."""
 
     def __init__(self, texts: Iterable[str]):
@@ -167,7 +167,8 @@ class _CountedTexts:
             yield text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate counts as "?"
 
 
-def _texts_of(files) -> Iterable[str]:
+def texts_of(files) -> Iterable[str]:
+    """Every text of ``files``, which is what ``train_bpe`` accepts; UserError for anything else."""
     if isinstance(files, (str, Path)):
         files = [files]
     if not isinstance(files, (list, tuple)):

@@ -6,34 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minillm.training.command_line import require
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelArguments:
-    """The shape of a new model; with ``--from_weight`` the shape comes from there instead."""
-
-    preset: Literal["small", "base", "demo"] = "small"
-    """small 512x8 (26M), base 768x16 (104M), demo 128x4 (two CPU cores)."""
-    hidden_size: int | None = None
-    """Width D of the residual stream (default: the preset's)."""
-    num_hidden_layers: int | None = None
-    """Number of blocks (default: the preset's)."""
-    num_attention_heads: int | None = None
-    """Number of query heads H (default: the preset's)."""
-    num_key_value_heads: int | None = None
-    """Number of key and value heads G (default: the preset's)."""
-    intermediate_size: int | None = None
-    """Feed-forward width F (default: 64*ceil(8D/3/64))."""
-    tie_word_embeddings: bool = True
-    """Use the embedding matrix as the output layer too."""
-    use_qk_norm: bool = False
-    """Normalise queries and keys per head (the Qwen3 family)."""
-
-    def model_overrides(self) -> dict:
-        """Return the configuration keys that were set on the command line."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        given = {name: getattr(self, name) for name in (*names, "intermediate_size") if getattr(self, name) is not None}
-        return given | {"tie_word_embeddings": self.tie_word_embeddings, "use_qk_norm": self.use_qk_norm}
+from minillm.training.model_arguments import ModelArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +61,13 @@ class TrainArguments(ModelArguments):
     """AdamW's decay of the second moment."""
     grad_clip: float = 1.0
     """Largest global gradient norm (0: no clipping)."""
+    router_aux_loss_coef: float = 1e-3
+    """Experts: weight of the balance loss, per sparse block. With sigmoid scores the bias balances too, but only after
+    thousands of steps, which small runs do not have (DeepSeek-V3 takes 1e-4)."""
+    router_z_loss_coef: float = 1e-4
+    """Experts: weight of the squared logsumexp of the router's logits, per sparse block; keeps them small."""
+    router_bias_update_speed: float = 1e-3
+    """Experts with sigmoid scores: step of the bias that makes overloaded experts less likely, per update."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Autocast dtype; weights stay float32. auto: bfloat16 where it is fast, float16 on older CUDA cards."""
@@ -127,7 +107,8 @@ class TrainArguments(ModelArguments):
             "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1, "global_batch_size": 0,
             "max_seq_len": 1, "warmup_ratio": 0, "min_lr_ratio": 0, "decay_ratio": 0, "weight_decay": 0,
             "grad_clip": 0, "num_workers": 0, "num_threads": 0, "log_interval": 1, "eval_interval": 0,
-            "save_interval": 0, "keep_last": 1,
+            "save_interval": 0, "keep_last": 1, "router_aux_loss_coef": 0, "router_z_loss_coef": 0,
+            "router_bias_update_speed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -136,6 +117,11 @@ class TrainArguments(ModelArguments):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} {value}: must lie between 0 and 1")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
+        _ = self.rope_type_and_factor
+        self.check_experts()
+        one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob
+        message = "the weight of a single expert, divided by itself, is always 1, and the router learns nothing"
+        require(not one_weight, f"--num_experts_per_tok 1: {message}; choose at least 2, or add --norm_topk_prob 0")
         require(bool(self.data_files), "--data_path names no file: give at least one")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
@@ -282,6 +268,8 @@ class EvalArguments(ModelArguments):
         for name, limit in least.items():
             value = getattr(self, name)
             require(value >= limit, f"--{name} {value}: must be at least {limit}")
+        _ = self.rope_type_and_factor
+        self.check_experts()
         for name in ("prompts", "perplexity", "task_file"):
             path = getattr(self, name)
             require(not path or os.path.isfile(path), f"--{name} {path}: no such file")
@@ -293,7 +281,7 @@ class EvalArguments(ModelArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerArguments:
-    """Training a byte-level BPE tokenizer; it is saved in SAVE_DIR/tokenizer."""
+    """Training a tokenizer; it is saved in SAVE_DIR/tokenizer."""
 
     data_path: str
     """Text to learn from, of any schema: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
@@ -303,8 +291,11 @@ class TokenizerArguments:
     """Directory that holds the run directories; the tokenizer goes to SAVE_DIR/tokenizer."""
     vocab_size: int = 6400
     """Number of ids: 32 special tokens (11 below 512), 256 bytes, then merges."""
+    tokenizer_type: Literal["bpe", "sentencepiece"] = "bpe"
+    """bpe: merges of bytes; sentencepiece: merges of characters, rare ones as bytes (pip install sentencepiece)."""
     max_token_length: int = 16
-    """Longest token in bytes: 16 is five Chinese characters or a word of 15 letters (0: no limit)."""
+    """Longest token in bytes, 16 is five Chinese characters or a word of 15 letters; sentencepiece: in characters
+    (0: no limit)."""
     split_han: bool = False
     """Never merge neighbouring Chinese characters."""
     max_records: int = 0

@@ -5,6 +5,8 @@ Booleans accept ``--flag``, ``--flag 1`` and ``--flag true``; names are written 
 
 import dataclasses
 import functools
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
@@ -49,6 +51,14 @@ def script(main):
             raise SystemExit(2) from None
 
     return run_main
+
+
+def resume_command() -> str:
+    """Return the command line of this process with ``--from_resume`` added."""
+    words = [word for word in sys.argv if not word.startswith("--from_resume")]
+    n_here = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    launcher = ["torchrun", "--nproc_per_node", n_here] if n_here else ["python"]
+    return shlex.join([*launcher, *words, "--from_resume"])
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:

@@ -4,6 +4,7 @@ import time
 
 from minillm.data.report import colour_targets, data_report, format_report
 from minillm.training import hardware
+from minillm.training.routing import active_parameters
 
 
 def dry_run(run, loader, tokenizer, loss) -> None:
@@ -29,10 +30,13 @@ def dry_run(run, loader, tokenizer, loss) -> None:
         seconds = time.perf_counter() - began
         module.zero_grad(set_to_none=True)
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    total, active = active_parameters(run.model)
+    experts = "" if active == total else f" ({active:,} of {total:,} are active per token, {active / total:.0%})"
     total_steps = run.args.max_steps or run.args.epochs * loader.steps_per_epoch
     memory = hardware.memory_bytes(run.device) + 8 * n_parameters
     print(
-        f"\n{n_parameters:,} trainable parameters; {loader.steps_per_epoch:,} steps per epoch, {total_steps:,} in all"
+        f"\n{n_parameters:,} trainable parameters{experts}; "
+        f"{loader.steps_per_epoch:,} steps per epoch, {total_steps:,} in all"
         f"\nmemory: about {memory / 2**30:.2f} GiB on {run.device} at the peak"
         f"\ntime: about {seconds:.3f} s per step ({n_tokens / seconds:,.0f} tokens/s and rank), "
         f"{total_steps * seconds / 60:.1f} minutes in all, validation and saving not counted"

@@ -91,7 +91,8 @@ class Engine:
         self.module = model
         if self.ranks.world_size > 1:
             ids = [device.index] if device.type == "cuda" else None
-            self.module = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+            # Buffers (the routers' correction biases) change with all-reduced counts: they are equal on every rank.
+            self.module = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
         return self.module
 
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:

@@ -6,8 +6,6 @@ resuming happen here, once for every stage.
 """
 
 import math
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +16,19 @@ from torch import Tensor, nn
 
 from minillm.errors import UserError
 from minillm.losses import count_targets
+from minillm.model import RouterStats
 from minillm.model.hf import load_model, save_model
 from minillm.training import checkpoint, hardware, precision
 from minillm.training.arguments import TrainArguments, as_dict
+from minillm.training.command_line import resume_command
+from minillm.training.nonfinite import compare_with_uniform, stop_for_nonfinite
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
+from minillm.training.routing import Balance, describe_parameters
 from minillm.training.schedule import Schedule, schedule_factor
 from minillm.training.summary import write_run_file, write_summary
 from minillm.training.tracking import Tracker
 from minillm.training.validation import evaluate_loss
+from minillm.training.weights import run_name
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
 
@@ -86,6 +89,11 @@ class Run:
             )
         return args.global_batch_size
 
+    @property
+    def router_stats(self) -> RouterStats | None:
+        """Return what the loss of a mixture of experts needs (None for a dense model); there after ``wrap``."""
+        return self.balance.stats
+
     def batching(self) -> dict:
         """Return the keyword arguments of ``StepBatches`` that follow from the arguments and the ranks."""
         return {
@@ -100,7 +108,10 @@ class Run:
         """Move ``model`` to the device, compile it if asked, wrap it for the ranks; return what to optimise."""
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = self.args.gradient_checkpointing
-        self.directory = Path(self.args.save_dir) / f"{self.stage}_{model.config.hidden_size}"
+        config = model.config
+        name = run_name(self.stage, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
+        self.directory = Path(self.args.save_dir) / name
+        self.balance = Balance(self.model, self.args, self.ranks)
         if self.args.compile:
             self.model.block_attention = False  # the compiler has its own way with torch's attention
             for block in self.model.model.layers:  # all blocks share one compiled code; the loss stays eager
@@ -152,6 +163,7 @@ class Run:
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
         self._flops_per_token = self.model.config.flops_per_token(args.max_seq_len)
+        self.tracker.print(f"{self.directory.name}, parameters: {describe_parameters(self.model)}")
         module.train()
         return module
 
@@ -200,14 +212,17 @@ class Run:
         lr = self.schedule.set_step(self.step)
         grad_norm = self.engine.clip(self.args.grad_clip)
         loss_sum = self.ranks.sum(torch.as_tensor(self._loss_sum, dtype=self.sum_dtype, device=self.device))
+        loss_sum = loss_sum - self.balance.collect()  # rows of metrics compare with validation: tokens' loss alone
         loss_sum, grad_norm = torch.stack([loss_sum, grad_norm.to(self.sum_dtype)]).tolist()
         if not self.engine.scaler.is_enabled() and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            self._stop_for_nonfinite(loss_sum, grad_norm)
+            stop_for_nonfinite(self, loss_sum, grad_norm)
         applied = self.engine.step()
         self._count_skips(applied, loss_sum, grad_norm)
+        if applied:
+            self.balance.apply()
         self._advance(loss_sum if applied else 0.0, applied)
         if self.step == 1 and self.from_scratch:
-            self._compare_with_uniform(loss_sum / max(self._n_targets, 1e-12))
+            compare_with_uniform(self, loss_sum / max(self._n_targets, 1e-12))
         if self.step % self.args.log_interval == 0 or self.step == self.total_steps:
             self._log(lr, grad_norm)
         if self.args.eval_interval and self.step % self.args.eval_interval == 0:
@@ -291,6 +306,7 @@ class Run:
             "total_steps": self.total_steps,
             "learning_rate": self.args.learning_rate,
             "lr_scheduler": self.args.lr_scheduler,
+            **self.balance.settings(),
         }
 
     def _state(self, rng_states: list[dict]) -> dict:
@@ -300,6 +316,7 @@ class Run:
             "rng": rng_states,
             "counters": {name: getattr(self, name) for name in self._COUNTERS},
             "window": self._window,
+            "experts": self.balance.state(),
             "identity": self._identity(),
             "tracker_run_id": self.tracker.run_id,
         }
@@ -321,6 +338,7 @@ class Run:
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self._restored, self._save_step = state["window"], self.step
+        self.balance.load_state(state.get("experts"))  # checkpoints of dense models may lack it
         if len(state["rng"]) == self.ranks.world_size:
             checkpoint.set_rng_state(state["rng"][self.ranks.rank])
         if self.ranks.is_main:
@@ -354,40 +372,15 @@ class Run:
             row["mfu"] = round(tokens_per_s * self._flops_per_token / self._peak_flops / self.ranks.world_size, 4)
         if self.engine.scaler.is_enabled():
             row |= {"loss_scale": self.engine.scaler.get_scale(), "skipped_steps": self.skipped_steps}
-        self.tracker.log(row)
+        self.tracker.log(row | self.balance.row())
         memory = hardware.memory_bytes(self.device) / 2**30
         shown_loss = "skipped" if loss is None else f"{loss:.4f}"
         shown = {"loss": shown_loss, "tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
         self.tracker.show(**shown, **({"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}))
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0}
 
-    def _compare_with_uniform(self, loss: float) -> None:
-        uniform = math.log(self.model.config.vocab_size)
-        if abs(loss - uniform) > 0.5:
-            self.tracker.print(
-                f"warning: the first loss is {loss:.3f}, a fresh model should start near ln V = {uniform:.3f}; "
-                f"look at the initialisation, the targets and the loss"
-            )
-
     def _count_skips(self, applied: bool, loss_sum: float, grad_norm: float) -> None:
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.skipped_steps += not applied
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self._stop_for_nonfinite(loss_sum, grad_norm)
-
-    def _stop_for_nonfinite(self, loss_sum: float, grad_norm: float) -> None:
-        path = self.directory / f"nonfinite-step-{self.step + 1:08d}-rank{self.ranks.rank}.pt"
-        torch.save({"step": self.step + 1, "micro_batches": self._micro_batches}, path)
-        raise UserError(
-            f"step {self.step + 1}: loss {loss_sum / max(self._n_targets, 1e-12)}, gradient norm {grad_norm}: not "
-            f"finite, the update was not applied; its batch is saved in {path}. Lower --learning_rate, or look at "
-            f"that batch; the newest checkpoint is untouched"
-        )
-
-
-def resume_command() -> str:
-    """Return the command line of this process with ``--from_resume`` added."""
-    words = [word for word in sys.argv if not word.startswith("--from_resume")]
-    n_here = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    launcher = ["torchrun", "--nproc_per_node", n_here] if n_here else ["python"]
-    return shlex.join([*launcher, *words, "--from_resume"])
+            stop_for_nonfinite(self, loss_sum, grad_norm)

@@ -16,6 +16,7 @@ import yaml
 
 import minillm
 from minillm.training.arguments import as_dict
+from minillm.training.routing import active_parameters, describe_parameters, relative_entropy
 from minillm.training.tracking import read_metrics
 
 
@@ -30,7 +31,8 @@ def write_run_file(run) -> None:
             "rows_per_step": run.rows_per_step, "total_steps": run.total_steps,
         },
         "model": dataclasses.asdict(run.model.config),
-        "n_parameters": sum(p.numel() for p in run.model.parameters()),
+        "n_parameters": active_parameters(run.model)[0],
+        "n_active_parameters": active_parameters(run.model)[1],
         "data": {"hash": run.loader.rows.data_hash, "summary": _plain(run.loader.rows.summary)},
         "versions": {
             "minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()
@@ -62,6 +64,9 @@ def write_summary(run, samples: list[tuple[str, str]]) -> None:
 def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
     """Draw loss (training, validation, entropy floor), learning rate and gradient norm against the step.
 
+    Rows of a mixture of experts add two pictures below: how busy each sparse layer's busiest expert is, in units of
+    its fair share (1: all alike), and the entropy of the load in units of ln E (1: all alike).
+
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -73,7 +78,10 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
 
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
-    figure, (loss_axis, lr_axis, norm_axis) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(2, 1, 1))
+    loads = [(row["step"], row["expert_share"]) for row in train if row.get("expert_share")]
+    figure = plt.figure(figsize=(14, 8 if loads else 4))
+    grid = figure.add_gridspec(2 if loads else 1, 4)
+    loss_axis, lr_axis, norm_axis = (figure.add_subplot(grid[0, columns]) for columns in (slice(2), 2, 3))
     loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7fa7d6", label="training")
     if valid:
         steps, losses = [r["step"] for r in valid], [r["loss"] for r in valid]
@@ -95,7 +103,9 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
     lr_axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     norm_axis.plot([r["step"] for r in train], [r["grad_norm"] for r in train], color="#8a5a9e")
     norm_axis.set(title="gradient norm (before clipping)", xlabel="step")
-    for axis in (loss_axis, lr_axis, norm_axis):
+    if loads:
+        _draw_loads(figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:]), loads)
+    for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -103,11 +113,24 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
     plt.close(figure)
 
 
+def _draw_loads(busiest_axis, entropy_axis, loads: list[tuple[int, list[list[float]]]]) -> None:
+    """Draw one curve per sparse layer, from (step, its share of tokens per layer and expert)."""
+    steps, n_layers = [step for step, _ in loads], len(loads[-1][1])
+    for index in range(n_layers):
+        layers = [layers[index] for _, layers in loads]
+        style = {"color": (0.2, 0.35 + 0.5 * index / n_layers, 0.8 - 0.6 * index / n_layers), "linewidth": 1}
+        busiest_axis.plot(steps, [max(shares) * len(shares) for shares in layers], label=f"layer {index}", **style)
+        entropy_axis.plot(steps, [relative_entropy(shares) for shares in layers], label=f"layer {index}", **style)
+    busiest_axis.set(title="load of each layer's busiest expert", xlabel="step", ylabel="times its fair share")
+    entropy_axis.set(title="entropy of the load of the experts", xlabel="step", ylabel="of ln E")
+    busiest_axis.legend(fontsize="small", ncols=2, title="sparse layers, from below")
+
+
 def summary_facts(run) -> dict[str, str]:
     """Return the run's facts as (name, text), in the order in which they are shown."""
     facts = {
         "command": "python " + shlex.join(sys.argv),
-        "parameters": f"{sum(p.numel() for p in run.model.parameters()):,}",
+        "parameters": describe_parameters(run.model),
         "steps": f"{run.step:,} of {run.rows_per_step} rows x {run.args.max_seq_len} tokens",
         "tokens seen": f"{run.tokens:,}",
         "training time": f"{run.seconds:.0f} s on {run.device} ({str(run.dtype).removeprefix('torch.')})",

@@ -1,26 +1,35 @@
 """Where a model comes from: a new one from a preset, or the weights that ``--from_weight`` names."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from minillm.config import ModelConfig
+from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
 from minillm.model import Transformer
 from minillm.model.hf import load_model
+from minillm.model.pth import infer_config
+from minillm.model.rope import original_length
 from minillm.tokenizer import load_tokenizer
-from minillm.training.arguments import TrainArguments
+from minillm.training.arguments import ModelArguments, TrainArguments
 
 
-def find_weights(name: str, *, save_dir: str, hidden_size: int) -> Path:
+def run_name(stage: str, *, hidden_size: int, has_experts: bool) -> str:
+    """Return the name of a run's directory: ``<stage>_<hidden_size>``, with ``_moe`` behind it for experts."""
+    return f"{stage}_{hidden_size}{'_moe' if has_experts else ''}"
+
+
+def find_weights(name: str, *, save_dir: str, hidden_size: int, has_experts: bool = False) -> Path:
     """Return the directory or ``.pth`` file that ``name`` means.
 
-    ``name`` is a path, or a stage such as ``pretrain``, which means ``SAVE_DIR/pretrain_<hidden_size>``.
+    ``name`` is a path, or a stage such as ``pretrain``, which means ``SAVE_DIR/pretrain_<hidden_size>``, or
+    ``SAVE_DIR/pretrain_<hidden_size>_moe`` with ``has_experts``.
 
     Raises:
         UserError: nothing is there; the message lists the run directories that exist.
     """
-    stage_directory = Path(save_dir) / f"{name}_{hidden_size}"
+    stage_directory = Path(save_dir) / run_name(name, hidden_size=hidden_size, has_experts=has_experts)
     for path in (Path(name), stage_directory):
         if path.is_file() and path.suffix == ".pth":
             return path
@@ -38,15 +47,26 @@ def find_tokenizer(args: TrainArguments) -> str:
     if args.tokenizer_path:
         return args.tokenizer_path
     if args.from_weight:
-        weights = find_weights(args.from_weight, save_dir=args.save_dir, hidden_size=preset_config(args).hidden_size)
-        if (weights / "tokenizer.json").is_file():
-            return str(weights)
+        weights = weights_of(args, preset_config(args))
+        folder = weights if weights.is_dir() else weights.parent  # a .pth has it beside itself
+        if (folder / "tokenizer.json").is_file():
+            return str(folder)
     return str(Path(args.save_dir) / "tokenizer")
 
 
-def preset_config(args: TrainArguments, **more) -> ModelConfig:
-    """Return the configuration that ``--preset`` and the shape flags describe."""
-    return ModelConfig.preset(args.preset, **args.model_overrides(), **more)
+def preset_config(args: ModelArguments, **more) -> ModelConfig:
+    """Return the configuration that ``--preset``, ``--use_moe`` and the shape flags describe."""
+    return ModelConfig.preset(args.preset, **(args.expert_defaults() | args.model_overrides() | more))
+
+
+def weights_of(args: TrainArguments, config: ModelConfig) -> Path:
+    """Return what ``--from_weight`` means for a model of the shape ``config`` (see ``find_weights``)."""
+    return find_weights(
+        args.from_weight,
+        save_dir=args.save_dir,
+        hidden_size=config.hidden_size,
+        has_experts=bool(config.num_experts),
+    )
 
 
 def create_model(args: TrainArguments, tokenizer) -> Transformer:
@@ -60,14 +80,66 @@ def create_model(args: TrainArguments, tokenizer) -> Transformer:
         args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     if not args.from_weight:
+        config = scale_positions(config, args)
         _check_positions(config, args)
         torch.manual_seed(args.seed)
         return Transformer(config)
-    path = find_weights(args.from_weight, save_dir=args.save_dir, hidden_size=config.hidden_size)
-    model = load_model(path, device="cpu", dtype=torch.float32, **({"config": config} if path.suffix == ".pth" else {}))
+    path = weights_of(args, config)
+    stored = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
+    model = load_model(path, device="cpu", dtype=torch.float32, config=stored)
     check_tokenizer(tokenizer, model, path)
+    model.config = scale_positions(model.config, args)
     _check_positions(model.config, args)
     return model
+
+
+def pth_config(path: Path, args: ModelArguments, tokenizer) -> ModelConfig:
+    """Return the shape of the weights in a ``.pth``: a ``config.json`` beside it, else its tensors and the flags.
+
+    What tensors do not tell comes from the flags, then from ``--preset``; its number of heads only if its width is
+    that of the weights, because a wrong number of heads loads without an error and answers nonsense.
+
+    Raises:
+        UserError: the number of heads is not known, a flag contradicts the tensors, or no model of ours holds them.
+    """
+    if (path.parent / "config.json").is_file():
+        return ModelConfig.from_hf(path.parent)
+    usual = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
+    given = args.model_overrides()
+    given = {name: value for name, value in given.items() if value != usual.get(name)}
+    fallback = PRESETS[args.preset] | args.expert_defaults()
+    fallback |= {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return infer_config(path, given=given, fallback=fallback)
+
+
+def scale_positions(config: ModelConfig, args: ModelArguments) -> ModelConfig:
+    """Return ``config`` with the positions that ``--rope_scaling`` asks for; without the flag as it is.
+
+    FACTOR times the original length fits then, and scaling that ``config`` has already is replaced, not multiplied:
+    the original length is ``--rope_original_len``, or what ``config`` would have without its scaling. The weights do
+    not depend on any of this.
+
+    Raises:
+        UserError: the original length is more than the model has positions without scaling.
+    """
+    if args.rope_type_and_factor is None:
+        return config
+    rope_type, factor = args.rope_type_and_factor
+    unscaled = original_length(config)
+    if args.rope_original_len > unscaled:
+        raise UserError(
+            f"--rope_original_len {args.rope_original_len}: the model has {unscaled} positions without scaling; "
+            f"give the length of the rows it was trained on, at most that"
+        )
+    original = args.rope_original_len or unscaled
+    scaling = {"rope_type": rope_type, "factor": factor}
+    if rope_type != "linear":  # which divides all positions, whatever was trained on
+        scaling["original_max_position_embeddings"] = original
+    return dataclasses.replace(
+        config,
+        rope_scaling=None if rope_type == "default" else scaling,
+        max_position_embeddings=int(original * factor),
+    )
 
 
 def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
@@ -92,5 +164,5 @@ def _check_positions(config: ModelConfig, args: TrainArguments) -> None:
     if args.max_seq_len > config.max_position_embeddings:
         raise UserError(
             f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions; "
-            f"choose at most that"
+            f"choose at most that, or extend them (e.g. --rope_scaling yarn:4)"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from minillm.config import ModelConfig
 from minillm.data import ChatRows
 from minillm.losses import causal_lm_loss
 from minillm.model import KVCache
@@ -19,7 +20,9 @@ from minillm.training.parallel import Engine
 from tests.contracts.harness import CONFIG, arguments, gradients_of_steps, largest_difference, tiny_model, train
 
 
-def partition_invariance(directory: Path, *, double: bool, bound: float, global_batch_size: int = 12) -> None:
+def partition_invariance(
+    directory: Path, *, double: bool, bound: float, global_batch_size: int = 12, config: ModelConfig = CONFIG
+) -> None:
     """Any micro-batch × accumulation gives the same gradients, in the last, partial step too."""
 
     def gradients(batch_size: int) -> list[dict]:
@@ -30,7 +33,7 @@ def partition_invariance(directory: Path, *, double: bool, bound: float, global_
             learning_rate=1e-30,  # every step at the same weights
             weight_decay=0.0,
         )
-        return gradients_of_steps(args, double=double)
+        return gradients_of_steps(args, double=double, config=config)
 
     whole = gradients(global_batch_size)
     assert len(whole) == 3
@@ -69,10 +72,14 @@ def answers_are_the_targets(directory: Path) -> None:
     assert (following == row["targets"][:-1][taught[:-1]]).all()
 
 
-def resume_is_exact(directory: Path, *, stop_after: int = 4, total: int = 7) -> None:
+def resume_is_exact(
+    directory: Path, *, stop_after: int = 4, total: int = 7, config: ModelConfig = CONFIG, log_interval: int = 1
+) -> None:
     """A run cut in two equals the whole one bit by bit, with dropout drawing random numbers, past an epoch's end."""
     common = {"batch_size": 3, "accumulation_steps": 2, "max_steps": total, "save_interval": 1, "seed": 7}
-    whole = train(arguments(directory / "whole", **common), dropout=0.2, n_rows=17)
+    common["log_interval"] = log_interval
+    model = {"dropout": 0.2, "n_rows": 17, "config": config}
+    whole = train(arguments(directory / "whole", **common), **model)
 
     class Killed(Exception):
         pass
@@ -82,9 +89,9 @@ def resume_is_exact(directory: Path, *, stop_after: int = 4, total: int = 7) -> 
             raise Killed
 
     with contextlib.suppress(Killed):
-        train(arguments(directory / "cut", **common), dropout=0.2, n_rows=17, before_update=kill)
+        train(arguments(directory / "cut", **common), **model, before_update=kill)
     torch.manual_seed(1234)  # a new process would not have the old generator either
-    resumed = train(arguments(directory / "cut", from_resume=True, **common), dropout=0.2, n_rows=17)
+    resumed = train(arguments(directory / "cut", from_resume=True, **common), **model)
     assert resumed["metrics"] == whole["metrics"]
     for name, weight in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weight), name

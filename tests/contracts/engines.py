@@ -1,6 +1,6 @@
 """Three bodies behind the engine's face, and a run of the real loop on each; started by ``test_engines.py``.
 
-    torchrun --nproc_per_node 2 -m tests.contracts.engines OUT ddp fsdp zero2
+    torchrun --nproc_per_node 2 -m tests.contracts.engines OUT ddp fsdp zero2 ddp_moe
 """
 
 import sys
@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from minillm.training.parallel import Engine
-from tests.contracts.harness import arguments, train
+from tests.contracts.harness import CONFIG, MOE_CONFIG, arguments, train
 
 
 class BypassedDDP(Engine):
@@ -82,7 +82,9 @@ ENGINES = {"ddp": Engine, "bypassed": BypassedDDP, "fsdp": FSDP2, "zero2": ZeRO2
 def main(out: str, *names: str) -> None:
     torch.distributed.init_process_group("gloo")  # one group for all: every Run finds it and leaves it alone
     for name in names:
-        result = train(arguments(Path(out) / name, batch_size=2, global_batch_size=12), engine=ENGINES[name])
+        args = arguments(Path(out) / name, batch_size=2, global_batch_size=12)
+        config = MOE_CONFIG if name.endswith("_moe") else CONFIG
+        result = train(args, engine=ENGINES[name.removesuffix("_moe")], config=config)
         if torch.distributed.get_rank() == 0:
             torch.save({"metrics": result["metrics"], "weights": result["weights"]}, Path(out) / f"{name}.pt")
     torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ Equal lengths and full masks hide the classic mistakes (mean of means, lost rema
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,17 @@ CONFIG = ModelConfig(
     num_key_value_heads=2,
     intermediate_size=24,
     rope_theta=1e4,
+)
+# Sigmoid routing with its bias; one dense block before a sparse one. Widths that no kernel's alignment suits.
+MOE_CONFIG = dataclasses.replace(
+    CONFIG,
+    num_hidden_layers=3,
+    num_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=10,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    scoring_func="sigmoid",
 )
 
 
@@ -73,10 +85,10 @@ class RaggedRows:
         return self.rows[index]
 
 
-def tiny_model(*, double: bool = False, dropout: float = 0.0) -> Transformer:
-    """Return the model of CONFIG with weights of seed 0, large enough that every part matters."""
+def tiny_model(*, double: bool = False, dropout: float = 0.0, config: ModelConfig = CONFIG) -> Transformer:
+    """Return the model of ``config`` with weights of seed 0, large enough that every part matters."""
     torch.manual_seed(0)
-    model = Transformer(CONFIG)
+    model = Transformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
@@ -102,6 +114,7 @@ def train(
     double: bool = False,
     dropout: float = 0.0,
     n_rows: int = 33,
+    config: ModelConfig = CONFIG,
     prepare: Callable[[Run], None] = lambda run: None,
     before_update: Callable[[Run], None] = lambda run: None,
     finish: bool = False,
@@ -113,7 +126,7 @@ def train(
         finish: save a checkpoint and the model at the end, as the scripts do.
     """
     with Run(args, stage="pretrain", engine=engine) as run:
-        model = tiny_model(double=double, dropout=dropout)
+        model = tiny_model(double=double, dropout=dropout, config=config)
         loader = StepBatches(RaggedRows(n_rows), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         model = run.start(optimizer, loader, tokenizer=None, loss=causal_lm_loss)
@@ -121,7 +134,7 @@ def train(
         for micro_batches in run.steps(loader):
             for batch in micro_batches:
                 with run.autocast():
-                    loss_sum, n_targets = causal_lm_loss(model, batch)
+                    loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
                 run.backward(loss_sum)
             before_update(run)
             run.update()
@@ -129,7 +142,7 @@ def train(
             run.finish()
         return {
             "metrics": [
-                {key: row[key] for key in ("step", "epoch", "tokens", "loss", "lr", "grad_norm")}
+                {key: value for key, value in row.items() if key not in ("split", "seconds", "tokens_per_s", "mfu")}
                 for row in read_metrics(run.directory / "metrics.jsonl")
                 if row["split"] == "train"
             ],
@@ -154,9 +167,9 @@ def gradients_of_steps(args: PretrainArguments, **options) -> list[dict[str, tor
 
 
 def largest_difference(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """Return the largest ‖a − b‖ / ‖b‖ over all parameters."""
+    """Return the largest ‖a − b‖ / ‖b‖ over all parameters; 0 where both are zero."""
     assert ours.keys() == reference.keys()
     return max(
-        float((ours[name].double() - wanted.double()).norm() / wanted.double().norm())
+        float((ours[name].double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
         for name, wanted in reference.items()
     )

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contracts.harness import arguments, largest_difference, train
+from tests.contracts.harness import MOE_CONFIG, arguments, largest_difference, train
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    return launch(tmp_path_factory.mktemp("two"), "ddp", "bypassed", "fsdp")
+    return launch(tmp_path_factory.mktemp("two"), "ddp", "bypassed", "fsdp", "ddp_moe", "fsdp_moe")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,24 @@ def assert_equal_runs(path: Path, reference: dict) -> None:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_equal_one(two_processes, one_process, engine):
     assert_equal_runs(two_processes / f"{engine}.pt", one_process)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_experts(two_processes, tmp_path, engine):
+    """In the last step one rank's last micro-batch is padding alone: none of its experts gets a token."""
+    one_process = train(arguments(tmp_path, batch_size=4, global_batch_size=12), config=MOE_CONFIG)
+    path = two_processes / f"{engine}_moe.pt"
+    assert_equal_runs(path, one_process)
+    ours = torch.load(path)
+    biases = {name: bias for name, bias in one_process["weights"].items() if name.endswith("correction_bias")}
+    assert len(biases) == 2
+    for name, bias in biases.items():
+        assert bias.any()
+        assert torch.equal(ours["weights"][name], bias)  # counts are whole numbers: no rounding
+    for row, wanted in zip(ours["metrics"], one_process["metrics"], strict=True):
+        for name in ("balance_loss", "z_loss", "expert_load_max", "expert_entropy"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-6)
+        assert row["expert_share"] == wanted["expert_share"]
 
 
 def test_a_bypassed_ddp_is_caught(two_processes, one_process):

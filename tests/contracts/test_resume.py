@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from minillm.tokenizer import train_bpe
 from minillm.training.checkpoint import list_checkpoints
 from tests.contracts import checks
+from tests.contracts.harness import MOE_CONFIG
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +134,11 @@ def test_killed_and_resumed_equals_uninterrupted(stage, data, tmp_path):
 
 def test_resume_is_exact_with_dropout(tmp_path):
     checks.resume_is_exact(tmp_path)
+
+
+def test_resume_is_exact_with_experts(tmp_path):
+    """The routers' bias and the load counted since the last row are part of a checkpoint: step 4 is amid a window."""
+    checks.resume_is_exact(tmp_path, config=MOE_CONFIG, log_interval=3)
 
 
 def test_without_a_checkpoint_resume_says_so(data, tmp_path, capsys):

@@ -173,7 +173,8 @@ def test_the_models_forward_holds_the_loss():
     """A wrapper around the model (DDP, FSDP) must see the use of its output weight."""
     seen = {}
 
-    def model(input_ids, *, position_ids, document_ids, head):
+    def model(input_ids, *, position_ids, document_ids, head, router_stats):
+        assert router_stats is None
         seen.update(input_ids=input_ids, position_ids=position_ids, document_ids=document_ids)
         return head(torch.ones(1, 2, 3), torch.eye(3)[:2])
 
@@ -184,3 +185,27 @@ def test_the_models_forward_holds_the_loss():
     assert seen.keys() == {"input_ids", "position_ids", "document_ids"}
     batch["weights"] = torch.tensor([[0.0, 3.0]])
     assert causal_lm_loss(model, batch)[1].item() == 3
+
+
+def test_the_routers_losses_join_the_sum():
+    """begin, forward, finish: in this order, and only the sum changes."""
+    calls = []
+
+    class Stats:
+        def begin(self, batch):
+            calls.append(("begin", batch))
+
+        def finish(self):
+            calls.append(("finish", None))
+            return torch.tensor(0.5, requires_grad=True)
+
+    def model(input_ids, *, position_ids, document_ids, head, router_stats):
+        calls.append(("forward", router_stats))
+        return head(torch.ones(1, 2, 3), torch.eye(3)[:2])
+
+    batch, stats = {"input_ids": torch.tensor([[0, 1]]), "targets": torch.tensor([[1, -100]])}, Stats()
+    loss_sum, n_targets = causal_lm_loss(model, batch, stats)
+    assert calls == [("begin", batch), ("forward", stats), ("finish", None)]
+    assert loss_sum.item() == pytest.approx(math.log(2) + 0.5)
+    assert loss_sum.requires_grad
+    assert n_targets.item() == 1

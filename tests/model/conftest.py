@@ -1,12 +1,13 @@
 """Shapes that differ where mistakes hide, and transformers' models with the same weights."""
 
+import importlib
+
 import pytest
 import torch
 import transformers
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen3 import modeling_qwen3
 
 from minillm.config import ModelConfig
+from minillm.config.families import ARCHITECTURES
 from minillm.model import Transformer
 
 TINY = {"vocab_size": 83, "hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64, "rope_theta": 1e4}
@@ -23,35 +24,53 @@ SHAPES = {
         "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
     },
 }  # fmt: skip
-FAMILIES = {"llama": False, "qwen3": True}
+# Each family with all that it alone has. The window is shorter than most rows and documents of the tests, and of five
+# to seven experts some get no token.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"use_qk_norm": True},
+    "mixtral": {"num_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "use_qk_norm": True, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 18,
+        "norm_topk_prob": False,
+    },
+    "glm4_moe": {
+        "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.75, "scoring_func": "sigmoid",
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "n_group": 3, "topk_group": 2,
+    },
+}  # fmt: skip
 
 
 def make_config(shape: str = "grouped", family: str = "llama", **changes) -> ModelConfig:
-    return ModelConfig(**(TINY | SHAPES[shape] | {"use_qk_norm": FAMILIES[family]} | changes))
+    return ModelConfig(**(TINY | SHAPES[shape] | FAMILIES[family] | changes))
 
 
 def make_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
-    """Return a model with weights large enough, and norms uneven enough, that every part of it matters."""
+    """Return a model with weights and biases large enough, and norms uneven enough, that every part of it matters."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.15 if parameter.ndim > 1 else 1 + 0.3 * noise)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(noise * 0.15 if tensor.ndim > 1 or name.endswith("bias") else 1 + 0.3 * noise)
     return model.to(dtype)
 
 
 def make_reference(model: Transformer, **options):
     """Return transformers' model of the same family with the same weights."""
     values = transformers.AutoConfig.for_model(**model.config.to_hf())
-    reference = transformers.AutoModelForCausalLM.from_config(values, attn_implementation="eager", **options)
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"} | options
+    reference = transformers.AutoModelForCausalLM.from_config(values, **options)
     reference.load_state_dict(model.state_dict())
     return reference.to(next(model.parameters()).dtype)
 
 
 @pytest.fixture
 def float64_reference(monkeypatch):
-    """Take the reference's own float32 casts out: norms, rotary tables and softmax stay float64."""
+    """Take the reference's own float32 casts out: norms, rotary tables, routers and softmax stay float64."""
 
     def norm(self, x):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
@@ -68,10 +87,19 @@ def float64_reference(monkeypatch):
     def wide_softmax(x, dim, dtype=None):
         return softmax(x, dim=dim)
 
-    for module, prefix in ((modeling_llama, "Llama"), (modeling_qwen3, "Qwen3")):
+    narrow = torch.Tensor.type
+
+    def wide_type(self, *dtype):
+        return self if self.dtype == torch.float64 else narrow(self, *(dtype or [torch.float32]))
+
+    for family in FAMILIES:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        prefix = ARCHITECTURES[family].removesuffix("ForCausalLM")
         monkeypatch.setattr(getattr(module, f"{prefix}RMSNorm"), "forward", norm)
         monkeypatch.setattr(getattr(module, f"{prefix}RotaryEmbedding"), "forward", rotary)
     monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+    monkeypatch.setattr(torch.Tensor, "float", wide_type)  # Mixtral's router
+    monkeypatch.setattr(torch.Tensor, "type", wide_type)  # GLM's
 
 
 @pytest.fixture

@@ -5,25 +5,30 @@ import math
 import pytest
 import torch
 
-from minillm.model.attention import Attention, document_mask, document_positions
+from minillm.model.attention import Attention, document_mask, document_positions, window_mask
 from minillm.model.rope import rope_tables
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0], [3, 3, 1, 1, 1, -1, -1, -1]])
 
 
-def may_look(documents, row, query, key):
+def may_look(documents, row, query, key, window=None):
     if query == key:
         return True
+    if window is not None and query - key >= window:
+        return False
     return key < query and documents[row, query] == documents[row, key] and documents[row, query] >= 0
 
 
-def test_document_mask():
-    mask = document_mask(DOCUMENTS)
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 7, 8, 100])
+def test_masks(window):
+    mask = document_mask(DOCUMENTS, window)
     assert mask.shape == (3, 1, 8, 8)
     for row in range(3):
         for query in range(8):
             for key in range(8):
-                assert mask[row, 0, query, key].item() == bool(may_look(DOCUMENTS, row, query, key))
+                assert mask[row, 0, query, key].item() == bool(may_look(DOCUMENTS, row, query, key, window))
+    if window is not None:
+        assert torch.equal(window_mask(8, window, device=mask.device), document_mask(DOCUMENTS[1:2], window))
 
 
 def test_document_positions():
@@ -39,16 +44,16 @@ def test_document_positions():
             assert position == t - start
 
 
-def slow(attention, x, rope, documents):
+def slow(attention, x, rope, documents, window):
     """The formula, one query of one head at a time."""
     n_rows, seq_len, _ = x.shape
     cos, sin = rope
 
     def heads(projection, norm):
         y = norm(projection(x).view(n_rows, seq_len, -1, attention.head_dim))
-        half = attention.head_dim // 2
-        first, second = y[..., :half], y[..., half:]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        half = cos.shape[-1]
+        first, second, still = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, still], dim=-1)
 
     q, k = heads(attention.q_proj, attention.q_norm), heads(attention.k_proj, attention.k_norm)
     v = attention.v_proj(x).view(n_rows, seq_len, -1, attention.head_dim)
@@ -57,7 +62,7 @@ def slow(attention, x, rope, documents):
         for head in range(q.shape[2]):
             group = head // (q.shape[2] // k.shape[2])
             for t in range(seq_len):
-                keys = [s for s in range(seq_len) if may_look(documents, row, t, s)]
+                keys = [s for s in range(seq_len) if may_look(documents, row, t, s, window)]
                 scores = torch.stack([q[row, t, head] @ k[row, s, group] for s in keys]) / math.sqrt(q.shape[-1])
                 out[row, t, head] = scores.softmax(0) @ v[row, keys, group]
     return attention.o_proj(out.flatten(2))
@@ -74,9 +79,10 @@ def test_against_loops(tools, shape, family, packed):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
     x = torch.randn(3, 8, config.hidden_size, dtype=torch.float64, requires_grad=True)
     documents = DOCUMENTS if packed else torch.zeros(3, 8, dtype=torch.long)
-    rope = rope_tables(document_positions(documents), head_dim=config.head_dim, theta=1e4, dtype=torch.float64)
-    ours = attention(x, rope, document_mask(documents) if packed else None, None)
-    wanted = slow(attention, x, rope, documents)
+    rope = rope_tables(document_positions(documents), config, dtype=torch.float64)
+    mask = document_mask(documents, config.sliding_window) if packed or config.sliding_window else None
+    ours = attention(x, rope, mask, None)
+    wanted = slow(attention, x, rope, documents, config.sliding_window)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
     leaves = {"x": x, **dict(attention.named_parameters())}
     upstream = torch.randn_like(wanted)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillm.model.attention import document_mask
+from minillm.model.attention import document_mask, window_mask
 from minillm.model.block_attention import BLOCK_LEN, MAX_SEQ_LEN, block_attention, plan_blocks
 
 
@@ -25,12 +25,15 @@ def documents(seq_len):
     return ids
 
 
+@pytest.mark.parametrize("window", [None, 1, 5, BLOCK_LEN, BLOCK_LEN + 9])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seq_len", [2, 11, BLOCK_LEN, BLOCK_LEN + 1, 3 * BLOCK_LEN - 7])
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
-def test_equals_torch(seq_len, packed, heads):
+def test_equals_torch(seq_len, packed, heads, window):
     q, k, v = qkv(seq_len, *heads)
-    mask = document_mask(documents(seq_len)) if packed else None
+    mask = document_mask(documents(seq_len), window) if packed else None
+    if window is not None and not packed:
+        mask = window_mask(seq_len, window, device=q.device)
     ours = block_attention(q, k, v, plan_blocks(mask, (2, seq_len), device=q.device, dtype=q.dtype))
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
@@ -57,6 +60,11 @@ def test_keys_that_no_row_may_see_are_left_out():
     assert [(tile.row, tile.end_row, tile.first) for tile in blocks.tiles] == [
         (0, 2, 0), (0, 2, 0), (0, 2, BLOCK_LEN + BLOCK_LEN // 2)
     ]  # fmt: skip
+    window = plan_blocks(
+        window_mask(4 * BLOCK_LEN, BLOCK_LEN + 9, device=ids.device), (2, 4 * BLOCK_LEN),
+        device=ids.device, dtype=torch.float32,
+    )  # fmt: skip
+    assert [tile.first for tile in window.tiles] == [0, 0, BLOCK_LEN - 8, 2 * BLOCK_LEN - 8]
     one_document = plan_blocks(None, (2, 3 * BLOCK_LEN), device=ids.device, dtype=torch.float32)
     assert [tile.first for tile in one_document.tiles] == [0, 0, 0]
 

@@ -41,9 +41,9 @@ def test_greedy_decoding_equals_full_forward(tools, shape, family, lengths):
 
 
 @torch.no_grad()
-def test_prompt_in_pieces(tools):
+def test_prompt_in_pieces(tools, family):
     """A long prompt may be stored piece by piece, pieces of several tokens looking back at all before them."""
-    model = tools.model(tools.config()).eval()
+    model = tools.model(tools.config(family=family)).eval()
     tokens = tools.tokens(2, 13)
     cache = KVCache(model.config, batch_size=2, max_len=13)
     pieces = [model(tokens[:, start:end], cache=cache) for start, end in ((0, 5), (5, 6), (6, 13))]
@@ -51,9 +51,9 @@ def test_prompt_in_pieces(tools):
 
 
 @torch.no_grad()
-def test_ragged_pieces(tools):
+def test_ragged_pieces(tools, family):
     """Rows of different lengths go on with pieces of different lengths."""
-    model = tools.model(tools.config(), dtype=torch.float64).eval()
+    model = tools.model(tools.config(family=family), dtype=torch.float64).eval()
     a, b = tools.tokens(9, seed=1), tools.tokens(9, seed=2)
     cache = KVCache(model.config, batch_size=2, max_len=10, dtype=torch.float64)
     prefill(model, [a[:2], b[:5]], cache)
@@ -61,6 +61,46 @@ def test_ragged_pieces(tools):
     assert cache.lengths.tolist() == [8, 6]
     for row, tokens in enumerate((a[:8], b[:6])):
         assert tools.difference(logits[row], full_logits(model, tokens)) <= 1e-12
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9, 30])
+@torch.no_grad()
+def test_decoding_beyond_the_window(tools, window):
+    """Token by token, rows of different lengths, in float64; a row alone reads no more keys than it may see."""
+    model = tools.model(tools.config(sliding_window=window), dtype=torch.float64).eval()
+    rows = [tools.tokens(20, seed=seed) for seed in range(3)]
+    lengths = [1, 8, 4]
+    cache = KVCache(model.config, batch_size=3, max_len=20, dtype=torch.float64)
+    alone = KVCache(model.config, batch_size=1, max_len=20, dtype=torch.float64)
+    prefill(model, [row[:length] for row, length in zip(rows, lengths, strict=True)], cache)
+    model(rows[0][None, :1], cache=alone)
+    for _ in range(12):
+        new = torch.stack([row[length : length + 1] for row, length in zip(rows, lengths, strict=True)])
+        logits = model(new, cache=cache)[:, 0]
+        lengths = [length + 1 for length in lengths]
+        for row, length, ours in zip(rows, lengths, logits, strict=True):
+            assert tools.difference(ours, full_logits(model, row[:length])) <= 1e-12
+        assert tools.difference(model(new[:1], cache=alone)[0, 0], logits[0]) <= 1e-12
+        keys = torch.zeros(1, 2, 1, 8, dtype=torch.float64)
+        alone.begin(1, None)
+        assert alone.mask is None
+        assert alone.store(0, keys, keys)[0].shape[2] == min(window, lengths[0] + 1)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@torch.no_grad()
+def test_padding_far_beyond_the_window_is_finite(tools, window):
+    """A long piece for one row puts the other's padding where its window holds no slot at all."""
+    model = tools.model(tools.config(sliding_window=window)).eval()
+    a, b = tools.tokens(20, seed=1), tools.tokens(20, seed=2)
+    cache = KVCache(model.config, batch_size=2, max_len=20)
+    prefill(model, [a[:10], b[:1]], cache)
+    document_ids = torch.tensor([[0] + [-1] * 8, [0] * 9])
+    logits = model(torch.stack([a[10:19], b[1:10]]), document_ids=document_ids, cache=cache)
+    assert torch.isfinite(logits).all()
+    assert tools.difference(logits[0, 0], full_logits(model, a[:11])) <= 1e-5
+    assert tools.difference(logits[1, 8], full_logits(model, b[:10])) <= 1e-5
+    assert torch.isfinite(model(torch.stack([a[:3], b[:3]]), document_ids=torch.full((2, 3), -1), cache=cache)).all()
 
 
 @torch.no_grad()

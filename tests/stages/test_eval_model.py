@@ -227,6 +227,31 @@ def test_a_pth_without_configuration_takes_the_shape_from_the_flags(run, tokeniz
     assert code == 0, err
 
 
+def test_rope_scaling_of_a_model_trained_without_it(run, out, tmp_path):
+    """128 positions by its configuration; the limit moves with the scaling, the loss is that of a model saved so."""
+    text = write(tmp_path / "valid.jsonl", {"text": "the cat sat on the mat and " * 9})
+
+    def loss(*argv, code=0):
+        result, _, err = run("--perplexity", text, "--output", tmp_path / "o.json", *argv)
+        assert result == code, err
+        return json.loads((tmp_path / "o.json").read_text())["perplexity"]["nats_per_token"] if not code else err
+
+    long = ("--max_seq_len", 256)
+    assert "128" in loss(*long, code=2)
+    assert "--rope_original_len 129" in loss("--rope_scaling", "yarn:4", "--rope_original_len", 129, code=2)
+    assert "80" in loss("--rope_scaling", "yarn:4", "--rope_original_len", 20, "--max_seq_len", 81, code=2)
+    losses = [loss(*long, "--rope_scaling", f"{kind}:2") for kind in ("yarn", "linear", "dynamic")]
+    losses += [loss(*long, "--rope_scaling", "yarn:8", "--rope_original_len", 32)]
+    assert len(set(losses)) == 4
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+    save_model(tiny_model(1, rope_scaling=yarn, max_position_embeddings=256), tmp_path / "saved")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(out / "full_sft_32" / file, tmp_path / "saved")
+    saved = ("--from_weight", tmp_path / "saved")
+    assert loss(*saved, *long) == losses[0]
+    assert loss(*saved, "--rope_scaling", "none") == loss()
+
+
 def test_refusals_are_one_line_and_exit_code_2(run, out, tokenizer, tmp_path):
     empty = write(tmp_path / "empty.txt", "", "  ")
     broken = write(tmp_path / "broken.jsonl", {"prompt": "a"}, "{")
@@ -253,6 +278,8 @@ def test_refusals_are_one_line_and_exit_code_2(run, out, tokenizer, tmp_path):
         (["--output", nothing / "no" / "x.json"], ["--output"]),
         (["--top_p", 1.5], ["top_p 1.5"]),
         (["--max_new_tokens", 0], ["max_new_tokens 0"]),
+        (["--rope_scaling", "yarn"], ["--rope_scaling yarn", "yarn:4"]),
+        (["--rope_original_len", 64], ["--rope_original_len 64", "--rope_scaling"]),
         (["--tokenizer_path", nothing], ["tokenizer"]),
     ]:
         code, _, err = run(*argv)

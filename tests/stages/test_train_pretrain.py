@@ -210,8 +210,8 @@ def test_a_non_finite_step_stops_the_run_and_keeps_its_batch(world, call, monkey
     argv = ["--data_path", world.text, *DATA, "--accumulation_steps", "2", "--max_steps", "9", "--save_interval", "2"]
     real, seen = train_pretrain.causal_lm_loss, []
 
-    def breaks_at_step_4(model, batch):
-        loss_sum, n_targets = real(model, batch)
+    def breaks_at_step_4(model, batch, router_stats=None):
+        loss_sum, n_targets = real(model, batch, router_stats)
         seen.append({name: tensor.clone() for name, tensor in batch.items()})
         if len(seen) == 8:
             if what == "loss":

@@ -147,9 +147,9 @@ def test_wandb_offline(pretrained, call, monkeypatch):
 def test_a_non_finite_loss_stops_the_run(pretrained, call, monkeypatch):
     real, calls = train_sft.causal_lm_loss, []
 
-    def breaks_at_step_2(model, batch):
+    def breaks_at_step_2(model, batch, router_stats=None):
         calls.append(1)
-        loss_sum, n_targets = real(model, batch)
+        loss_sum, n_targets = real(model, batch, router_stats)
         return loss_sum * (float("nan") if len(calls) == 2 else 1.0), n_targets
 
     monkeypatch.setattr(train_sft, "causal_lm_loss", breaks_at_step_2)

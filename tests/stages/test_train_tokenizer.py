@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import train_pretrain
+import train_sft
 import train_tokenizer
-from minillm.tokenizer import load_tokenizer
+from minillm.inference import generate
+from minillm.model.hf import load_model
+from minillm.tokenizer import encode_chat, load_tokenizer
+from minillm.training.tracking import read_metrics
 
 ENGLISH = ["the river", "a small house", "green apples", "they were singing", "an old teacher", "winter"]
 CHINESE = ["小河流过村庄", "红色的苹果", "老师在唱歌", "冬天下雪了", "山上有一座房子", "七只小鸟"]
@@ -130,6 +135,62 @@ def test_bad_inputs_leave_nothing_behind(capsys, data, tmp_path):
     assert not save_dir.exists()
     for bad in (tmp_path / "file", tmp_path / "file" / "deeper"):
         assert "no writable directory" in refuse(capsys, "--data_path", data, "--save_dir", bad)
+
+
+def test_sentencepiece_reports_and_saves(capsys, data, tmp_path):
+    pytest.importorskip("sentencepiece")
+    common = ("--data_path", data, "--save_dir", tmp_path / "out", "--vocab_size", 350)
+    out = run(capsys, *common, "--tokenizer_type", "sentencepiece")
+    assert "trained 350 tokens" in out
+    assert "zh: " in out
+    assert "en: " in out
+    assert "warning" not in out
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    assert json.loads(tokenizer.files["tokenizer.json"])["model"]["byte_fallback"] is True
+    assert len(tokenizer.encode("小河流过村庄")) < 6
+    assert "held another tokenizer" in run(capsys, *common), "the default is bytes"
+    again = run(capsys, *common, "--tokenizer_type", "sentencepiece", "--max_token_length", 0, "--split_han")
+    assert "trained" in again
+    assert len(load_tokenizer(tmp_path / "out" / "tokenizer").encode("小河流过村庄")) >= 6
+
+
+def test_sentencepiece_refuses_before_reading(capsys, data, tmp_path, monkeypatch):
+    pytest.importorskip("sentencepiece")
+    flags = ("--data_path", data, "--save_dir", tmp_path / "out", "--tokenizer_type", "sentencepiece")
+    monkeypatch.setattr(train_tokenizer, "balanced_records", None)
+    assert "vocab_size 267 is too small" in refuse(capsys, *flags, "--vocab_size", 267)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert "pip install sentencepiece" in refuse(capsys, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_with_a_sentencepiece_tokenizer(world, call, capsys):
+    """From text to a model that chats, with no further word about which tokenizer it is."""
+    pytest.importorskip("sentencepiece")
+    # the world has a byte-level tokenizer, which this replaces
+    argv = ("--data_path", f"{world.text},{world.chat}", "--save_dir", world.out, "--vocab_size", 320)
+    assert "held another tokenizer" in run(capsys, *argv, "--tokenizer_type", "sentencepiece")
+    tokenizer = load_tokenizer(world.out / "tokenizer")
+    common = ["--batch_size", "4", "--log_interval", "1", "--learning_rate", "1e-2"]
+    done = call(train_pretrain.main, world, "--data_path", world.text, "--max_seq_len", 32, "--max_steps", 8, *common)
+    assert done.code == 0, done.err
+    done = call(train_sft.main, world, "--data_path", world.chat, "--max_seq_len", 300, "--epochs", 4, *common)
+    assert done.code == 0, done.err
+    for stage in ("pretrain_32", "full_sft_32"):
+        losses = [row["loss"] for row in read_metrics(world.out / stage / "metrics.jsonl") if row["split"] == "train"]
+        assert losses[-1] < losses[0]
+        beside = load_tokenizer(world.out / stage)
+        assert beside.content_hash == tokenizer.content_hash
+    model = load_model(world.out / "full_sft_32")
+    assert model.config.vocab_size == tokenizer.vocab_size
+    prompt, _ = encode_chat(beside, [{"role": "user", "content": "小明 12 😀"}], add_generation_prompt=True)
+    (answer,) = generate(model, [prompt], max_new_tokens=5, temperature=0.0, eos_token_id=beside.im_end_id)
+    assert isinstance(beside.decode(answer), str)
+
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(world.out / "full_sft_32")
+    chat = [{"role": "user", "content": "小明 12 😀"}]
+    assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] == prompt
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -1,6 +1,13 @@
 import pytest
 
-from minillm.tokenizer import load_tokenizer, train_bpe
+from minillm.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
+
+# Which tokenizers a module's tests run with; elsewhere the byte-level one alone.
+KINDS = {
+    "test_base": ["bpe", "sentencepiece"],
+    "test_chat": ["bpe", "sentencepiece"],
+    "test_sentencepiece_bpe": ["sentencepiece"],
+}
 
 SENTENCES = [
     "The quick brown fox has 12 apples and the lazy dog has 345.\n",
@@ -34,9 +41,25 @@ def corpus():
     return texts_of_corpus
 
 
+def pytest_generate_tests(metafunc):
+    """Run the contracts of the modules in KINDS with each kind of tokenizer that the module names."""
+    if "kind" in metafunc.fixturenames:
+        kinds = KINDS.get(metafunc.module.__name__.split(".")[-1], ["bpe"])
+        metafunc.parametrize("kind", kinds, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def tokenizer():
-    return train_bpe(texts_of_corpus(), vocab_size=600)
+def kind(request):
+    if request.param == "sentencepiece":
+        pytest.importorskip("sentencepiece")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer(kind):
+    """A tokenizer of 600 ids trained on the corpus."""
+    train = {"bpe": train_bpe, "sentencepiece": train_sentencepiece}[kind]
+    return train(texts_of_corpus(), vocab_size=600)
 
 
 @pytest.fixture(scope="session")

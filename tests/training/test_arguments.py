@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from minillm.errors import UserError
-from minillm.training.arguments import PretrainArguments, SFTArguments, TrainArguments, as_dict
+from minillm.training.arguments import EvalArguments, PretrainArguments, SFTArguments, TrainArguments, as_dict
 
 FLAGS = {
     "save_dir", "data_path", "valid_path", "tokenizer_path", "from_weight", "from_resume", "epochs", "max_steps",
@@ -85,6 +85,42 @@ def test_several_files_with_commas(file):
 def test_model_overrides_hold_what_was_given(file):
     args = PretrainArguments(data_path=file, hidden_size=64, use_qk_norm=True)
     assert args.model_overrides() == {"hidden_size": 64, "tie_word_embeddings": True, "use_qk_norm": True}
+
+
+@pytest.mark.parametrize(
+    "said, meant",
+    [
+        ("", None), ("none", ("default", 1.0)), ("yarn:4", ("yarn", 4.0)), ("dynamic:2.5", ("dynamic", 2.5)),
+        ("linear:1", ("linear", 1.0)),
+    ],
+)  # fmt: skip
+def test_rope_scaling_is_a_type_and_a_factor(file, said, meant):
+    for args in (PretrainArguments(data_path=file, rope_scaling=said), EvalArguments(rope_scaling=said)):
+        args.check()
+        assert args.rope_type_and_factor == meant
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"rope_scaling": "ntk:4"}, "--rope_scaling ntk:4: .* linear, dynamic, yarn"),
+        ({"rope_scaling": "4"}, "--rope_scaling 4: .* linear, dynamic, yarn"),
+        ({"rope_scaling": "default:1"}, "--rope_scaling default:1: must be none or"),
+        ({"rope_scaling": "yarn"}, "--rope_scaling yarn: .* at least 1 .*yarn:4"),
+        ({"rope_scaling": "yarn:"}, "--rope_scaling yarn:: .* at least 1"),
+        ({"rope_scaling": "linear:0.5"}, "linear:0.5: .* at least 1"),
+        ({"rope_scaling": "dynamic:two"}, "dynamic:two: .* at least 1"),
+        ({"rope_scaling": "dynamic:inf"}, "dynamic:inf: .* at least 1"),
+        ({"rope_scaling": "dynamic:nan"}, "dynamic:nan: .* at least 1"),
+        ({"rope_scaling": "yarn:4", "rope_original_len": -1}, "--rope_original_len -1: must be at least 0"),
+        ({"rope_original_len": 256}, "--rope_original_len 256: goes with a --rope_scaling"),
+        ({"rope_scaling": "none", "rope_original_len": 256}, "--rope_original_len 256: goes with"),
+    ],
+)
+def test_rope_scaling_that_cannot_be(file, values, message):
+    for args in (PretrainArguments(data_path=file, **values), EvalArguments(**values)):
+        with pytest.raises(UserError, match=message):
+            args.check()
 
 
 def test_every_field_has_a_help_text():

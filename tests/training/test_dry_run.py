@@ -30,14 +30,14 @@ def tokenizer():
 def make(tmp_path, tokenizer):
     """Call it with rows' class, the file's text and arguments; returns (run, loader)."""
 
-    def make(kind, text, *, n_micro_batches=1, **more):
+    def make(kind, text, *, n_micro_batches=1, experts=None, **more):
         path = tmp_path / "data.jsonl"
         path.write_text(text, encoding="utf-8")
         rows = kind([path], tokenizer, max_seq_len=40, cache_dir=tmp_path / "cache")
         loader = StepBatches(rows, batch_size=1, global_batch_size=n_micro_batches, shuffle=False)
         torch.manual_seed(0)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-        model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **shape)).eval()
+        model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **shape, **(experts or {}))).eval()
         cpu = torch.device("cpu")
         run = SimpleNamespace(ranks=Ranks(), model=model, device=cpu, args=PretrainArguments(data_path="-", **more))
         run.autocast = lambda: precision.autocast(cpu, torch.float32)
@@ -93,6 +93,16 @@ def test_the_cost_is_measured_over_all_micro_batches(make, tokenizer, capsys, mo
 def test_max_steps_decides_the_total(make, tokenizer, capsys):
     dry_run(*make(TextRows, '{"text": "the fox"}\n', epochs=3, max_steps=77), tokenizer, causal_lm_loss)
     assert "1 steps per epoch, 77 in all" in capsys.readouterr().out
+
+
+def test_the_active_share_of_experts(make, tokenizer, capsys):
+    experts = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
+    run, loader = make(TextRows, '{"text": "the fox"}\n', experts=experts)
+    dry_run(run, loader, tokenizer, causal_lm_loss)
+    total = sum(p.numel() for p in run.model.parameters())
+    active = total - 2 * 3 * 16 * 8
+    share = f"({active:,} of {total:,} are active per token, {active / total:.0%})"
+    assert f"{total:,} trainable parameters {share}; 1 steps" in capsys.readouterr().out
 
 
 def test_nothing_is_changed_or_written(make, tokenizer, tmp_path):

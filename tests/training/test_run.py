@@ -8,8 +8,9 @@ import torch
 
 from minillm.data import StepBatches
 from minillm.errors import UserError
+from minillm.training.command_line import resume_command
 from minillm.training.parallel import Engine
-from minillm.training.run import MAX_SKIPPED_IN_A_ROW, Run, resume_command
+from minillm.training.run import MAX_SKIPPED_IN_A_ROW, Run
 from tests.contracts.checks import ScaledEngine
 from tests.contracts.harness import RaggedRows, arguments, train
 

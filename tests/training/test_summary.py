@@ -78,6 +78,35 @@ def test_the_curves_are_the_rows(run, drawn):
     assert (run.directory / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_load_of_the_experts_is_drawn_below(drawn, tmp_path):
+    """A row whose steps were all skipped has no share; a layer's busiest expert is told in fair shares."""
+    rows = [
+        {"step": step, "split": "train", "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "expert_share": share}
+        for step, share in [(1, [[0.7, 0.1, 0.2], [1.0, 0.0, 0.0]]), (2, None), (3, [[0.2, 0.3, 0.5], [0.4, 0.3, 0.3]])]
+    ]
+    summary.draw_curves(rows, tmp_path / "x.png", title="t")
+    *_, busiest, entropy = (lines_of(axis) for axis in drawn[0].axes)
+    assert len(drawn[0].axes) == 5
+    for label, (first, last) in {"layer 0": (2.1, 1.5), "layer 1": (3.0, 1.2)}.items():
+        assert [step for step, _ in busiest[label]] == [1, 3]
+        assert [load for _, load in busiest[label]] == pytest.approx([first, last])
+    shares = np.array([0.2, 0.3, 0.5])
+    assert entropy["layer 0"][1] == (3, pytest.approx(-(shares * np.log(shares)).sum() / np.log(3)))
+    assert entropy["layer 1"][0] == (1, 0)
+
+
+def test_facts_and_run_yaml_tell_the_active_share(run):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
+    run.model = Transformer(ModelConfig(vocab_size=31, **shape, **experts))
+    total, active = run.model.config.num_parameters(), run.model.config.num_parameters(active=True)
+    assert active == total - 2 * 3 * 16 * 8
+    assert summary.summary_facts(run)["parameters"] == f"{total:,} ({active:,} active per token, {active / total:.0%})"
+    summary.write_run_file(run)
+    content = yaml.safe_load((run.directory / "run.yaml").read_text(encoding="utf-8"))
+    assert (content["n_parameters"], content["n_active_parameters"]) == (total, active)
+
+
 @pytest.mark.parametrize("splits", [(), ("train",), ("valid",), ("train", "valid")])
 def test_without_a_floor_there_is_no_line_and_any_rows_will_do(run, drawn, tmp_path, splits):
     rows = [{"step": 1, "split": split, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0} for split in splits]

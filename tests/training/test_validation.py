@@ -55,6 +55,14 @@ def model():
 
 
 @pytest.fixture
+def sparse_model():
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 5, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
+    return Transformer(ModelConfig(vocab_size=V, initializer_range=0.3, **shape, **experts)).double()
+
+
+@pytest.fixture
 def run():
     cpu = torch.device("cpu")
     fields = {"device": cpu, "sum_dtype": torch.float64, "loss": causal_lm_loss, "ranks": Ranks()}
@@ -94,6 +102,13 @@ def test_bits_per_byte_and_the_floor(model, run):
     loss_sum, n_targets = by_hand(model, rows)
     assert result["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / 91, rel=1e-12)
     assert result["floor"] == pytest.approx(13.5 / n_targets, rel=1e-12)
+
+
+def test_experts_add_nothing_to_the_validation_loss(sparse_model, run):
+    rows = Rows()
+    result = evaluate_loss(sparse_model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False), run)
+    loss_sum, n_targets = by_hand(sparse_model, rows)
+    assert result == {"loss": pytest.approx(loss_sum / n_targets, rel=1e-12), "n_targets": n_targets}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,238 @@
+"""The way to and from Hugging Face's ``config.json``, family by family.
+
+The families differ in what they call the same thing and in what they assume when it is not said. Both are written down
+here, once; a setting that our model does not have is refused by name, never ignored.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import UserError
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+}
+# What each family's configuration class assumes where the file is silent, if it differs from COMMON.
+COMMON: dict[str, Any] = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+SILENT: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048, "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "mistral": {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "qwen2": {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+        "head_dim": 128,
+    },
+    "mixtral": {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "bos_token_id": 1, "eos_token_id": 2, "num_experts": 8,
+    },
+    "qwen3_moe": {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "norm_topk_prob": False,
+    },
+    "glm4_moe": {
+        "vocab_size": 151552, "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96,
+        "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408,
+        "n_shared_experts": 1, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+# What follows from the family alone.
+FIXED: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"use_qk_norm": True},
+    "qwen3_moe": {"use_qk_norm": True},
+    "glm4_moe": {"scoring_func": "sigmoid"},
+}
+WINDOWED = ("mistral", "mixtral")
+# Releases and families differ in the name; the first one is what transformers 4 and 5 both read.
+N_EXPERTS = {
+    "mixtral": ("num_local_experts", "num_experts"),
+    "qwen3_moe": ("num_experts", "num_local_experts"),
+    "glm4_moe": ("n_routed_experts", "num_local_experts", "num_experts"),
+}
+MOE_FIELDS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace",
+    "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
+)  # fmt: skip
+# null is a value of these: none, or for the last two what follows from the other sizes.
+MAY_BE_NULL = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "head_dim", "num_key_value_heads",
+)  # fmt: skip
+ROPE_KEYS_ELSEWHERE = ("rope_theta", "partial_rotary_factor", "type")
+
+
+def to_hf(values: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """Return the ``config.json`` of a ``ModelConfig`` given as a dict, readable by transformers 4 and 5."""
+    values = dict(values)
+    rope = {"rope_type": "default", "rope_theta": values["rope_theta"]} | (values.pop("rope_scaling") or {})
+    if rope["rope_type"] == "dynamic" and "original_max_position_embeddings" in rope:
+        # Their dynamic scaling sets in after max_position_embeddings; for us that is the longest sequence.
+        values["max_position_embeddings"] = rope["original_max_position_embeddings"]
+    moe = {name: values.pop(name) for name in MOE_FIELDS}
+    qk_norm, bias = values.pop("use_qk_norm"), values.pop("attention_bias")
+    factor, window = values.pop("partial_rotary_factor"), values.pop("sliding_window")
+    del values["scoring_func"]
+    special: dict[str, Any] = {}
+    if model_type in WINDOWED:
+        special["sliding_window"] = window
+    elif model_type in ("qwen2", "qwen3", "qwen3_moe"):
+        special["use_sliding_window"] = False
+    if model_type in N_EXPERTS:
+        special |= {N_EXPERTS[model_type][0]: moe["num_experts"], "num_experts_per_tok": moe["num_experts_per_tok"]}
+    if model_type == "qwen3_moe":
+        special |= {name: moe[name] for name in ("moe_intermediate_size", "norm_topk_prob")}
+        special |= {"decoder_sparse_step": 1, "mlp_only_layers": list(range(moe["first_k_dense_replace"]))}
+    elif model_type == "glm4_moe":
+        special |= {name: moe[name] for name in MOE_FIELDS if name != "num_experts"}
+        special |= {"use_qk_norm": qk_norm, "partial_rotary_factor": factor, "num_nextn_predict_layers": 0}
+        rope["partial_rotary_factor"] = factor  # its default is 0.5, in newer releases of transformers read from here
+    return {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **values,
+        **special,
+        "rope_parameters": rope,
+        # Releases before 5 read this one; "default" is theirs as None.
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "hidden_act": "silu",
+        "attention_bias": bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
+
+
+def from_hf(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return the values of ``ModelConfig`` (its field ``names``) that a parsed ``config.json`` describes.
+
+    What the file leaves out is what transformers takes then.
+
+    Raises:
+        UserError: the family is not supported, or the file uses a setting that our model does not have.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"model_type {model_type!r} is not supported; supported are: {', '.join(ARCHITECTURES)}")
+    # A checkpoint may have either or both; where both stand, theirs takes the first.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_scaling is {rope!r}: it must be an object with rope_type and its settings")
+    said = {name: raw[name] for name in (names & raw.keys()) - {"rope_scaling"}}
+    said |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    said |= _n_experts(raw, model_type)
+    values = COMMON | SILENT[model_type] | said | FIXED.get(model_type, {})
+    _refuse_unsupported(raw, values, model_type)
+    if model_type not in WINDOWED:
+        values.pop("sliding_window", None)  # Qwen's files have a number there that use_sliding_window switches off
+    if model_type == "qwen3_moe":
+        values["first_k_dense_replace"] = len(raw.get("mlp_only_layers") or [])
+    if model_type not in N_EXPERTS or values["num_experts"] == 0:  # 0: their sparse classes are dense then, too
+        values = {name: value for name, value in values.items() if name not in MOE_FIELDS}
+    null = [name for name, value in values.items() if value is None and name not in MAY_BE_NULL]
+    if null:
+        raise UserError(f"the configuration gives no value, but null, for: {', '.join(sorted(null))}")
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    if values.get("head_dim") is None:
+        values["head_dim"] = _quotient(values["hidden_size"], values["num_attention_heads"])
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = (values["eos_token_id"] or [None])[0]
+    values["rope_scaling"] = scaling = _rope_scaling(raw, rope, values["max_position_embeddings"])
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    if scaling["rope_type"] == "dynamic" and type(original) is int and isinstance(factor, int | float) and factor < 1e9:
+        values["max_position_embeddings"] = int(original * factor)  # see to_hf
+    return values
+
+
+def _quotient(hidden_size, n_heads) -> int | None:
+    """Return the width of a head as transformers rounds it; None where the sizes are wrong, which is said later."""
+    return hidden_size // n_heads if type(hidden_size) is type(n_heads) is int and n_heads > 0 else None
+
+
+def _n_experts(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
+    given = {name: raw[name] for name in N_EXPERTS.get(model_type, ()) if name in raw}
+    if len(set(given.values())) > 1:
+        raise UserError(f"the configuration gives two numbers of experts: {given}; leave the wrong one out")
+    return {"num_experts": next(iter(given.values()))} if given else {}
+
+
+def _rope_scaling(raw: dict[str, Any], rope: dict[str, Any], max_positions: int) -> dict[str, Any]:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = {name: value for name, value in rope.items() if name not in ROPE_KEYS_ELSEWHERE and value is not None}
+    if kind in ("yarn", "llama3") and raw.get("original_max_position_embeddings"):
+        scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]  # it wins in transformers
+    if kind == "dynamic" and scaling.get("original_max_position_embeddings") != max_positions:
+        scaling.pop("original_max_position_embeddings", None)  # transformers does not look at it
+    return scaling | {"rope_type": kind}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the parsed ``config.json`` at ``path``, or in the directory ``path``."""
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no model configuration: {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object with the model's settings, but a {type(content).__name__}")
+    return content
+
+
+def _refuse_unsupported(raw: dict[str, Any], values: dict[str, Any], model_type: str) -> None:
+    """Raise UserError for settings that change what transformers computes, and that no field of ours holds.
+
+    Mixtures that the fields could hold, but not the family, are refused by ``ModelConfig``.
+    """
+    is_glm, windowed = model_type == "glm4_moe", model_type in WINDOWED
+    attention = "sliding_attention" if windowed and values.get("sliding_window") else "full_attention"
+    only_dense = sorted(raw.get("mlp_only_layers") or [])
+    has_norm = FIXED.get(model_type, {}).get("use_qk_norm", False)
+    refused = {
+        "attention_bias": (model_type not in ("qwen2", "glm4_moe") and raw.get("attention_bias")) or None,
+        "mlp_bias": raw.get("mlp_bias") or None,
+        "use_qk_norm": None if is_glm else _unless(has_norm, raw.get("use_qk_norm")),
+        "use_sliding_window": (not windowed and raw.get("use_sliding_window")) or None,
+        "layer_types": (set(raw.get("layer_types") or []) - {attention} and raw["layer_types"]) or None,
+        "hidden_act": _unless("silu", raw.get("hidden_act")),
+        "attention_dropout": raw.get("attention_dropout") or None,
+        "pretraining_tp": _unless(1, raw.get("pretraining_tp")),
+        "scoring_func": _unless("sigmoid" if is_glm else "softmax", raw.get("scoring_func")),
+        "decoder_sparse_step": _unless(1, raw.get("decoder_sparse_step")),
+        "mlp_only_layers": raw["mlp_only_layers"] if only_dense != list(range(len(only_dense))) else None,
+        "router_jitter_noise": raw.get("router_jitter_noise") or None,
+        "per_layer_config": raw.get("per_layer_config") or None,
+        "quantization_config": raw.get("quantization_config"),
+    }
+    if model_type not in N_EXPERTS:
+        names = {name for each in N_EXPERTS.values() for name in each}
+        refused |= {name: raw.get(name) or None for name in sorted(names)}
+    found = [f"{name}={value!r}" for name, value in refused.items() if value is not None]
+    if found:
+        raise UserError(f"the configuration uses what this model does not have: {', '.join(found)}")
+
+
+def _unless(usual, value):
+    return None if value is None or value == usual else value

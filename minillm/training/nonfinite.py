@@ -1,0 +1,33 @@
+"""When numbers go wrong: stop with the batch saved, or warn before much time is lost."""
+
+import math
+from typing import NoReturn
+
+import torch
+
+from minillm.errors import UserError
+
+
+def stop_for_nonfinite(run, loss_sum: float, grad_norm: float) -> NoReturn:
+    """Save the step's micro-batches (of this rank) beside the checkpoints, and raise the ``UserError`` that names them.
+
+    Args:
+        loss_sum: of the step's targets, over all ranks.
+    """
+    path = run.directory / f"nonfinite-step-{run.step + 1:08d}-rank{run.ranks.rank}.pt"
+    torch.save({"step": run.step + 1, "micro_batches": run._micro_batches}, path)
+    raise UserError(
+        f"step {run.step + 1}: loss {loss_sum / max(run._n_targets, 1e-12)}, gradient norm {grad_norm}: not "
+        f"finite, the update was not applied; its batch is saved in {path}. Lower --learning_rate, or look at "
+        f"that batch; the newest checkpoint is untouched"
+    )
+
+
+def compare_with_uniform(run, loss: float) -> None:
+    """Warn when the first loss of a fresh model, in nats per target, is not near that of guessing, ln V."""
+    uniform = math.log(run.model.config.vocab_size)
+    if abs(loss - uniform) > 0.5:
+        run.tracker.print(
+            f"warning: the first loss is {loss:.3f}, a fresh model should start near ln V = {uniform:.3f}; "
+            f"look at the initialisation, the targets and the loss"
+        )

@@ -1,0 +1,341 @@
+"""Bare state dicts: MiniMind's layouts answer as its definition says, and their shapes tell the configuration."""
+
+import collections
+import math
+
+import pytest
+import torch
+
+from minillm.config import ModelConfig
+from minillm.errors import UserError
+from minillm.model.hf import load_model
+from minillm.model.pth import infer_config
+
+VOCAB, WIDTH, LAYERS, HEADS = 91, 48, 3, 8
+HEAD_DIM = WIDTH // HEADS
+KV_HEADS = {"v1": 4, "v2": 2, "v3": 4, "old": 2}  # old: as version 2 began, with the names of version 1
+THETA = {"v1": 1e4, "v2": 1e6, "v3": 1e6, "old": 1e6}
+FEED_FORWARD = {"v1": 128, "v2": 128, "v3": 64 * math.ceil(WIDTH * math.pi / 64), "old": 128}
+EPS = {"v1": 1e-5, "v2": 1e-5, "v3": 1e-6, "old": 1e-5}
+OLD = {
+    "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm", "self_attn": "attention",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "mlp": "feed_forward",
+    "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3",
+    "down_proj": "w2", "model.layers": "layers",
+}  # fmt: skip
+
+
+def minimind(layout, *, experts=0, seed=0):
+    """Random weights under the new names, as MiniMind's trainers save them: float16, the tied matrix twice."""
+    generator = torch.Generator().manual_seed(seed)
+    feed_forward, kv_dim = FEED_FORWARD[layout], KV_HEADS[layout] * HEAD_DIM
+
+    def matrix(*shape):
+        return (torch.randn(shape, generator=generator) * 0.15).half()
+
+    def norm(size):
+        return (1 + 0.3 * torch.randn(size, generator=generator)).half()
+
+    def ffn(prefix):
+        return {
+            prefix + "gate_proj.weight": matrix(feed_forward, WIDTH),
+            prefix + "down_proj.weight": matrix(WIDTH, feed_forward),
+            prefix + "up_proj.weight": matrix(feed_forward, WIDTH),
+        }
+
+    weights = {"model.embed_tokens.weight": matrix(VOCAB, WIDTH) * 0.02}  # so small that eps matters
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q", WIDTH), ("k", kv_dim), ("v", kv_dim), ("o", WIDTH)):
+            weights[f"{prefix}self_attn.{name}_proj.weight"] = matrix(rows, WIDTH)
+        if layout == "v3":
+            weights |= {f"{prefix}self_attn.{name}_norm.weight": norm(HEAD_DIM) for name in "qk"}
+        weights |= {f"{prefix}{name}_layernorm.weight": norm(WIDTH) for name in ("input", "post_attention")}
+        if experts:
+            weights[prefix + "mlp.gate.weight"] = matrix(experts, WIDTH) * 8
+            for expert in range(experts):
+                weights |= ffn(f"{prefix}mlp.experts.{expert}.")
+        else:
+            weights |= ffn(prefix + "mlp.")
+    weights["model.norm.weight"] = norm(WIDTH)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    return weights
+
+
+def old_names(weights):
+    renamed = {}
+    for name, tensor in weights.items():
+        for new, old in OLD.items():
+            name = name.replace(new + ".", old + ".")
+        renamed[name] = tensor
+    return renamed
+
+
+def slow_minimind(weights, layout, ids, *, top_k=1):
+    """MiniMind's definition for one sequence: logits (T, V), in float64, one head and one position at a time."""
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    n_tokens = len(ids)
+
+    def rms(x, name):
+        return x / (x.square().mean() + EPS[layout]).sqrt() * weights[name]
+
+    def turned(head, position):
+        result = head.clone()
+        for pair in range(HEAD_DIM // 2):
+            # Version 2 began with neighbouring pairs (complex numbers); later releases pair the two halves.
+            first, second = (2 * pair, 2 * pair + 1) if layout in ("v1", "old") else (pair, pair + HEAD_DIM // 2)
+            angle = position * THETA[layout] ** (-2 * pair / HEAD_DIM)
+            x, y = head[first], head[second]
+            result[first] = x * math.cos(angle) - y * math.sin(angle)
+            result[second] = x * math.sin(angle) + y * math.cos(angle)
+        return result
+
+    def swiglu(x, prefix):
+        gate = weights[prefix + "gate_proj.weight"] @ x
+        return weights[prefix + "down_proj.weight"] @ (gate * gate.sigmoid() * (weights[prefix + "up_proj.weight"] @ x))
+
+    def feed_forward(x, prefix):
+        if prefix + "gate.weight" not in weights:
+            return swiglu(x, prefix)
+        scores = (weights[prefix + "gate.weight"] @ x).softmax(0)
+        chosen = scores.topk(top_k)
+        pairs = zip(chosen.values / chosen.values.sum(), chosen.indices.tolist(), strict=True)
+        return sum(weight * swiglu(x, f"{prefix}experts.{expert}.") for weight, expert in pairs)
+
+    stream = [weights["model.embed_tokens.weight"][token] for token in ids]
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        queries, keys, values = [], [], []
+        for position, x in enumerate(stream):
+            x = rms(x, prefix + "input_layernorm.weight")
+            rows = {name: (weights[f"{prefix}self_attn.{name}_proj.weight"] @ x).view(-1, HEAD_DIM) for name in "qkv"}
+            for name in "qk" if layout == "v3" else "":
+                rows[name] = torch.stack([rms(head, f"{prefix}self_attn.{name}_norm.weight") for head in rows[name]])
+            queries.append([turned(head, position) for head in rows["q"]])
+            keys.append([turned(head, position) for head in rows["k"]])
+            values.append(rows["v"])
+        for position in range(n_tokens):
+            heads = []
+            for head in range(HEADS):
+                group = head // (HEADS // KV_HEADS[layout])
+                seen = range(position + 1)
+                products = [queries[position][head] @ keys[s][group] / math.sqrt(HEAD_DIM) for s in seen]
+                shares = torch.stack(products).softmax(0)
+                heads.append(sum(shares[s] * values[s][group] for s in seen))
+            stream[position] = stream[position] + weights[f"{prefix}self_attn.o_proj.weight"] @ torch.cat(heads)
+        stream = [x + feed_forward(rms(x, prefix + "post_attention_layernorm.weight"), prefix + "mlp.") for x in stream]
+    return torch.stack([weights["lm_head.weight"] @ rms(x, "model.norm.weight") for x in stream])
+
+
+def save(weights, path, **more):
+    torch.save(weights | more, path)
+    return path
+
+
+IDS = [5, 88, 0, 17, 17, 42, 3, 90, 61]
+
+
+@pytest.mark.parametrize("layout", ["v1", "v2", "v3", "old"])
+@torch.no_grad()
+def test_logits_are_minimind_s(tools, layout, tmp_path):
+    weights = minimind(layout)
+    path = save(old_names(weights) if layout in ("v1", "old") else weights, tmp_path / "full_sft_48.pth")
+    config = infer_config(path, given={"num_attention_heads": HEADS} if layout != "v3" else None)
+    model = load_model(path, config=config).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    wanted = slow_minimind(weights, layout, IDS)
+    assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@torch.no_grad()
+def test_the_experts_of_version_3_are_qwen3_moe(tools, top_k, tmp_path):
+    path = save(weights := minimind("v3", experts=4), tmp_path / "full_sft_48_moe.pth")
+    config = infer_config(path, given={"num_experts_per_tok": top_k} if top_k == 2 else None)
+    assert (config.model_type, config.num_experts, config.num_experts_per_tok) == ("qwen3_moe", 4, top_k)
+    assert (config.norm_topk_prob, config.moe_intermediate_size, config.first_k_dense_replace) == (True, 192, 0)
+    model = load_model(path, config=config).eval()
+    wanted = slow_minimind(weights, "v3", IDS, top_k=top_k)
+    assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
+
+
+def test_the_shapes_tell_the_configuration(tmp_path):
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    }  # fmt: skip
+    v2 = infer_config(save(minimind("v2"), tmp_path / "2.pth"), fallback={"num_attention_heads": HEADS})
+    assert v2 == ModelConfig(**sizes, num_key_value_heads=2, intermediate_size=128)
+    v3 = infer_config(save(minimind("v3"), tmp_path / "3.pth"))
+    assert v3 == ModelConfig(**sizes, num_key_value_heads=4, intermediate_size=192, use_qk_norm=True, rms_norm_eps=1e-6)
+    assert (v2.rope_theta, v2.rms_norm_eps) == (1e6, 1e-5)
+    v1 = {name: tensor for name, tensor in minimind("v1").items() if "self_attn" not in name}
+    for layer in range(LAYERS):  # 16 heads of 2
+        for name, rows in (("q", 32), ("k", 16), ("v", 16)):
+            v1[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = torch.zeros(rows, WIDTH)
+    preset = {"hidden_size": WIDTH, "num_attention_heads": 8, "max_position_embeddings": 512}
+    told = infer_config(save(old_names(v1), tmp_path / "1.pth"), fallback=preset)
+    assert (told.num_attention_heads, told.num_key_value_heads, told.head_dim) == (16, 8, 2)
+    assert (told.rope_theta, told.rms_norm_eps, told.max_position_embeddings) == (1e4, 1e-5, 512)
+
+
+def test_more_layers_than_nine_and_what_was_said_besides(tmp_path):
+    weights = minimind("v3")
+    for layer in range(3, 11):
+        weights |= {
+            name.replace("layers.2.", f"layers.{layer}."): t for name, t in weights.items() if "layers.2." in name
+        }
+    path = save(weights, tmp_path / "deep.pth")
+    said = {"rope_theta": 1e4, "max_position_embeddings": 512, "num_hidden_layers": None, "eos_token_id": 2}
+    config = infer_config(
+        path, given={"num_hidden_layers": 11}, fallback=said | {"n_shared_experts": 1, "vocab_size": 7}
+    )
+    assert (config.num_hidden_layers, config.vocab_size, config.n_shared_experts) == (11, VOCAB, 0)
+    assert (config.rope_theta, config.max_position_embeddings, config.eos_token_id) == (1e4, 512, 2)
+
+
+def test_our_own_models_of_every_family(tools, tmp_path):
+    """torch.save of a model's state dict, whatever the family: the shapes tell all but the sizes not in them."""
+    common = {
+        "vocab_size": 83,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "intermediate_size": 20,
+    }
+    for name, changes in {
+        "llama": {"num_key_value_heads": 3},
+        "untied": {"tie_word_embeddings": False},
+        "wide heads": {"use_qk_norm": True, "head_dim": 10},
+    }.items():
+        config = ModelConfig(**common | changes)
+        path = save(tools.model(config).state_dict(), tmp_path / f"{name}.pth")
+        assert infer_config(path, given={"num_attention_heads": 6}) == config, name
+        loaded = load_model(path, config=infer_config(path, fallback={"head_dim": config.head_dim}))
+        assert loaded.config == config
+
+
+def test_tables_and_wrappers_are_no_weights(tools, tmp_path):
+    """A table of older releases tells the width of a head besides."""
+    weights = minimind("v2")
+    plain = load_model(
+        save(weights, tmp_path / "a.pth"), config=infer_config(tmp_path / "a.pth", given={"head_dim": HEAD_DIM})
+    )
+    tables = {"model.freqs_cos": torch.zeros(64, HEAD_DIM), "model.freqs_sin": torch.zeros(64, HEAD_DIM)}
+    tables["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(HEAD_DIM // 2)
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in (weights | tables).items()}
+    for content in (
+        weights | tables,
+        collections.OrderedDict(wrapped),
+        {"model": wrapped, "optimizer": {"state": {}}, "step": 3},
+    ):
+        torch.save(content, tmp_path / "b.pth")
+        config = infer_config(tmp_path / "b.pth")
+        assert config == plain.config
+        loaded = load_model(tmp_path / "b.pth", config=config, dtype=torch.bfloat16)
+        assert all(torch.equal(a, b.bfloat16()) for a, b in zip(loaded.parameters(), plain.parameters(), strict=True))
+    old = old_names(weights) | {"pos_cis": torch.zeros(64, HEAD_DIM // 2, dtype=torch.complex64)}
+    assert (
+        infer_config(save(old, tmp_path / "old.pth", **{"layers.0.attention.mask": torch.zeros(1, 1, 9, 9)}))
+        == plain.config
+    )
+    assert load_model(tmp_path / "old.pth", config=plain.config).config == plain.config
+
+
+def test_files_of_old_torch_are_read(tmp_path):
+    torch.save(minimind("v3"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    config = infer_config(tmp_path / "old.pth")
+    assert load_model(tmp_path / "old.pth", config=config).config.use_qk_norm
+
+
+def test_heads_must_be_said_where_nothing_tells_them(tmp_path):
+    path = save(minimind("v2"), tmp_path / "w.pth")
+    for fallback in (None, {"hidden_size": 512, "num_attention_heads": 8}):  # the heads of another width tell nothing
+        with pytest.raises(
+            UserError, match=r"how many heads its 48 query rows are.*--num_attention_heads 8 for MiniMind"
+        ):
+            infer_config(path, fallback=fallback)
+    assert infer_config(path, fallback={"hidden_size": 48, "num_attention_heads": 4}).num_attention_heads == 4
+    for heads in (5, 16, 49):  # 16: three numbers each, which make no pairs
+        with pytest.raises(UserError, match=r"heads|head_dim"):
+            infer_config(path, given={"num_attention_heads": heads})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_hidden_layers": 2},
+        {"hidden_size": 64},
+        {"use_qk_norm": False},
+        {"num_attention_heads": 4},
+        {"head_dim": 8},
+    ],
+)
+def test_what_was_said_and_is_not_so(tmp_path, given):
+    name, value = next(iter(given.items()))
+    with pytest.raises(UserError, match=rf"w\.pth do not fit what was said: {name} is \w+ there and {value} was given"):
+        infer_config(save(minimind("v3"), tmp_path / "w.pth"), given=given)
+
+
+def test_an_output_of_its_own_is_not_lost(tmp_path):
+    weights = minimind("v3")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 2
+    path = save(weights, tmp_path / "w.pth")
+    config = infer_config(path)
+    assert not config.tie_word_embeddings
+    assert torch.equal(load_model(path, config=config).lm_head.weight, weights["lm_head.weight"].float())
+    tied = ModelConfig(
+        **{name: getattr(config, name) for name in config.__dataclass_fields__} | {"tie_word_embeddings": True}
+    )
+    with pytest.raises(UserError, match=r"output matrix of its own.*set tie_word_embeddings to False"):
+        load_model(path, config=tied)
+
+
+@pytest.mark.parametrize("rename", [dict, old_names], ids=["v2", "old"])
+@pytest.mark.parametrize("shared", ["mlp.shared_experts.0.gate_proj.weight", "mlp.shared_experts.gate_proj.weight"])
+def test_the_experts_of_version_2_are_refused(tmp_path, rename, shared):
+    weights = minimind("v2", experts=4) | {f"model.layers.1.{shared}": torch.zeros(128, WIDTH)}
+    path = save(rename(weights), tmp_path / "w.pth")
+    wanted = "softmax routing and shared experts together.*qwen3_moe has no shared.*dense weights"
+    with pytest.raises(UserError, match=wanted):
+        infer_config(path, given={"num_attention_heads": HEADS, "num_experts_per_tok": 2})
+    with pytest.raises(UserError, match=wanted):
+        load_model(path, config=ModelConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_attention_heads=HEADS))
+
+
+def test_experts_per_token_must_be_said(tmp_path):
+    path = save(minimind("v2", experts=4), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="how many experts a token goes through: give num_experts_per_tok"):
+        infer_config(path, given={"num_attention_heads": HEADS})
+    config = infer_config(path, given={"num_attention_heads": HEADS, "num_experts_per_tok": 2})
+    assert config.model_type == "mixtral"
+
+
+@torch.no_grad()
+def test_the_experts_of_version_2_without_shared_ones_are_mixtral(tools, tmp_path):
+    path = save(weights := minimind("v2", experts=4), tmp_path / "w.pth")
+    config = infer_config(path, given={"num_attention_heads": HEADS, "num_experts_per_tok": 2})
+    model = load_model(path, config=config).eval()
+    wanted = slow_minimind(weights, "v2", IDS, top_k=2)
+    assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
+    again = load_model(save(model.state_dict(), tmp_path / "ours.pth"), config=config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_what_is_no_model(tmp_path):
+    adapter = {"model.layers.0.self_attn.q_proj.lora.A.weight": torch.zeros(8, WIDTH)}
+    broken = minimind("v3")
+    del broken["model.layers.0.mlp.gate_proj.weight"]
+    for name, content, wanted in (
+        ("lora", adapter, "no whole model.*an adapter alone needs its base"),
+        ("empty", {}, "no whole model"),
+        ("step", {"step": 3}, "not a plain state dict"),
+        ("code", print, "not a plain state dict"),
+        ("broken", broken, "not the state dict of a model of ours"),
+    ):
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(UserError, match=wanted):
+            infer_config(tmp_path / f"{name}.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(UserError, match="not a plain state dict"):
+        infer_config(tmp_path / "text.pth")
