@@ -166,6 +166,8 @@ def test_two_numbers_of_experts_are_refused():
     with pytest.raises(UserError, match=r"two numbers of experts: \{'n_routed_experts': 8, 'num_local_experts': 16\}"):
         ModelConfig.from_hf(values)
     assert ModelConfig.from_hf(values | {"num_local_experts": 8}).num_experts == 8
+    with pytest.raises(UserError, match="two numbers of experts"):
+        ModelConfig.from_hf({"model_type": "mixtral", "num_local_experts": 8, "num_experts": 4})
 
 
 # ---- rotary positions: the old layout and the new ----------------------------------------------------------------
@@ -216,6 +218,8 @@ def test_the_turned_part_of_a_head(tools, rope, factor):
     values = {"model_type": "glm4_moe", "head_dim": 64} | rope
     config = ModelConfig.from_hf(values)
     assert config.partial_rotary_factor == factor
+    written = config.to_hf()  # releases differ in where they look, and take 0.5 where they find nothing
+    assert written["partial_rotary_factor"] == written["rope_parameters"]["partial_rotary_factor"] == factor
     tools.assert_same(config, tools.open_theirs(values))
 
 

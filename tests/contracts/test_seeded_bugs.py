@@ -53,7 +53,7 @@ def position_of_the_longest(cache, seq_len, document_ids):
     cache.position_ids = cache.longest + torch.arange(seq_len).expand_as(cache.position_ids)
 
 
-def causal_only(document_ids):
+def causal_only(document_ids, window=None):
     """A causal mask that forgets the documents."""
     seq_len = document_ids.shape[1]
     return torch.ones(seq_len, seq_len, dtype=torch.bool).tril()[None, None]
