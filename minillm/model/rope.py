@@ -161,6 +161,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]  # 2 × (B, T, H, R/2)
+    if torch.compiler.is_compiling():  # the compiler cannot trace a result written into a slice, and needs no help
+        wide = (first.to(cos.dtype), second.to(cos.dtype))
+        parts = [wide[0] * cos - wide[1] * sin, wide[1] * cos + wide[0] * sin, x[..., 2 * half :].to(cos.dtype)]
+        return torch.cat(parts, dim=-1).to(x.dtype)
     turned = torch.empty_like(x, dtype=cos.dtype)  # (B, T, H, K)
     torch.mul(first, cos, out=turned[..., :half]).addcmul_(second.to(cos.dtype), sin, value=-1)
     torch.mul(second, cos, out=turned[..., half : 2 * half]).addcmul_(first.to(cos.dtype), sin)
