@@ -8,6 +8,7 @@ Reads top to bottom: arguments, texts, train, report, save. The text that is mea
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from minillm.data import read_records
@@ -18,7 +19,8 @@ from minillm.tokenizer.train import check_vocab_size
 from minillm.training.arguments import TokenizerArguments
 from minillm.training.command_line import parse, script
 
-TRAINERS = {"bpe": (check_vocab_size, train_bpe), "sentencepiece": (check_sentencepiece, train_sentencepiece)}
+TRAINERS = {"bpe": train_bpe, "bpe_by_hand": partial(train_bpe, by_hand=True), "sentencepiece": train_sentencepiece}
+CHECKS = {"bpe": check_vocab_size, "bpe_by_hand": check_vocab_size, "sentencepiece": check_sentencepiece}
 HOLD_OUT_EVERY = 20  # records
 HOLD_OUT_BYTES = 2_000_000  # more would make no figure more exact
 
@@ -27,8 +29,7 @@ HOLD_OUT_BYTES = 2_000_000  # more would make no figure more exact
 def main(argv: list[str] | None = None):
     args = parse(TokenizerArguments, argv)
     directory = Path(args.save_dir) / "tokenizer"
-    check, train = TRAINERS[args.tokenizer_type]
-    check(args.vocab_size)  # what can be refused is refused before the files are read
+    CHECKS[args.tokenizer_type](args.vocab_size)  # what can be refused is refused before the files are read
     check_writable(directory)
 
     # Texts: from all files alike, every 20th record held out unless there is a file for that
@@ -50,10 +51,8 @@ def main(argv: list[str] | None = None):
     # Train
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        longest = args.max_token_length or None
-        tokenizer = train(
-            training_texts(), vocab_size=args.vocab_size, max_token_length=longest, split_han=args.split_han
-        )
+        limits = {"vocab_size": args.vocab_size, "max_token_length": args.max_token_length or None}
+        tokenizer = TRAINERS[args.tokenizer_type](training_texts(), **limits, split_han=args.split_han)
     print(f"trained {tokenizer.vocab_size:,} tokens on {n_bytes / 1e6:.1f} MB of text")
     for warning in caught:
         print(f"warning: {warning.message}")
@@ -112,9 +111,7 @@ def check_writable(directory: Path) -> None:
     """Raise UserError now if ``directory`` could not be made or written after minutes of training."""
     existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"cannot write to '{directory}': '{existing}' is no writable directory; change --save_dir"
-        )
+        raise UserError(f"cannot write to '{directory}': '{existing}' is no writable directory; change --save_dir")
 
 
 def warn_of_another(directory: Path, tokenizer: Tokenizer) -> None:

@@ -72,7 +72,7 @@ class Tokenizer:
         try:
             return self._plain.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
-            raise _bad_text(text) from None
+            raise bad_text(text) from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """``[encode(text) for text in texts]``, in parallel on all cores (inside Rust)."""
@@ -109,7 +109,7 @@ class Tokenizer:
     @cached_property
     def _bytes_table(self) -> list[bytes]:
         table = [b""] * self.vocab_size  # ids that no token owns (holes of foreign vocabularies) say nothing
-        to_byte = _byte_level_alphabet()
+        to_byte = byte_level_alphabet()
         for token, token_id in self._full.get_vocab(with_added_tokens=True).items():
             if token_id in self._added:
                 table[token_id] = token.encode("utf-8")
@@ -263,7 +263,7 @@ def _token_name(entry) -> str | None:
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The GPT-2 alphabet: each byte has one visible character, so that a vocabulary file is readable text.
 
     Printable Latin-1 bytes stand for themselves; the 68 others move to U+0100 and on, in order.
@@ -273,7 +273,8 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(moved)}
 
 
-def _bad_text(text) -> UserError:
+def bad_text(text) -> UserError:
+    """The error for a text that the library refused: no text at all, or one with a lone surrogate."""
     if not isinstance(text, str):
         return UserError(f"cannot tokenise {type(text).__name__}: text (str) is needed")
     try:

@@ -39,7 +39,7 @@ def train_sentencepiece(
     files: str | Path | list[str | Path] | Iterator[str],
     *,
     vocab_size: int = 6400,
-    max_token_length: int | None = 16,
+    max_token_length: int | None = 15,
     split_han: bool = False,
     character_coverage: float = 0.9995,
 ) -> Tokenizer:
@@ -88,7 +88,7 @@ def sentencepiece_model(
     files,
     *,
     vocab_size: int,
-    max_token_length: int | None = 16,
+    max_token_length: int | None = 15,
     split_han: bool = False,
     character_coverage: float = 0.9995,
 ) -> bytes:

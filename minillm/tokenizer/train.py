@@ -1,5 +1,6 @@
 """Train a byte-level BPE tokenizer (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2, section 2.2).
 
+The library ``tokenizers`` learns the merges, or ``bpe.py`` does, which is written to be read: the same file results.
 The text is first cut into pieces; merges never cross a cut. The pieces decide what a token can be:
 
 - every newline alone, so that text encoded part by part equals the whole when the parts meet at a newline;
@@ -23,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minillm.errors import UserError
 from minillm.tokenizer.base import SPECIAL_TOKENS, TAG_TOKENS, Tokenizer
+from minillm.tokenizer.bpe import BytePairEncoding, count_pieces, learn_merges
 
 N_SPECIAL = 32  # with the spare ones, for tokens a later stage may want
 SPARES_FROM_VOCAB = 512  # below this size spare tokens would crowd out merges: only the named ones are kept
@@ -48,10 +50,10 @@ def train_bpe(
     files: str | Path | list[str | Path] | Iterator[str],
     *,
     vocab_size: int = 6400,
-    max_token_length: int | None = 16,
+    max_token_length: int | None = 15,
     split_han: bool = False,
     min_frequency: int = 2,
-    show_progress: bool = False,
+    by_hand: bool = False,
 ) -> Tokenizer:
     """Train on text and return the Tokenizer. The same text in the same settings gives the same tokenizer.
 
@@ -59,40 +61,53 @@ def train_bpe(
         (``iter(list_of_texts)``), in any order of your own: texts are read once.
     vocab_size: all ids: 32 special tokens first, then the 256 bytes, then merges. Below 512 the spare
         special tokens are left out (11 remain), so the smallest vocabulary is 267.
-    max_token_length: longest token in bytes; 16 is five Chinese characters, or a word of 15 letters. Small
-        corpora repeat whole phrases, and a token per phrase teaches a model nothing about its words.
+    max_token_length: longest token in bytes; 15 is five Chinese characters, or a word of 14 letters and its blank.
+        Small corpora repeat whole phrases, and a token per phrase teaches a model nothing about its words.
         None: no limit.
     split_han: each Chinese character a piece of its own, never merged with its neighbour.
     min_frequency: a merge must occur so often.
+    by_hand: learn the merges with ``bpe.py`` instead of the library: the same result, only later.
 
     Warns when the text is too small for ``vocab_size`` merges: then ``tokenizer.vocab_size`` is smaller.
     Raises UserError for a vocabulary without room for bytes and special tokens, or no text at all.
     """
     check_vocab_size(vocab_size)
     specials = special_tokens(vocab_size)
-    if max_token_length is not None and max_token_length < 1:
-        raise UserError(f"max_token_length is {max_token_length}; give at least 1 byte, or None for no limit")
+    if max_token_length is not None and max_token_length < 2:
+        raise UserError(f"max_token_length is {max_token_length}; give at least 2 bytes, or None for no limit")
 
+    pattern = _PIECES.replace("{han}", "" if split_han else "+")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(
-                tokenizers.Regex(_PIECES.replace("{han}", "" if split_han else "+")), behavior="isolated"
-            ),
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=specials,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so that every byte has an id
-        max_token_length=max_token_length,
-        show_progress=show_progress,
-    )
     texts = CountedTexts(texts_of(files))
-    backend.train_from_iterator(texts, trainer=trainer)
+    if by_hand:
+        learned = learn_merges(
+            count_pieces(texts, pattern),
+            vocab_size,
+            special_tokens=specials,
+            min_frequency=min_frequency,
+            max_token_length=max_token_length,
+        )
+        vocab, merges = BytePairEncoding(*learned, pattern=pattern).to_strings()
+        backend.model = models.BPE(vocab=vocab, merges=merges)
+        backend.add_special_tokens(specials)
+    else:
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            special_tokens=specials,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so that every byte has an id
+            # The library makes tokens *shorter* than its limit.
+            max_token_length=None if max_token_length is None else max_token_length + 1,
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer=trainer)
     if texts.n_characters == 0:
         raise UserError("there is no text to train on: every file or record is empty")
 
@@ -111,9 +126,7 @@ def check_vocab_size(vocab_size: int) -> None:
     n_special = len(special_tokens(vocab_size))
     if vocab_size < 256 + n_special:
         least = 256 + n_special
-        raise UserError(
-            f"vocab_size {vocab_size} is too small: 256 bytes + {n_special} special tokens are {least}"
-        )
+        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes + {n_special} special tokens are {least}")
 
 
 def special_tokens(vocab_size: int) -> list[str]:

@@ -291,10 +291,11 @@ class TokenizerArguments:
     """Directory that holds the run directories; the tokenizer goes to SAVE_DIR/tokenizer."""
     vocab_size: int = 6400
     """Number of ids: 32 special tokens (11 below 512), 256 bytes, then merges."""
-    tokenizer_type: Literal["bpe", "sentencepiece"] = "bpe"
-    """bpe: merges of bytes; sentencepiece: merges of characters, rare ones as bytes (pip install sentencepiece)."""
-    max_token_length: int = 16
-    """Longest token in bytes, 16 is five Chinese characters or a word of 15 letters; sentencepiece: in characters
+    tokenizer_type: Literal["bpe", "bpe_by_hand", "sentencepiece"] = "bpe"
+    """bpe: merges of bytes; bpe_by_hand: the same file made by our own readable code, more slowly; sentencepiece:
+    merges of characters, rare ones as bytes (pip install sentencepiece)."""
+    max_token_length: int = 15
+    """Longest token in bytes, 15 is five Chinese characters or a blank and 14 letters; sentencepiece: in characters
     (0: no limit)."""
     split_han: bool = False
     """Never merge neighbouring Chinese characters."""
