@@ -1,7 +1,10 @@
 """Tests run on two cores side by side: one thread per process keeps them from fighting."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +13,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
@@ -30,3 +35,28 @@ def appears():
         return words in path.read_bytes()
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Call it with the number of processes and a program: it runs to its end, and what it printed comes back."""
+
+    def torchrun(n_processes: int, *program: str) -> str:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+        process = subprocess.Popen(
+            [sys.executable, *launcher, *program],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=280)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its workers; killed, it would leave them
+            output, _ = process.communicate(timeout=15)
+        assert process.returncode == 0, output[-3000:]
+        return output
+
+    return torchrun

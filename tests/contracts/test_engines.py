@@ -1,8 +1,5 @@
 """Two processes, uneven targets, three steps of the real loop, the last one partial: equal to one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,36 +7,26 @@ import torch
 
 from tests.contracts.harness import MOE_CONFIG, arguments, largest_difference, train
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture(scope="module")
+def launch(torchrun):
+    """Call it with a directory and the engines to try: two processes leave one file per engine there."""
+
+    def launch(out: Path, *names: str) -> Path:
+        torchrun(2, "-m", "tests.contracts.engines", str(out), *names)
+        return out
+
+    return launch
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
+def two_processes(launch, tmp_path_factory) -> Path:
     return launch(tmp_path_factory.mktemp("two"), "ddp", "bypassed", "fsdp", "ddp_moe", "fsdp_moe")
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> dict:
     return train(arguments(tmp_path_factory.mktemp("one"), batch_size=4, global_batch_size=12))
-
-
-def launch(out: Path, *names: str) -> Path:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*torchrun, "-m", "tests.contracts.engines", str(out), *names],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=280)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its workers; killed, it would leave them
-        output, _ = process.communicate(timeout=15)
-    assert process.returncode == 0, output[-3000:]
-    return out
 
 
 def assert_equal_runs(path: Path, reference: dict) -> None:
@@ -83,6 +70,6 @@ def test_a_bypassed_ddp_is_caught(two_processes, one_process):
         assert_equal_runs(two_processes / "bypassed.pt", one_process)
 
 
-def test_deepspeed_equals_one(tmp_path, one_process):
+def test_deepspeed_equals_one(launch, tmp_path, one_process):
     pytest.importorskip("deepspeed")
     assert_equal_runs(launch(tmp_path, "zero2") / "zero2.pt", one_process)

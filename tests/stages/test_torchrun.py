@@ -1,9 +1,6 @@
 """A stage under torchrun: two processes give one process's run, and leave one run directory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,34 +10,26 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 
-def launch(world, flags, n_processes: int, batch_size: int) -> Path:
-    out = world.folder / f"out{n_processes}"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
-    command = [
-        sys.executable, *torchrun, str(ROOT / "train_pretrain.py"), *flags(world), "--save_dir", str(out),
-        "--tokenizer_path", str(world.out / "tokenizer"), "--data_path", str(world.text),
-        "--valid_path", str(world.text_valid), "--max_seq_len", "48", "--batch_size", str(batch_size),
-        "--global_batch_size", "8", "--max_steps", "5", "--save_interval", "2", "--log_interval", "1",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its workers; killed, it would leave them
-        output, _ = process.communicate(timeout=15)
-    assert process.returncode == 0, output[-3000:]
-    assert output.count("saved ") == 1  # the main rank alone speaks
-    return out / "pretrain_32"
+@pytest.fixture
+def launch(torchrun, world, flags):
+    """Call it with the number of processes and the rows of each: five updates of 8 rows leave a run directory."""
+
+    def launch(n_processes: int, *, batch_size: int) -> Path:
+        out = world.folder / f"out{n_processes}"
+        output = torchrun(
+            n_processes, str(ROOT / "train_pretrain.py"), *flags(world), "--save_dir", str(out),
+            "--tokenizer_path", str(world.out / "tokenizer"), "--data_path", str(world.text),
+            "--valid_path", str(world.text_valid), "--max_seq_len", "48", "--batch_size", str(batch_size),
+            "--global_batch_size", "8", "--max_steps", "5", "--save_interval", "2", "--log_interval", "1",
+        )  # fmt: skip
+        assert output.count("saved ") == 1  # the main rank alone speaks
+        return out / "pretrain_32"
+
+    return launch
 
 
-def test_two_processes_equal_one(world, flags):
-    two, one = launch(world, flags, 2, batch_size=2), launch(world, flags, 1, batch_size=4)
+def test_two_processes_equal_one(launch):
+    two, one = launch(2, batch_size=2), launch(1, batch_size=4)
     rows = [
         [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         for directory in (two, one)
