@@ -28,7 +28,7 @@ from minillm.training.arguments import EvalArguments
 from minillm.training.command_line import parse, script
 from minillm.training.hardware import keep_freed_memory
 from minillm.training.precision import choose_device, choose_dtype
-from minillm.training.routing import active_parameters
+from minillm.training.routing import describe_parameters
 from minillm.training.weights import check_tokenizer, find_weights, preset_config, pth_config, scale_positions
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
@@ -99,9 +99,7 @@ def open_model(args: EvalArguments):
     model = load_model(path, device=device, dtype=dtype, config=config).eval()
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
-    total, active = (n / 1e6 for n in active_parameters(model))
-    shown = f"{total:.2f}M parameters" + (f" ({active:.2f}M active per token)" if active < total else "")
-    print(f"{path}: {shown}, {device}, {dtype}")
+    print(f"{path}: parameters {describe_parameters(model)}; {device}, {dtype}")
     return model, tokenizer, path
 
 

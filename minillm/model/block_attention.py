@@ -82,6 +82,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
 
 class _BlockAttention(torch.autograd.Function):
+    """The products, softmax and gradient behind ``block_attention``; probabilities are kept, not recomputed."""
+
     @staticmethod
     def forward(ctx, q, k, v, bias, tiles):
         n_rows, n_heads, seq_len, head_dim = q.shape
@@ -107,6 +109,12 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """Return the gradients of q, k and v; ``grad`` is that of the output, (B, H, T, K).
+
+        A tile with S = Q Kᵀ and P = softmax(S) has dV = Pᵀ dO, dP = dO Vᵀ, dS = P · (dP − Σ dP · P), dQ = dS K and
+        dK = dSᵀ Q. Each tile writes its own queries' gradient; those of keys and values add up, over the tiles that
+        see them and over the J query heads that share them.
+        """
         k, v, *kept = ctx.saved_tensors
         n_rows, n_heads, seq_len, head_dim = grad.shape
         n_groups = ctx.n_groups

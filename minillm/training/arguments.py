@@ -117,8 +117,7 @@ class TrainArguments(ModelArguments):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} {value}: must lie between 0 and 1")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
-        _ = self.rope_type_and_factor
-        self.check_experts()
+        super().check()
         one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob
         message = "the weight of a single expert, divided by itself, is always 1, and the router learns nothing"
         require(not one_weight, f"--num_experts_per_tok 1: {message}; choose at least 2, or add --norm_topk_prob 0")
@@ -268,8 +267,7 @@ class EvalArguments(ModelArguments):
         for name, limit in least.items():
             value = getattr(self, name)
             require(value >= limit, f"--{name} {value}: must be at least {limit}")
-        _ = self.rope_type_and_factor
-        self.check_experts()
+        super().check()
         for name in ("prompts", "perplexity", "task_file"):
             path = getattr(self, name)
             require(not path or os.path.isfile(path), f"--{name} {path}: no such file")

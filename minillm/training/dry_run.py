@@ -4,7 +4,7 @@ import time
 
 from minillm.data.report import colour_targets, data_report, format_report
 from minillm.training import hardware
-from minillm.training.routing import active_parameters
+from minillm.training.routing import describe_parameters
 
 
 def dry_run(run, loader, tokenizer, loss) -> None:
@@ -12,6 +12,9 @@ def dry_run(run, loader, tokenizer, loss) -> None:
 
     The cost is measured: the first update's micro-batches run forward and backward twice, the second time
     counts. Optimizer state (8 bytes per trainable parameter) is added to the memory, as it is not built here.
+
+    Args:
+        loss: the stage's, which is called as in its loop, with what the routers of experts need.
     """
     if not run.ranks.is_main:
         return
@@ -23,20 +26,19 @@ def dry_run(run, loader, tokenizer, loss) -> None:
     for _ in range(2):
         began = time.perf_counter()
         for batch in micro_batches:
+            batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
             with run.autocast():
-                loss_sum, _ = loss(module, {name: tensor.to(run.device) for name, tensor in batch.items()})
+                loss_sum, _ = loss(module, batch, run.router_stats)
             loss_sum.backward()
         float(loss_sum.detach())  # waits for the device
         seconds = time.perf_counter() - began
         module.zero_grad(set_to_none=True)
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total, active = active_parameters(run.model)
-    experts = "" if active == total else f" ({active:,} of {total:,} are active per token, {active / total:.0%})"
     total_steps = run.args.max_steps or run.args.epochs * loader.steps_per_epoch
     memory = hardware.memory_bytes(run.device) + 8 * n_parameters
     print(
-        f"\n{n_parameters:,} trainable parameters{experts}; "
-        f"{loader.steps_per_epoch:,} steps per epoch, {total_steps:,} in all"
+        f"\nparameters: {describe_parameters(run.model)}, {n_parameters:,} of them trained"
+        f"\nsteps: {loader.steps_per_epoch:,} per epoch, {total_steps:,} in all"
         f"\nmemory: about {memory / 2**30:.2f} GiB on {run.device} at the peak"
         f"\ntime: about {seconds:.3f} s per step ({n_tokens / seconds:,.0f} tokens/s and rank), "
         f"{total_steps * seconds / 60:.1f} minutes in all, validation and saving not counted"

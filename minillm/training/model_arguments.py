@@ -99,8 +99,9 @@ class ModelArguments:
         # No family has softmax scores and shared experts.
         return experts | ({"n_shared_experts": 0} if self.scoring_func == "softmax" else {})
 
-    def check_experts(self) -> None:
-        """Raise ``UserError`` for flags of experts without experts, or out of range."""
+    def check(self) -> None:
+        """Raise ``UserError`` for a --rope_scaling that cannot be, and flags of experts without any or out of range."""
+        _ = self.rope_type_and_factor  # raises what is to be raised
         given = [name for name in EXPERT_FLAGS if getattr(self, name) is not None]
         for name in given + ([] if self.norm_topk_prob else ["norm_topk_prob"]):
             value = getattr(self, name)

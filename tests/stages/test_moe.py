@@ -8,6 +8,7 @@ import eval_model
 import train_pretrain
 import train_sft
 from minillm.model.hf import load_model
+from minillm.training.routing import describe_parameters
 from minillm.training.tracking import read_metrics
 
 EXPERTS = ["--use_moe", "--num_experts", "5", "--moe_intermediate_size", "24", "--first_k_dense_replace", "1"]
@@ -93,7 +94,25 @@ def test_evaluation_finds_it_by_its_flag(finished, capsys, width, words, name):
 def test_dry_run_tells_the_active_share(finished, call):
     done = call(train_pretrain.main, finished, "--data_path", finished.text, *DATA, *EXPERTS, "--dry_run")
     assert done.code == 0, done.err
-    assert "are active per token" in done.out
+    assert f"parameters: {describe_parameters(load_model(finished.run))}, " in done.out
+    assert "active per token" in done.out
+
+
+@pytest.mark.parametrize("script, data", [(train_pretrain, "text"), (train_sft, "chat")])
+def test_dry_run_measures_the_loss_of_training(finished, call, monkeypatch, script, data):
+    seen, loss = [], script.causal_lm_loss
+
+    def spy(model, batch, router_stats=None):
+        loss_sum, n_targets = loss(model, batch, router_stats)
+        with torch.no_grad():
+            seen.append(float(loss_sum) > float(loss(model, batch)[0]))  # the routers' losses are positive
+        return loss_sum, n_targets
+
+    monkeypatch.setattr(script, "causal_lm_loss", spy)
+    argv = ["--data_path", getattr(finished, data), *DATA, *EXPERTS, "--from_weight", "", "--dry_run"]
+    done = call(script.main, finished, *argv)
+    assert done.code == 0, done.err
+    assert seen == [True] * 4  # two micro-batches, twice
 
 
 @pytest.mark.parametrize("flags_of", [["--scoring_func", "softmax"], ["--scoring_func", "softmax", "--use_qk_norm"]])

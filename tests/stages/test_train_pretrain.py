@@ -259,7 +259,7 @@ def test_dry_run_writes_nothing_but_the_token_cache(world, call):
     assert done.code == 0
     assert done.result is None
     assert {path for path in world.folder.rglob("*") if ".token_cache" not in path.parts} == before
-    assert "trainable parameters" in done.out
+    assert "parameters: " in done.out
     assert "memory: about" in done.out
     assert "time: about" in done.out
 

@@ -17,6 +17,7 @@ from minillm.training import hardware, precision
 from minillm.training.arguments import PretrainArguments
 from minillm.training.dry_run import dry_run
 from minillm.training.parallel import Ranks
+from minillm.training.routing import Balance, describe_parameters
 
 TALK = '{"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]}\n'
 
@@ -39,7 +40,9 @@ def make(tmp_path, tokenizer):
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
         model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **shape, **(experts or {}))).eval()
         cpu = torch.device("cpu")
-        run = SimpleNamespace(ranks=Ranks(), model=model, device=cpu, args=PretrainArguments(data_path="-", **more))
+        args, ranks = PretrainArguments(data_path="-", **more), Ranks()
+        stats = Balance(model, args, ranks).stats
+        run = SimpleNamespace(ranks=ranks, model=model, device=cpu, args=args, router_stats=stats)
         run.autocast = lambda: precision.autocast(cpu, torch.float32)
         return run, loader
 
@@ -49,7 +52,7 @@ def make(tmp_path, tokenizer):
 def test_every_token_of_a_text_is_a_target_but_the_first(make, tokenizer, capsys):
     dry_run(*make(TextRows, '{"text": "the fox\\n\\nsaw"}\n'), tokenizer, causal_lm_loss)
     shown = capsys.readouterr().out
-    row = shown.split("first row, targets coloured:\n")[1].split("\n\n270")[0]
+    row = shown.split("first row, targets coloured:\n")[1].split("\n\nparameters")[0]
     lines = [f"{TARGET}the fox{RESET}", "", f"{TARGET}saw<|endoftext|>{RESET}"]
     assert row.startswith(f"{CONTEXT}<|endoftext|>{RESET}" + "\n".join(lines))
     assert "documents, " in shown  # the data report comes first
@@ -72,10 +75,10 @@ def test_the_cost_is_measured_over_all_micro_batches(make, tokenizer, capsys, mo
     monkeypatch.setattr(hardware, "memory_bytes", lambda device: 3 * 2**30)
     seen = []
 
-    def loss(model, batch):
+    def loss(model, batch, router_stats):
         assert model.training
         seen.append(batch)
-        return causal_lm_loss(model, batch)
+        return causal_lm_loss(model, batch, router_stats)
 
     dry_run(run, loader, tokenizer, loss)
     shown = capsys.readouterr().out
@@ -84,7 +87,8 @@ def test_the_cost_is_measured_over_all_micro_batches(make, tokenizer, capsys, mo
     steps = loader.steps_per_epoch
     assert len(seen) == 4
     assert steps > 1
-    assert f"{n_parameters:,} trainable parameters; {steps} steps per epoch, {3 * steps} in all" in shown
+    assert f"parameters: {n_parameters:,}, {n_parameters:,} of them trained\n" in shown
+    assert f"steps: {steps} per epoch, {3 * steps} in all" in shown
     assert f"memory: about {3 + 8 * n_parameters / 2**30:.2f} GiB on cpu" in shown
     assert f"about 0.500 s per step ({n_tokens / 0.5:,.0f} tokens/s and rank)" in shown
     assert f"{3 * steps * 0.5 / 60:.1f} minutes in all" in shown
@@ -92,17 +96,35 @@ def test_the_cost_is_measured_over_all_micro_batches(make, tokenizer, capsys, mo
 
 def test_max_steps_decides_the_total(make, tokenizer, capsys):
     dry_run(*make(TextRows, '{"text": "the fox"}\n', epochs=3, max_steps=77), tokenizer, causal_lm_loss)
-    assert "1 steps per epoch, 77 in all" in capsys.readouterr().out
+    assert "steps: 1 per epoch, 77 in all" in capsys.readouterr().out
 
 
-def test_the_active_share_of_experts(make, tokenizer, capsys):
-    experts = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
-    run, loader = make(TextRows, '{"text": "the fox"}\n', experts=experts)
+EXPERTS = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
+
+
+def test_frozen_parameters_and_those_of_experts_not_chosen(make, tokenizer, capsys):
+    run, loader = make(TextRows, '{"text": "the fox"}\n', experts=EXPERTS)
+    run.model.model.norm.weight.requires_grad_(False)
     dry_run(run, loader, tokenizer, causal_lm_loss)
     total = sum(p.numel() for p in run.model.parameters())
-    active = total - 2 * 3 * 16 * 8
-    share = f"({active:,} of {total:,} are active per token, {active / total:.0%})"
-    assert f"{total:,} trainable parameters {share}; 1 steps" in capsys.readouterr().out
+    shown = f"parameters: {describe_parameters(run.model)}, {total - 16:,} of them trained\n"
+    assert "active per token" in shown
+    assert shown in capsys.readouterr().out
+
+
+def test_the_loss_of_the_experts_is_part_of_the_step(make, tokenizer):
+    """Balance and z-loss cost time and memory too; so they must be in what is measured."""
+    run, loader = make(TextRows, '{"text": "the fox"}\n', experts=EXPERTS)
+    gradients = []
+    run.model.model.layers[0].mlp.gate.weight.register_hook(gradients.append)
+    dry_run(run, loader, tokenizer, causal_lm_loss)
+    n_tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in loader.step(0, 0))
+    assert run.router_stats.counts.sum() == 2 * 2 * n_tokens  # two passes, two experts per token
+    (batch,) = loader.step(0, 0)
+    model = run.model.train()
+    for stats, same in ((run.router_stats, True), (None, False)):
+        causal_lm_loss(model, batch, stats)[0].backward()
+        assert torch.equal(gradients[-1], gradients[1]) == same
 
 
 def test_nothing_is_changed_or_written(make, tokenizer, tmp_path):
