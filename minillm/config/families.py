@@ -5,6 +5,7 @@ here, once; a setting that our model does not have is refused by name, never ign
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ MOE_FIELDS = (
 MAY_BE_NULL = (
     "bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "head_dim", "num_key_value_heads",
 )  # fmt: skip
+# What the class of MiniMind 3 assumes where the file is silent, and where that of MiniMind 2 differs.
+MINIMIND: dict[str, Any] = {
+    "vocab_size": 6400, "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+    "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True,
+    "head_dim": None,
+}  # fmt: skip
+MINIMIND_2: dict[str, Any] = {"hidden_size": 512, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
 ROPE_KEYS_ELSEWHERE = ("rope_theta", "partial_rotary_factor", "type")
 
 
@@ -131,9 +140,11 @@ def from_hf(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
     Raises:
         UserError: the family is not supported, or the file uses a setting that our model does not have.
     """
+    raw = _of_minimind(raw) if raw.get("model_type") == "minimind" else raw
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
-        raise UserError(f"model_type {model_type!r} is not supported; supported are: {', '.join(ARCHITECTURES)}")
+        supported = ", ".join((*ARCHITECTURES, "minimind"))
+        raise UserError(f"model_type {model_type!r} is not supported; supported are: {supported}")
     # A checkpoint may have either or both; where both stand, theirs takes the first.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -163,6 +174,28 @@ def from_hf(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
     if scaling["rope_type"] == "dynamic" and type(original) is int and isinstance(factor, int | float) and factor < 1e9:
         values["max_position_embeddings"] = int(original * factor)  # see to_hf
     return values
+
+
+def _of_minimind(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of MiniMind's own class as that of the family it is, with what MiniMind assumes.
+
+    Version 2, whose files have ``n_routed_experts``, is a Llama; version 3 a Qwen3, or with experts a Qwen3-MoE.
+    """
+    is_old, has_experts = "n_routed_experts" in raw, bool(raw.get("use_moe"))
+    refused = ("dim", "dropout", "inference_rope_scaling", *(["use_moe"] if is_old else []))
+    if found := [f"{name}={raw[name]!r}" for name in refused if raw.get(name)]:
+        raise UserError(
+            f"this configuration of MiniMind has {', '.join(found)}: what can be read is its version 2 without experts "
+            f"or 3, with dropout 0 and inference_rope_scaling false (edit these two); of older releases give the .pth"
+        )
+    values = MINIMIND | (MINIMIND_2 if is_old else {}) | raw
+    if values.get("intermediate_size") is None:
+        ratio, width = 8 / 3 if is_old else math.pi, values["hidden_size"]
+        values["intermediate_size"] = 64 * math.ceil(width * ratio / 64) if type(width) is int else 0
+    values.setdefault("moe_intermediate_size", values["intermediate_size"])
+    values["model_type"] = "llama" if is_old else "qwen3_moe" if has_experts else "qwen3"
+    unused = () if has_experts else ("n_routed_experts", "num_experts", "scoring_func")
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 def _quotient(hidden_size, n_heads) -> int | None:
@@ -231,7 +264,10 @@ def _refuse_unsupported(raw: dict[str, Any], values: dict[str, Any], model_type:
         refused |= {name: raw.get(name) or None for name in sorted(names)}
     found = [f"{name}={value!r}" for name, value in refused.items() if value is not None]
     if found:
-        raise UserError(f"the configuration uses what this model does not have: {', '.join(found)}")
+        raise UserError(
+            f"the configuration uses what this model does not have: {', '.join(found)} (model_type {model_type!r}); "
+            f"correct what is wrong there, or take another model"
+        )
 
 
 def _unless(usual, value):

@@ -22,6 +22,7 @@ from minillm.model.pth import load_pth
 from minillm.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"  # as older releases wrote it, and MiniMind's export does: a .pth by another name
 TIED = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints hold this table; ours follows from the configuration
 
@@ -35,6 +36,8 @@ def load_model(
 ) -> Transformer:
     """Return the model stored in a Hugging Face directory (sharded or not), or in a ``.pth`` state dict.
 
+    A directory without safetensors may hold one ``pytorch_model.bin``, which is read like a ``.pth``.
+
     Tensors are read one at a time, each into its place, so that the weights lie in memory once.
 
     Args:
@@ -47,9 +50,9 @@ def load_model(
     path = Path(path)
     if path.is_dir():
         config = ModelConfig.from_hf(path)
-        stored = _open_directory(path)
+        stored = _open_directory(path, config)
     elif path.is_file() and config is not None:
-        stored = {name: _InMemory(tensor) for name, tensor in load_pth(path, config).items()}
+        stored = _open_pth(path, config)
     elif path.is_file():
         raise UserError(f"{path} holds weights alone: give the model's configuration too, e.g. infer_config(path)")
     else:
@@ -195,7 +198,11 @@ class _InFile(NamedTuple):
         return self.file.get_tensor(self.name)
 
 
-def _open_directory(path: Path) -> dict[str, _InFile]:
+def _open_pth(path: Path, config: ModelConfig) -> dict[str, _InMemory]:
+    return {name: _InMemory(tensor) for name, tensor in load_pth(path, config).items()}
+
+
+def _open_directory(path: Path, config: ModelConfig) -> Mapping[str, _InFile | _InMemory]:
     if (path / INDEX).is_file():
         try:
             names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -203,8 +210,10 @@ def _open_directory(path: Path) -> dict[str, _InFile]:
             raise UserError(f"{path / INDEX} is damaged, copy it again: {error!r}") from error
     elif (path / WEIGHTS).is_file():
         names = [WEIGHTS]
+    elif (path / PICKLED).is_file():
+        return _open_pth(path / PICKLED, config)
     else:
-        raise UserError(f"no weights in {path}: neither {WEIGHTS} nor {INDEX} is there")
+        raise UserError(f"no weights in {path}: neither {WEIGHTS} nor {INDEX} nor {PICKLED} is there")
     stored: dict[str, _InFile] = {}
     for name in names:
         if not (path / name).is_file():
@@ -212,7 +221,7 @@ def _open_directory(path: Path) -> dict[str, _InFile]:
         try:
             file = safe_open(path / name, framework="pt")
         except SafetensorError as error:
-            raise UserError(f"{path / name} is damaged: {error}") from error
+            raise UserError(f"{path / name} is damaged, copy it again: {error}") from error
         stored |= {key: _InFile(file, key) for key in file.keys()}  # noqa: SIM118 - it is no dict
     return stored
 
@@ -243,4 +252,7 @@ def _check_fit(path: Path, expected: dict[str, torch.Size], found: dict[str, tor
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"the weights of {path} do not fit their configuration: {'; '.join(problems[:3])}{more}")
+        raise UserError(
+            f"the weights of {path} do not fit their configuration, take both from one model: "
+            f"{'; '.join(problems[:3])}{more}"
+        )

@@ -270,6 +270,8 @@ def test_what_old_files_leave_out_is_their_default():
         ("llama", {"use_qk_norm": True}, "use_qk_norm=True"),
         ("qwen3", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("llama", {"num_local_experts": 8}, "num_local_experts=8"),
+        ("mistral", {"n_routed_experts": 8, "use_qk_norm": True}, "use_qk_norm=True, n_routed_experts=8"),
+        ("mixtral", {"use_qk_norm": True}, "use_qk_norm=True"),
         ("qwen3", {"num_experts": 8}, "num_experts=8"),
         ("llama", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
@@ -287,14 +289,15 @@ def test_what_old_files_leave_out_is_their_default():
     ],
 )
 def test_settings_that_would_change_the_result_are_refused(make_config, model_type, changes, message):
-    with pytest.raises(UserError, match=f"uses what this model does not have: {message}"):
+    fix = rf".*\(model_type '{model_type}'\); correct what is wrong there, or take another model$"
+    with pytest.raises(UserError, match=f"uses what this model does not have: {message}{fix}"):
         ModelConfig.from_hf(make_config(model_type).to_hf() | changes)
 
 
 @pytest.mark.parametrize(
     "model_type, changes, message",
     [
-        ("llama", {"partial_rotary_factor": 0.6}, r"mixture: llama has no partial_rotary_factor=0\.6"),
+        ("llama", {"partial_rotary_factor": 0.6}, r"mixture: llama has no partial_rotary_factor=0\.6; leave that out"),
         ("mixtral", {"norm_topk_prob": False}, "mixture: mixtral has no norm_topk_prob=False"),
         ("mixtral", {"n_shared_experts": 1}, "mixture: mixtral has no n_shared_experts=1"),
         ("qwen3_moe", {"routed_scaling_factor": 2.5}, r"mixture: qwen3_moe has no routed_scaling_factor=2\.5"),
@@ -325,7 +328,7 @@ def test_their_default_glm_turns_an_odd_part_of_its_heads():
 
 @pytest.mark.parametrize("model_type", ["gpt2", None])
 def test_an_unknown_family_lists_those_there_are(model_type):
-    supported = "llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, glm4_moe"
+    supported = "llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, glm4_moe, minimind"
     with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported; supported are: {supported}$"):
         ModelConfig.from_hf({"model_type": model_type})
 

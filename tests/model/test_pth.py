@@ -1,10 +1,12 @@
 """Bare state dicts: MiniMind's layouts answer as its definition says, and their shapes tell the configuration."""
 
 import collections
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from minillm.config import ModelConfig
 from minillm.errors import UserError
@@ -145,6 +147,27 @@ def test_logits_are_minimind_s(tools, layout, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.lm_head.weight is model.model.embed_tokens.weight
     wanted = slow_minimind(weights, layout, IDS)
+    assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("layout, top_k", [("v2", 0), ("v3", 0), ("v3", 1), ("v3", 2)])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+@torch.no_grad()
+def test_minimind_s_export_is_read_as_a_directory(tools, layout, top_k, file, tmp_path):
+    """With the class of its own that transformers writes it in: the file says all, so nothing else must."""
+    weights = minimind(layout, experts=4 if top_k else 0)
+    config = {"model_type": "minimind", "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+    if layout == "v2":
+        config |= {"n_routed_experts": 4, "n_shared_experts": 1, "use_moe": False, "intermediate_size": None}
+    else:
+        config |= {"use_moe": bool(top_k), "num_experts": 4, "num_experts_per_tok": top_k or 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if file.endswith(".bin"):
+        torch.save(weights, tmp_path / file)
+    else:
+        save_file({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, tmp_path / file)
+    model = load_model(tmp_path).eval()
+    wanted = slow_minimind(weights, layout, IDS, top_k=top_k)
     assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
 
 
