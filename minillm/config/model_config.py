@@ -262,7 +262,8 @@ class ModelConfig:
             mixed.append("moe_intermediate_size")
         if mixed:
             raise UserError(
-                f"no family holds this mixture: {family} has no {', '.join(f'{m}={getattr(self, m)!r}' for m in mixed)}"
+                f"no family holds this mixture: {family} has no "
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in mixed)}; leave that out, or change the rest"
             )
         if family == "glm4_moe" and not self.n_shared_experts:
             raise UserError("n_shared_experts is 0: sigmoid routing (glm4_moe) has at least 1 shared expert")

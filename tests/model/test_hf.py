@@ -1,5 +1,6 @@
 """Models on disk: transformers reads what we write, we read what it writes, faults are named."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -57,6 +58,29 @@ def test_we_open_what_transformers_saves(tools, shape, family, max_shard_size, t
     assert shapes_of(tmp_path / "ours") == shapes_of(tmp_path / "theirs")  # the same names, too
     tokens = tools.tokens(2, 9)
     assert tools.difference(model(tokens), reference(tokens).logits) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_mixtral_with_a_window(tools, tmp_path):
+    """The released ones have none; over 40 tokens a window of 7 changes what all but the first see."""
+    values = tools.config(family="mixtral").to_hf() | {"sliding_window": 7}
+    config = transformers.MixtralConfig(**values)
+    torch.manual_seed(0)
+    theirs = transformers.MixtralForCausalLM._from_config(config, experts_implementation="eager").eval()
+    for parameter in theirs.parameters():
+        parameter.mul_(5.0)  # fresh weights barely attend to anything
+    theirs.save_pretrained(tmp_path / "windowed")
+    model = load_model(tmp_path / "windowed").eval()
+    assert (model.config.model_type, model.config.sliding_window) == ("mixtral", 7)
+    tokens = tools.tokens(2, 40)
+    wanted = theirs(tokens).logits
+    assert tools.difference(model(tokens), wanted) <= 1e-5
+    save_model(model, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", experts_implementation="eager").eval()
+    assert tools.difference(again(tokens).logits, wanted) <= 1e-6
+    model.config = dataclasses.replace(model.config, sliding_window=None)
+    assert tools.difference(model(tokens)[:, :7], wanted[:, :7]) <= 1e-5
+    assert tools.difference(model(tokens)[:, 7:], wanted[:, 7:]) > 1e-2
 
 
 @pytest.mark.parametrize("max_shard_size", [2**30, 30_000])
@@ -227,8 +251,10 @@ def test_wrong_shapes_are_named_with_both(saved):
     change(saved, edit)
     with pytest.raises(UserError) as error:
         load_model(saved)
-    assert str(error.value).count("has shape (7, 48) instead of (100, 48)") == 3
-    assert "and 1 more" in str(error.value)
+    names = [f"model.layers.{layer}.mlp.{name}_proj.weight" for layer, name in ((0, "gate"), (0, "up"), (1, "gate"))]
+    listed = "; ".join(f"{name} has shape (7, 48) instead of (100, 48)" for name in names)
+    wanted = f"the weights of {saved} do not fit their configuration, take both from one model: {listed}; and 1 more"
+    assert str(error.value) == wanted
 
 
 @pytest.mark.parametrize(
@@ -270,6 +296,17 @@ def test_experts_of_another_shape_are_named_as_they_are_on_disk(tools, model_typ
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "other, problem",
+    [("qwen3", "self_attn.k_norm.weight is not part of this model"), ("qwen3_moe", "mlp.gate_proj.weight is missing")],
+)
+def test_weights_of_another_family_than_config_json_says(tools, saved, other, problem, tmp_path):
+    save_model(tools.model(tools.config(family=other)), tmp_path / "mixed")
+    shutil.copy(saved / "config.json", tmp_path / "mixed")  # a Llama's
+    with pytest.raises(UserError, match=rf"take both from one model: .*model\.layers\.0\.{re.escape(problem)}.* more$"):
+        load_model(tmp_path / "mixed")
+
+
 def test_missing_and_unknown_tensors_are_named(saved):
     def edit(weights):
         del weights["model.norm.weight"]
@@ -284,24 +321,24 @@ def test_a_missing_or_damaged_shard_is_named(saved):
     shard = sorted(saved.glob("model-*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=f"{shard.name} is damaged"):
+    with pytest.raises(UserError, match=f"{shard.name} is damaged, copy it again"):
         load_model(saved)
     shard.unlink()
-    with pytest.raises(UserError, match=f"names {shard.name}, which is missing"):
+    with pytest.raises(UserError, match=f"{INDEX} names {shard.name}, which is missing: copy that shard too"):
         load_model(saved)
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": {"a"', "{}", "[]", '{"weight_map": 3}'])
 def test_a_damaged_index_is_named(saved, content):
     (saved / INDEX).write_text(content)
-    with pytest.raises(UserError, match=f"{INDEX} is damaged"):
+    with pytest.raises(UserError, match=f"{INDEX} is damaged, copy it again"):
         load_model(saved)
 
 
 def test_another_family_is_refused_before_its_weights_are_read(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    with pytest.raises(UserError, match="model_type 'mamba' is not supported; supported are: llama, mistral"):
+    with pytest.raises(UserError, match="model_type 'mamba' is not supported; supported are: llama, mistral, qwen2"):
         load_model(saved)
 
 

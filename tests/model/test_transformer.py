@@ -75,10 +75,11 @@ def test_given_positions_equal_transformers(tools, family, float64_reference, bl
 
 
 @both_attentions
-@pytest.mark.parametrize("window", [1, 70, 128, 149, 150, 400])
-def test_window_over_long_rows_equals_transformers(tools, window, float64_reference, blocks):
+@pytest.mark.parametrize("windowed, window", [*(("mistral", w) for w in (1, 70, 128, 149, 150, 400)), ("mixtral", 70)])
+def test_window_over_long_rows_equals_transformers(tools, windowed, window, float64_reference, blocks):
     """Windows within, at and beyond the blocks of our attention; causal rows and packed documents."""
-    model = tools.model(tools.config(sliding_window=window, max_position_embeddings=256), dtype=torch.float64)
+    changes = {"sliding_window": window, "max_position_embeddings": 256}
+    model = tools.model(tools.config(family=windowed, **changes), dtype=torch.float64)
     model.block_attention = blocks
     reference = tools.reference(model)
     tokens = tools.tokens(2, 150)

@@ -134,7 +134,7 @@ def test_a_pth_of_another_shape_is_refused(tmp_path, tokenizer):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(out, tmp_path):
     train_bpe((f"word{n} and word{n}" for n in range(99)), vocab_size=270).save(tmp_path)
     larger = load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"270 tokens.*pretrain_32.*267.*--tokenizer_path"):
+    with pytest.raises(UserError, match=r"270 tokens.*pretrain_32.*267; give --tokenizer_path the tokenizer these"):
         create_model(arguments(out, from_weight="pretrain"), larger)
 
 
