@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     options = sampling | {
         "max_new_tokens": args.max_new_tokens,
         "stop": args.stop,
-        "eos_token_id": end_tokens(tokenizer),
+        "eos_token_id": tokenizer.end_ids,
         "generator": torch.Generator().manual_seed(args.seed),
         "tokenizer": tokenizer,
     }
@@ -112,11 +112,6 @@ def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> l
     if args.system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": args.system}, *turns]
     return encode_chat(tokenizer, turns, add_generation_prompt=True)[0]
-
-
-def end_tokens(tokenizer) -> tuple[int, ...]:
-    """Return the ids that end an answer; some models (MiniMind) end documents as turns, so mode 0 has both too."""
-    return (tokenizer.eos_token_id, *([tokenizer.im_end_id] if tokenizer.has_token("<|im_end|>") else []))
 
 
 # ---- measuring -----------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def save_model(
     generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     if tokenizer is not None:
         tokenizer.save(path)
-        generation["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.im_end_id]
+        generation["eos_token_id"] = list(tokenizer.end_ids)
         generation["pad_token_id"] = tokenizer.eos_token_id
     _write_json(path / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
 

@@ -124,6 +124,8 @@ def infer_config(
             fallback.pop("num_attention_heads", None)  # a wrong number would load, and answer nonsense
         fallback |= _of_release(stored, weights, told)
         told |= _heads(stored, weights, told, fallback | given, path)
+    except UserError:
+        raise  # it is a ValueError too, and says what is wrong
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"{path} is not the state dict of a model of ours: {error} is missing, or of odd shape"

@@ -178,6 +178,11 @@ class Tokenizer:
         """Return the id of the token that ends a turn."""
         return self.token_id("<|im_end|>")
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the eos token, and that of a turn where there is one (some end documents with it)."""
+        return (self.eos_token_id, *([self.im_end_id] if self.has_token("<|im_end|>") else []))
+
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 (hex) of what decides the ids: model, pre-tokenizer, normaliser, added tokens."""

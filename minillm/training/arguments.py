@@ -120,7 +120,8 @@ class TrainArguments(ModelArguments):
         super().check()
         one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob
         message = "the weight of a single expert, divided by itself, is always 1, and the router learns nothing"
-        require(not one_weight, f"--num_experts_per_tok 1: {message}; choose at least 2, or add --norm_topk_prob 0")
+        other = "choose at least 2, or add --norm_topk_prob 0 (with softmax scores --use_qk_norm too)"
+        require(not one_weight, f"--num_experts_per_tok 1: {message}; {other}")
         require(bool(self.data_files), "--data_path names no file: give at least one")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")

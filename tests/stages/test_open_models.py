@@ -7,6 +7,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 import eval_model
+import train_pretrain
 from minillm.config.families import ARCHITECTURES
 from minillm.tokenizer import load_tokenizer
 
@@ -150,3 +151,19 @@ def test_it_chats_where_its_tokenizer_is_chatml(released, answer, capsys):
             answer(1)
         assert ended.value.code == 2
         assert "is no ChatML tokenizer: it lacks <|im_start|> and <|im_end|>" in capsys.readouterr().err
+
+
+def test_it_trains_further_and_ends_where_its_tokenizer_says(released, tmp_path):
+    """Most families have no token that ends a turn; what is saved must open, and end, all the same."""
+    _, path, model, theirs = released
+    (tmp_path / "text.txt").write_text("the fox the\n" * 20)
+    sizes = ["--max_steps", 1, "--batch_size", 1, "--max_seq_len", 32, "--learning_rate", 1e-9, "--dtype", "float32"]
+    flags = ["--from_weight", path, "--data_path", tmp_path / "text.txt", "--save_dir", tmp_path, *sizes]
+    flags += ["--num_experts_per_tok", 2, "--use_moe"] if "moe" in path.name or "mixtral" in path.name else []
+    train_pretrain.main([str(flag) for flag in flags])
+    (saved,) = tmp_path.glob("pretrain_32*")
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved, experts_implementation="eager")
+    names = [theirs.eos_token, *(["<|im_end|>"] if "<|im_end|>" in theirs.get_vocab() else [])]
+    assert set(again.generation_config.eos_token_id) >= set(theirs.convert_tokens_to_ids(names))
+    ids = torch.tensor([load_tokenizer(path).encode("the fox the")])
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
