@@ -3,7 +3,8 @@
 torch's CPU kernel computes every score of a masked row, spends most of its time in the gradient, and recomputes
 the scores there. Here a block of 64 queries meets the keys from the first one that any of its rows may look at (the
 start of the earliest document that reaches into the block) to its own last; everything else is never computed.
-The probabilities are kept for the gradient, as in the textbook, which is why long rows go another way.
+The probabilities are kept for the gradient, as in the textbook, which is why long rows go another way. Where weights
+are frozen and an adapter is trained, memory is what counts: they are then computed a second time, to the same bits.
 
 Vaswani et al., Attention Is All You Need (2017), section 3.2; the gradient is the softmax's.
 
@@ -35,9 +36,12 @@ class Blocks(NamedTuple):
 
     bias: Tensor  # (B or 1, 1, 1, T, T): 0 where a query may look, −inf elsewhere, in the dtype of the scores
     tiles: list[Tile]
+    keep: bool = True  # the probabilities, for the gradient
 
 
-def plan_blocks(mask: Tensor | None, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> Blocks:
+def plan_blocks(
+    mask: Tensor | None, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device, keep: bool = True
+) -> Blocks:
     """Return the plan of a batch.
 
     Rows share their tiles, unless long rows of short documents would make them share too many keys that only one of
@@ -45,7 +49,7 @@ def plan_blocks(mask: Tensor | None, shape: tuple[int, int], *, dtype: torch.dty
 
     Args:
         mask: (B, 1, T, T), true where a query may look, never later than itself; None: causal.
-        shape: (B, T). dtype: of queries and keys.
+        shape: (B, T). dtype: of queries and keys. keep: the probabilities, rather than computing them again.
     """
     n_rows, seq_len = shape
     if mask is None:
@@ -56,8 +60,8 @@ def plan_blocks(mask: Tensor | None, shape: tuple[int, int], *, dtype: torch.dty
     if len(first) > 1:
         own = [tile for row in range(n_rows) for tile in _tiles(first[row], row, row + 1, 2 * BLOCK_LEN)]
         if _work(own) < 0.8 * _work(shared):
-            return Blocks(bias, own)
-    return Blocks(bias, shared)
+            return Blocks(bias, own, keep)
+    return Blocks(bias, shared, keep)
 
 
 def _tiles(first_keys: Tensor, row: int, end_row: int, block_len: int) -> list[Tile]:
@@ -78,32 +82,30 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     Args:
         q: (B, H, T, K). k, v: (B, G, T, K); each key head serves J neighbouring query heads.
     """
-    return _BlockAttention.apply(q, k, v, blocks.bias, blocks.tiles)
+    return _BlockAttention.apply(q, k, v, blocks)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """The products, softmax and gradient behind ``block_attention``; probabilities are kept, not recomputed."""
+    """The products, softmax and gradient behind ``block_attention``."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, tiles):
+    def forward(ctx, q, k, v, blocks):
         n_rows, n_heads, seq_len, head_dim = q.shape
         n_groups = k.shape[1]
         q = (q * head_dim**-0.5).view(n_rows, n_groups, -1, seq_len, head_dim)  # (B, G, J, T, K)
         k, v = (t.reshape(-1, seq_len, head_dim) for t in (k, v))  # (B·G, T, K)
         out = q.new_empty(n_rows, seq_len, n_groups, n_heads // n_groups, head_dim)  # (B, T, G, J, K)
-        bias = bias.expand(n_rows, -1, -1, -1, -1)
         kept = []
-        for row, end_row, start, end, first in tiles:
+        for tile in blocks.tiles:
+            row, end_row, start, end, first = tile
             rows, groups, n = slice(row, end_row), slice(row * n_groups, end_row * n_groups), end - start
             queries = q[rows, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
-            scores = torch.bmm(queries, k[groups, first:end].transpose(1, 2))  # (B·G, J·N, M)
-            scores.view(end_row - row, n_groups, -1, n, end - first).add_(bias[rows, :, :, start:end, first:end])
-            shares = torch.softmax(scores, dim=-1)
-            kept += [queries, shares]
+            shares = _shares(queries, k[groups, first:end], blocks.bias, tile)
+            kept += [queries, shares] if blocks.keep else [queries]
             mixed = torch.bmm(shares, v[groups, first:end])  # (B·G, J·N, K)
             out[rows, start:end] = mixed.view(end_row - row, n_groups, -1, n, head_dim).permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(k, v, *kept)
-        ctx.tiles, ctx.n_groups = tiles, n_groups
+        ctx.blocks, ctx.n_groups = blocks, n_groups
         return out.view(n_rows, seq_len, n_heads, head_dim).transpose(1, 2)
 
     @staticmethod
@@ -121,9 +123,14 @@ class _BlockAttention(torch.autograd.Function):
         grad = grad.reshape(n_rows, n_groups, -1, seq_len, head_dim)  # (B, G, J, T, K)
         grad_q = grad.new_empty(n_rows, seq_len, n_groups, n_heads // n_groups, head_dim)  # (B, T, G, J, K)
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-        for index, (row, end_row, start, end, first) in enumerate(ctx.tiles):
+        for index, tile in enumerate(ctx.blocks.tiles):
+            row, end_row, start, end, first = tile
             rows, groups, n = slice(row, end_row), slice(row * n_groups, end_row * n_groups), end - start
-            queries, shares = kept[2 * index : 2 * index + 2]
+            if ctx.blocks.keep:
+                queries, shares = kept[2 * index : 2 * index + 2]
+            else:
+                queries = kept[index]
+                shares = _shares(queries, k[groups, first:end], ctx.blocks.bias, tile)
             grad_mixed = grad[rows, :, :, start:end].flatten(0, 1).flatten(1, 2)  # (B·G, J·N, K)
             grad_v[groups, first:end] += torch.bmm(shares.transpose(1, 2), grad_mixed)
             grad_shares = torch.bmm(grad_mixed, v[groups, first:end].transpose(1, 2))  # (B·G, J·N, M)
@@ -134,4 +141,14 @@ class _BlockAttention(torch.autograd.Function):
             grad_k[groups, first:end] += torch.bmm(grad_scores.transpose(1, 2), queries)
         grad_q = grad_q.mul_(head_dim**-0.5).view(n_rows, seq_len, n_heads, head_dim).transpose(1, 2)
         grad_k, grad_v = (t.view(n_rows, n_groups, seq_len, head_dim) for t in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None
+
+
+def _shares(queries: Tensor, keys: Tensor, bias: Tensor, tile: Tile) -> Tensor:
+    """Return the probabilities of a tile, (B·G, J·N, M), from queries (B·G, J·N, K) and keys (B·G, M, K)."""
+    row, end_row, start, end, first = tile
+    scores = torch.bmm(queries, keys.transpose(1, 2))  # (B·G, J·N, M)
+    seen = bias[row:end_row] if len(bias) > 1 else bias  # (B or 1, 1, 1, T, T)
+    by_row = scores.view(end_row - row, len(queries) // (end_row - row), -1, end - start, end - first)
+    by_row.add_(seen[:, :, :, start:end, first:end])
+    return torch.softmax(scores, dim=-1)

@@ -5,8 +5,10 @@ Shazeer, GLU Variants Improve Transformer (2020), equation 6.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minillm.config import ModelConfig
 
@@ -27,5 +29,26 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, routing: Any = None) -> Tensor:
         """``routing`` is what a mixture of experts takes in this place; one layer for all has nothing to choose."""
-        gated = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
-        return self.down_proj(gated)  # (B, T, D)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # (B, T, F) inside; (B, T, D)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) · up``, (..., F). For the gradient gate and up are kept, and silu is computed again."""
+    if torch.compiler.is_compiling():  # the compiler makes the same choice by itself
+        return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The product and its gradient: one tensor less to keep per layer than what autograd would keep."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but the co
 from torch.autograd.function import once_differentiable
 
 from minillm.config import ModelConfig
-from minillm.model.mlp import MLP
+from minillm.model.mlp import MLP, swiglu
 from minillm.model.router_stats import RouterStats
 
 # All experts in one kernel, block ends read on the device. Absent before torch 2.10 (its private forerunner knew one
@@ -119,7 +119,7 @@ class Experts(nn.Module):
             is_row = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]  # (n, 1)
             x = torch.where(is_row, x, 0)
         gate, up = GROUPED_MM(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # (n, F)
-        out = GROUPED_MM(F.silu(gate) * up, down.transpose(1, 2), offs=ends)  # (n, D)
+        out = GROUPED_MM(swiglu(gate, up), down.transpose(1, 2), offs=ends)  # (n, D)
         return torch.where(is_row, out, 0) if has_padding else out
 
 
@@ -185,7 +185,7 @@ def update_router_bias(model: nn.Module, counts: Tensor, speed: float) -> None:
 def _in_blocks(x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
     blocks = ends.tolist()  # one wait for the device per layer, not per expert
     gate, up = _BlockProduct.apply(x, gate_up, blocks).chunk(2, dim=-1)  # (n, F)
-    return _BlockProduct.apply(F.silu(gate) * up, down, blocks)
+    return _BlockProduct.apply(swiglu(gate, up), down, blocks)
 
 
 class _BlockProduct(torch.autograd.Function):

@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         wide_weight = weight.to(scale.dtype)
         product = grad * flat  # (N, D); both sums are products of a matrix and a vector
         along = torch.mv(product, wide_weight)[:, None]  # (N, 1): Σ g·w·x
-        grad_weight = torch.mv(product.T, scale[:, 0]).to(weight.dtype)
+        grad_weight = torch.mv(product.T, scale[:, 0]).to(weight.dtype) if ctx.needs_input_grad[1] else None
         along.mul_(scale.pow(3)).div_(-dim)
         grad_x = torch.mul(grad, wide_weight).mul_(scale).addcmul_(flat, along)
         return grad_x.view(x.shape).to(x.dtype), grad_weight, None, None

@@ -153,7 +153,8 @@ class Transformer(nn.Module):
         weight = self.model.embed_tokens.weight
         if cache is None and self._trains_in_blocks(input_ids):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-            mask = plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device)
+            keep = self.model.layers[0].self_attn.q_proj.weight.requires_grad  # false: an adapter is trained
+            mask = plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device, keep=keep)
         rope = rope_tables(position_ids, self.config, dtype=weight.dtype)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         routing = Routing(None if document_ids is None else document_ids >= 0, router_stats)

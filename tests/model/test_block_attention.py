@@ -111,3 +111,22 @@ def test_where_it_is_used(tools, monkeypatch, seq_len, expected):
     model.train().block_attention = False
     model(tokens)
     assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_computing_the_probabilities_again_gives_the_same_bits_and_keeps_less(packed, dtype):
+    seq_len = 3 * BLOCK_LEN - 7
+    mask = document_mask(documents(seq_len)) if packed else None
+    results, kept = [], []
+    for keep in (True, False):
+        q, k, v = qkv(seq_len, dtype=dtype)
+        blocks = plan_blocks(mask, (2, seq_len), device=q.device, dtype=dtype, keep=keep)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            out = block_attention(q, k, v, blocks)
+        kept.append(sum(tensor.numel() for tensor in saved))
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 3

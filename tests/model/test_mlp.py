@@ -3,7 +3,7 @@
 import torch
 
 from minillm.config import ModelConfig
-from minillm.model.mlp import MLP
+from minillm.model.mlp import MLP, swiglu
 
 
 def test_formula_and_gradients():
@@ -27,3 +27,20 @@ def test_no_biases():
     mlp = MLP(ModelConfig.preset("demo"))
     assert [name for name, _ in mlp.named_parameters()] == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
     assert mlp.down_proj.weight.shape == (128, 384)
+
+
+def test_gradients_of_the_product():
+    gate, up = (torch.randn(3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    with torch.no_grad():
+        gate[0] = torch.tensor([-800.0, 0.0, 800.0, -40.0])
+    (gradient,) = torch.autograd.grad(swiglu(gate, up).sum(), gate)
+    assert torch.isfinite(gradient).all()
+
+
+def test_two_tensors_are_kept():
+    gate, up = (torch.randn(3, 4).requires_grad_() for _ in range(2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        swiglu(gate, up)
+    assert sorted(saved) == sorted([gate.data_ptr(), up.data_ptr()])

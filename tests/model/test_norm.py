@@ -64,3 +64,12 @@ def test_float32_weights_under_bfloat16_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = norm(x)
     assert torch.equal(out.bfloat16(), formula(x, norm.weight, 1e-5).bfloat16())
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    norm = RMSNorm(6, 1e-5).double().requires_grad_(False)
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    norm(x).pow(3).sum().backward()
+    (wanted,) = torch.autograd.grad(formula(x, norm.weight, 1e-5).pow(3).sum(), x)
+    assert (x.grad - wanted).norm() <= 1e-12 * wanted.norm()
+    assert norm.weight.grad is None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from minillm.config import ModelConfig
 from minillm.losses import linear_cross_entropy
-from minillm.model import Transformer
+from minillm.model import Transformer, transformer
 from minillm.model.moe import Router
 
 
@@ -285,3 +285,14 @@ def test_under_autocast_close_to_float32(tools, family, monkeypatch):
     monkeypatch.setattr(Router, "_choose", lambda *args: choices.pop(0))
     assert short.dtype == torch.bfloat16
     assert tools.difference(short.float(), model(tokens)) < 0.03  # bfloat16 has 8 bits: a few 1/256 over two layers
+
+
+def test_a_frozen_model_computes_attention_again_instead_of_keeping_it(tools, monkeypatch):
+    kept, model = [], tools.model(tools.config())
+    plan = transformer.plan_blocks
+    monkeypatch.setattr(transformer, "plan_blocks", lambda *a, keep, **k: kept.append(keep) or plan(*a, keep=keep, **k))
+    model.train()
+    model(tools.tokens(2, 9))
+    model.requires_grad_(False)
+    model(tools.tokens(2, 9))
+    assert kept == [True, False]
