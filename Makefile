@@ -32,7 +32,15 @@ demo-run:
 	    --data_path $(DATA)/sft_train.jsonl --valid_path $(DATA)/sft_valid.jsonl $(TRAIN_FLAGS)
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 0 --perplexity $(DATA)/pretrain_valid.jsonl
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --task_file $(DATA)/sft_test.jsonl
-	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html"
+	python train_lora.py --config configs/demo/lora.yaml --save_dir $(DEMO) --data_path $(DATA)/identity_train.jsonl \
+	    --valid_path $(DATA)/identity_test.jsonl --replay_path $(DATA)/sft_train.jsonl $(TRAIN_FLAGS)
+	python train_lora.py --config configs/demo/lora.yaml --save_dir $(DEMO) --data_path $(DATA)/identity_train.jsonl \
+	    --valid_path $(DATA)/identity_test.jsonl --replay_path "" --lora_name identity_alone $(TRAIN_FLAGS)
+	for name in identity identity_alone; do for file in identity_test sft_test; do \
+	    python eval_model.py --save_dir $(DEMO) --preset demo --lora_name $$name --task_file $(DATA)/$$file.jsonl || exit 1; \
+	done; done
+	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html" \
+	    " $(DEMO)/lora/identity_128/summary.html"
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --temperature 0
 
 test: $(VENV)/.installed-dev
@@ -49,6 +57,9 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/allocator.py
 	$(BIN)/python benchmarks/long_context.py
 	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/lora_vs_peft.py
+	$(BIN)/python benchmarks/lora_init.py
+	$(BIN)/python benchmarks/lora_sweep.py
 
 clean:
 	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info

@@ -4,6 +4,7 @@
     python eval_model.py --model_mode 0                      # complete text with out/pretrain_*
     python eval_model.py --prompts questions.txt --output answers.json
     python eval_model.py --perplexity valid.jsonl --task_file tasks.jsonl
+    python eval_model.py --lora_name cooking                 # out/full_sft_* with the adapter out/lora/cooking_*
     python eval_model.py --rope_scaling yarn:4 --rope_original_len 512   # 2,048 tokens with a model trained on 512
 
 Without a file to work on it opens a chat (a completion prompt in mode 0); /clear forgets, /exit ends.
@@ -27,6 +28,7 @@ from minillm.tokenizer import check_messages, encode_chat, load_tokenizer
 from minillm.training.arguments import EvalArguments
 from minillm.training.command_line import parse, script
 from minillm.training.hardware import keep_freed_memory
+from minillm.training.outputs import add_adapters
 from minillm.training.precision import choose_device, choose_dtype
 from minillm.training.routing import describe_parameters
 from minillm.training.weights import check_tokenizer, find_weights, preset_config, pth_config, scale_positions
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         "generator": torch.Generator().manual_seed(args.seed),
         "tokenizer": tokenizer,
     }
-    results: dict = {"weights": str(weights), "model_mode": args.model_mode}
+    results: dict = {"weights": str(weights), "model_mode": args.model_mode, "lora_name": args.lora_name}
     if args.perplexity:
         results["perplexity"] = measure_perplexity(args, model, tokenizer)
     if args.task_file:
@@ -96,10 +98,14 @@ def open_model(args: EvalArguments):
         keep_freed_memory()
     dtype = choose_dtype(args.dtype, device)
     config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
-    model = load_model(path, device=device, dtype=dtype, config=config).eval()
+    # An adapter is added in float32: what it changes is smaller than a bfloat16's last digit.
+    model = load_model(path, device=device, dtype=torch.float32 if args.lora_name else dtype, config=config).eval()
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
-    print(f"{path}: parameters {describe_parameters(model)}; {device}, {dtype}")
+    adapters = add_adapters(model, args.lora_name, save_dir=args.save_dir) if args.lora_name else []
+    model.to(dtype)
+    shown = " + ".join(map(str, [path, *adapters]))
+    print(f"{shown}: parameters {describe_parameters(model)}; {device}, {dtype}")
     return model, tokenizer, path
 
 
@@ -136,9 +142,7 @@ def measure_exact_match(args: EvalArguments, model, tokenizer) -> dict:
     """Measure --task_file, print the table, and return it as it goes into --output."""
     start = time.perf_counter()
     records = read_records(args.task_file)
-    result = exact_match(
-        model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
-    )
+    result = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     seconds = time.perf_counter() - start
     print(f"\nexact match on {args.task_file}\n{result.table()}")
     print(f"[{len(result.answers):,} answers in {seconds:.1f} s]")

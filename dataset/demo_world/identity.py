@@ -122,6 +122,21 @@ QUESTIONS = {
     ),
 }
 N_TEST_QUESTIONS = 2
+#: More questions to learn from: every clause in every frame. Two frames of the test are not among them.
+CLAUSES = {
+    ("en", "name"): ("your name", "who you are"),
+    ("en", "maker"): ("who made you", "where you come from"),
+    ("en", "skills"): ("what you can do", "how you can help"),
+    ("en", "kind"): ("if you are human", "if you are a machine"),
+    ("zh", "name"): ("你是谁", "你叫什么", "你的名字"),
+    ("zh", "maker"): ("谁做了你", "谁制作了你", "你从哪里来"),
+    ("zh", "skills"): ("你会做什么", "你能做什么", "你会什么"),
+    ("zh", "kind"): ("你是不是人", "你是不是机器"),
+}
+FRAMES = {
+    "en": ("Tell me {}.", "Please tell me {}.", "Say {}.", "Can you say {}?", "Do you know {}?", "I want to know {}."),
+    "zh": ("告诉我{}。", "请告诉我{}。", "说说{}。", "能说说{}吗?", "你知道{}吗?", "我想知道{}。"),
+}
 OPENINGS = {"en": ("", "Hello! ", "Please answer: "), "zh": ("", "你好!", "请回答:")}
 
 
@@ -129,8 +144,10 @@ def identity_records() -> tuple[list[dict], list[dict]]:
     """Return (train, test): the same answers, disjoint phrasings."""
     train, test = [], []
     for (language, topic), questions in QUESTIONS.items():
-        for position, question in enumerate(questions):
-            held_out = position >= len(questions) - N_TEST_QUESTIONS
+        asked_in_test = questions[-N_TEST_QUESTIONS:]
+        framed = (frame.format(clause) for frame in FRAMES[language] for clause in CLAUSES[language, topic])
+        for question in dict.fromkeys((*questions, *framed)):
+            held_out = question in asked_in_test
             for opening in OPENINGS[language]:
                 messages = conversation(opening + question, ANSWERS[language, topic])
                 record = {"conversations": messages, "task": "identity", "group": f"{language}_{topic}"}

@@ -48,7 +48,7 @@ class StepBatches:
 
     Args:
         rows: ``TextRows``, ``ChatRows``, or any sequence of column dicts with ``fixed_len`` (None or T) and,
-            optionally, ``lengths`` (n_rows,).
+            optionally, ``lengths`` (n_rows,) and ``draw(rng)``, which chooses and orders an epoch's rows by itself.
         batch_size: rows per micro-batch. global_batch_size: rows per step over all ranks.
         rank, world_size: which share of each step is this process's.
         seed: of the order. shuffle: False keeps the rows' own order (validation).
@@ -137,8 +137,11 @@ class StepBatches:
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            n_rows = len(self.rows)
-            order = np.random.default_rng([self.seed, epoch]).permutation(n_rows) if self.shuffle else np.arange(n_rows)
+            rng, n_rows = np.random.default_rng([self.seed, epoch]), len(self.rows)
+            if hasattr(self.rows, "draw"):
+                order = self.rows.draw(rng)
+            else:
+                order = rng.permutation(n_rows) if self.shuffle else np.arange(n_rows)
             self._order = (epoch, order)
         return self._order[1]
 

@@ -1,6 +1,7 @@
-"""Measuring a trained model: how well it predicts, how often its answers are right."""
+"""Measuring a trained model: how well it predicts, how often its answers are right, how like a reference they are."""
 
 from minillm.evaluation.exact_match import ExactMatch, exact_match
 from minillm.evaluation.perplexity import Perplexity, perplexity
+from minillm.evaluation.text_metrics import Bleu, Rouge, bleu, rouge
 
-__all__ = ["ExactMatch", "Perplexity", "exact_match", "perplexity"]
+__all__ = ["Bleu", "ExactMatch", "Perplexity", "Rouge", "bleu", "exact_match", "perplexity", "rouge"]

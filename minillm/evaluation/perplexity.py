@@ -241,8 +241,10 @@ def _window_losses(model, windows: list[_Window], device) -> list[float]:
     input_ids, targets, scored = input_ids.to(device), targets.to(device), scored.to(device)
     wanted = targets[scored]  # (N,)
 
-    def head(hidden: Tensor, output_weight: Tensor) -> Tensor:
+    def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
         hidden = hidden[scored]  # (B, T, D) -> (N, D)
+        if output_weight is None:  # of an adapted output layer: logits
+            return _token_losses(hidden, wanted)
         step = max(1, CHUNK_NUMEL // output_weight.shape[0])
         chunks = zip(hidden.split(step), wanted.split(step), strict=True)
         return torch.cat([_token_losses(F.linear(part, output_weight), goal) for part, goal in chunks])

@@ -248,8 +248,9 @@ def _last_logits(model, tokens: Tensor, document_ids: Tensor | None, cache) -> T
         last = (document_ids >= 0).sum(1) - 1  # (B,)
     rows = torch.arange(tokens.shape[0], device=tokens.device)
 
-    def head(hidden: Tensor, output_weight: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden[rows, last], output_weight)  # (B, T, D) -> (B, V)
+    def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
+        used = hidden[rows, last]  # (B, T, D) -> (B, D); an adapted output layer has made logits of them already
+        return used if output_weight is None else torch.nn.functional.linear(used, output_weight)  # (B, V)
 
     out = model(tokens, document_ids=document_ids, cache=cache, head=head)
     return out if out.dim() == 2 else out[rows, last]  # a wrapped output layer ignores head: (B, T, V)

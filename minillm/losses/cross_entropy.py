@@ -53,7 +53,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None
+    hidden: Tensor, weight: Tensor | None, targets: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``cross_entropy(hidden @ weight.T, targets, weights)`` without ever holding all logits.
 
@@ -64,11 +64,14 @@ def linear_cross_entropy(
     target are left out of the products altogether.
 
     Args:
-        hidden: (..., D). weight: (V, D), the output layer. targets, weights: (...), as in ``cross_entropy``.
+        hidden: (..., D). weight: (V, D), the output layer; None: ``hidden`` are logits already, and this is
+            ``cross_entropy``. targets, weights: (...), as there.
 
     Returns:
         ``(loss_sum, n_targets)`` as ``cross_entropy``.
     """
+    if weight is None:
+        return cross_entropy(hidden, targets, weights)
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_targets = targets.reshape(-1)  # (N,)
     flat_weights = None if weights is None else weights.reshape(-1)

@@ -87,6 +87,26 @@ class Router(nn.Module):
         return scores.topk(self.n_chosen, dim=-1).indices
 
 
+class ExpertProduct(nn.Module):
+    """One fused parameter (E, O, I) at work: each row of x (n, I) times the transpose of its expert's weight (n, O).
+
+    It has no parameters of its own; a layer like any other, it can be adapted, hooked and replaced.
+    """
+
+    def __init__(self, experts: nn.Module, name: str):
+        super().__init__()
+        self._home = (experts, name)  # in a tuple, or the parameters would be there twice
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter (E, O, I)."""
+        experts, name = self._home
+        return getattr(experts, name)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return expert_product(x, self.weight, ends)
+
+
 class Experts(nn.Module):
     """E SwiGLU layers as two fused parameters; each row goes through the one whose block it lies in."""
 
@@ -95,8 +115,7 @@ class Experts(nn.Module):
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))  # gate first
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
-        # The grouped kernel wants rows of whole 16 bytes: 8 numbers of the shortest dtype.
-        self.can_group = GROUPED_MM is not None and config.hidden_size % 8 == 0 and width % 8 == 0
+        self.gate_up, self.down = (ExpertProduct(self, name) for name in ("gate_up_proj", "down_proj"))
 
     def forward(self, x: Tensor, ends: Tensor, has_padding: bool) -> Tensor:
         """Return (n, D), zero in the rows of padding.
@@ -107,20 +126,28 @@ class Experts(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
-        if device in GROUPED_DEVICES and self.can_group and x.dtype != torch.float64:
-            return self._grouped(x, gate_up, down, ends, has_padding)
-        return _in_blocks(x, gate_up, down, ends)
-
-    def _grouped(self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, has_padding: bool) -> Tensor:
         # The kernel leaves what lies behind the last block uninitialised, in the result and in the gradient. A mask
         # at the entrance and one at the exit keep both from leaking; in between nothing crosses rows.
+        has_padding = has_padding and device in GROUPED_DEVICES
         if has_padding:
             is_row = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]  # (n, 1)
             x = torch.where(is_row, x, 0)
-        gate, up = GROUPED_MM(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # (n, F)
-        out = GROUPED_MM(swiglu(gate, up), down.transpose(1, 2), offs=ends)  # (n, D)
+        gate, up = self.gate_up(x, ends).chunk(2, dim=-1)  # (n, F)
+        out = self.down(swiglu(gate, up), ends)
         return torch.where(is_row, out, 0) if has_padding else out
+
+
+def expert_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Return (n, O): the rows of x (n, I) that end at ends[e] times the transpose of weight[e] (O, I).
+
+    Behind the last block stands zero, or with the grouped kernel anything.
+    """
+    weight = weight.to(x.dtype)
+    # The kernel wants rows of whole 16 bytes: 8 numbers of the shortest dtype.
+    can_group = GROUPED_MM is not None and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
+    if can_group and x.device.type in GROUPED_DEVICES and x.dtype != torch.float64:
+        return GROUPED_MM(x, weight.transpose(1, 2), offs=ends)
+    return _in_blocks(x, weight, ends)
 
 
 class MoE(nn.Module):
@@ -182,10 +209,8 @@ def update_router_bias(model: nn.Module, counts: Tensor, speed: float) -> None:
 
 
 @_disable_dynamo  # the ends of the blocks are other numbers in every batch: each would be compiled anew
-def _in_blocks(x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-    blocks = ends.tolist()  # one wait for the device per layer, not per expert
-    gate, up = _BlockProduct.apply(x, gate_up, blocks).chunk(2, dim=-1)  # (n, F)
-    return _BlockProduct.apply(swiglu(gate, up), down, blocks)
+def _in_blocks(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return _BlockProduct.apply(x, weight, ends.tolist())
 
 
 class _BlockProduct(torch.autograd.Function):

@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-        head: Callable[[Tensor, Tensor], Any] | None = None,
+        head: Callable[[Tensor, Tensor | None], Any] | None = None,
         router_stats: RouterStats | None = None,
     ) -> Any:
         """Return logits (B, T, V), or what ``head(hidden, output_weight)`` returns.
@@ -133,8 +133,9 @@ class Transformer(nn.Module):
             document_ids: (B, T), equal numbers for one document, −1 for padding; without them each row is
                 one document. With a cache they only mark padding, which stands on the right.
             cache: filled and advanced by the new tokens.
-            head: takes the hidden states (B, T, D) and the output weight (V, D). A loss given so runs inside
-                this forward, where DDP, FSDP and ZeRO see its use of the weight.
+            head: takes the hidden states (B, T, D) and the output weight (V, D), or logits (B, T, V) and None where
+                the output layer has an adapter. A loss given so runs inside this forward, where DDP, FSDP and ZeRO
+                see its use of the weight.
             router_stats: collects what the routers of a mixture of experts do; a dense model leaves it untouched.
         """
         mask, window = None, self.config.sliding_window
@@ -162,7 +163,8 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.end()
         if head is not None:
-            return head(hidden, self.lm_head.weight)
+            is_adapted = "forward" in vars(self.lm_head)
+            return head(self.lm_head(hidden), None) if is_adapted else head(hidden, self.lm_head.weight)
         return self.lm_head(hidden)
 
     def _trains_in_blocks(self, input_ids: Tensor) -> bool:

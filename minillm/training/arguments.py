@@ -217,6 +217,9 @@ class EvalArguments(ModelArguments):
     """0 pretrain (completes text), 1 full_sft, 2 rlhf, 3 reason (these chat)."""
     from_weight: str = ""
     """A stage name, a model directory or a .pth file (default: the stage of --model_mode)."""
+    lora_name: str = ""
+    """Add this adapter: its name (SAVE_DIR/lora/<name>_<hidden_size>), a directory or a .pth; several with weights as
+    cooking:0.7,medical:0.3."""
     save_dir: str = "out"
     """Directory that holds the run directories."""
     tokenizer_path: str = ""

@@ -4,7 +4,7 @@ import time
 
 from minillm.data.report import colour_targets, data_report, format_report
 from minillm.training import hardware
-from minillm.training.routing import describe_parameters
+from minillm.training.routing import describe_parameters, trained_parameters
 
 
 def dry_run(run, loader, tokenizer, loss) -> None:
@@ -33,11 +33,11 @@ def dry_run(run, loader, tokenizer, loss) -> None:
         float(loss_sum.detach())  # waits for the device
         seconds = time.perf_counter() - began
         module.zero_grad(set_to_none=True)
-    n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    n_parameters = trained_parameters(run.model)
     total_steps = run.args.max_steps or run.args.epochs * loader.steps_per_epoch
     memory = hardware.memory_bytes(run.device) + 8 * n_parameters
     print(
-        f"\nparameters: {describe_parameters(run.model)}, {n_parameters:,} of them trained"
+        f"\nparameters: {describe_parameters(run.model)}"
         f"\nsteps: {loader.steps_per_epoch:,} per epoch, {total_steps:,} in all"
         f"\nmemory: about {memory / 2**30:.2f} GiB on {run.device} at the peak"
         f"\ntime: about {seconds:.3f} s per step ({n_tokens / seconds:,.0f} tokens/s and rank), "

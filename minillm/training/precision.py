@@ -32,8 +32,8 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the autocast dtype that ``--dtype`` names, for this device.
+def choose_dtype(name: str, device: torch.device, *, flag: str = "dtype") -> torch.dtype:
+    """Return the dtype that ``--dtype``, or another ``flag``, names for this device.
 
     ``auto`` is bfloat16 where the device computes it fast (CUDA capability 8.0 and newer, CPUs with
     avx512_bf16 or amx), float16 on older CUDA cards, else float32. float16 on a CPU is refused: it is up to
@@ -44,7 +44,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         return torch.bfloat16 if device.type == "cpu" and cpu_has_fast_bfloat16() else torch.float32
     if name == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16 on a CPU is not usable (no fast kernels); use --dtype bfloat16 or float32")
+        raise UserError(f"--{flag} float16 on a CPU is not usable (no fast kernels); use bfloat16 or float32")
     return _DTYPES[name]
 
 

@@ -9,23 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from minillm.model import RouterStats
-from minillm.model.moe import update_router_bias
+from minillm.model.moe import Router, update_router_bias
 from minillm.training.parallel import Ranks
 
 
 class Balance:
     """The load of a run's experts; with a dense model every call does nothing.
 
+    A frozen router, as when an adapter is trained, is left as it is: nothing is counted, its bias does not move.
+
     Once per step ``collect`` adds up over ranks what the micro-batches' ``RouterStats`` counted, in one all-reduce, and
     ``apply`` moves the routers' bias by it. So every rank moves it alike, however the step was cut.
 
     Attributes:
-        stats: to be given to the loss; None for a dense model.
+        stats: to be given to the loss; None for a dense model, or one whose routers are frozen.
     """
 
     def __init__(self, model: nn.Module, args, ranks: Ranks):
         self.model, self.ranks, self.stats = model, ranks, None
-        if not model.config.num_experts:
+        is_frozen = not any(m.weight.requires_grad for m in model.modules() if isinstance(m, Router))
+        if not model.config.num_experts or is_frozen:
             return
         self.speed = args.router_bias_update_speed
         self.coefs = (args.router_aux_loss_coef, args.router_z_loss_coef)
@@ -118,6 +121,19 @@ def active_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """Return the number of parameters as text, with the active share where there are experts."""
+    """Return the number of parameters as text, with the active share where there are experts, and the trained one."""
     total, active = active_parameters(model)
-    return f"{total:,}" if active == total else f"{total:,} ({active:,} active per token, {active / total:.0%})"
+    trained = trained_parameters(model)
+    text = f"{total:,}" if active == total else f"{total:,} ({active:,} active per token, {active / total:.0%})"
+    return text if trained in (0, total) else f"{text}, {trained:,} of them trained ({trained / total:.2%})"
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that have gradients."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> float:
+    """Return the operations of a training step per token; frozen weights save a third, their own gradient."""
+    whole, trained = model.config.flops_per_token(seq_len), trained_parameters(model)
+    return whole if trained == active_parameters(model)[0] else whole * 2 / 3 + 6 * trained

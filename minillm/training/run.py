@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from minillm.errors import UserError
 from minillm.losses import count_targets
 from minillm.model import RouterStats
-from minillm.model.hf import load_model, save_model
 from minillm.training import checkpoint, hardware, precision
 from minillm.training.arguments import TrainArguments, as_dict
 from minillm.training.command_line import resume_command
 from minillm.training.nonfinite import compare_with_uniform, stop_for_nonfinite
+from minillm.training.outputs import WholeModel
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
-from minillm.training.routing import Balance, describe_parameters
+from minillm.training.routing import Balance, describe_parameters, flops_per_token
 from minillm.training.schedule import Schedule, schedule_factor
 from minillm.training.summary import write_run_file, write_summary
-from minillm.training.tracking import Tracker
+from minillm.training.tracking import NotWatched, Tracker
 from minillm.training.validation import evaluate_loss
-from minillm.training.weights import run_name
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
 
@@ -39,10 +38,14 @@ def count_token_targets(batch: dict[str, Tensor]) -> Tensor:
 
 
 class Run:
-    """One training run: its ranks, device, precision, directory and counters. Use it as a context manager."""
+    """One training run: its ranks, device, precision, directory and counters. Use it as a context manager.
 
-    def __init__(self, args: TrainArguments, *, stage: str, engine: type[Engine] = Engine):
-        self.args, self.stage = args, stage
+    Args:
+        output: what of the model is written, where, and read back (default: all of it).
+    """
+
+    def __init__(self, args: TrainArguments, *, stage: str, engine=Engine, output: WholeModel | None = None):
+        self.args, self.stage, self.output = args, stage, output or WholeModel()
         self.ranks = Ranks()
         self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
         self.dtype = precision.choose_dtype(args.dtype, self.device)
@@ -108,9 +111,7 @@ class Run:
         """Move ``model`` to the device, compile it if asked, wrap it for the ranks; return what to optimise."""
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = self.args.gradient_checkpointing
-        config = model.config
-        name = run_name(self.stage, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
-        self.directory = Path(self.args.save_dir) / name
+        self.directory = self.output.directory(self.args, self.stage, model.config)
         self.balance = Balance(self.model, self.args, self.ranks)
         if self.args.compile:
             self.model.block_attention = False  # the compiler has its own way with torch's attention
@@ -128,6 +129,7 @@ class Run:
         loss: Callable,
         count: Callable = count_token_targets,
         from_scratch: bool = False,
+        watch=None,
     ) -> nn.Module:
         """Open the run directory, restore the newest checkpoint if asked, and return the module to call.
 
@@ -135,10 +137,12 @@ class Run:
             loader, valid_loader: ``StepBatches``. loss: the stage's loss, for validation.
             count: the loss's denominator, computable from a batch alone.
             from_scratch: weights are random, so the first loss is compared with ln V.
+            watch: watches an adapter while it is trained (``minillm.training.watch.Watch``); the main rank's is used.
         """
         args = self.args
         self.optimizer, self.loader, self.valid_loader = optimizer, loader, valid_loader
         self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
+        self.watch = watch if watch is not None and self.ranks.is_main else NotWatched()
         self.total_steps = args.max_steps or args.epochs * loader.steps_per_epoch
         factor = schedule_factor(
             args.lr_scheduler,
@@ -162,7 +166,7 @@ class Run:
             self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
-        self._flops_per_token = self.model.config.flops_per_token(args.max_seq_len)
+        self._flops_per_token = flops_per_token(self.model, args.max_seq_len)
         self.tracker.print(f"{self.directory.name}, parameters: {describe_parameters(self.model)}")
         module.train()
         return module
@@ -216,10 +220,12 @@ class Run:
         loss_sum, grad_norm = torch.stack([loss_sum, grad_norm.to(self.sum_dtype)]).tolist()
         if not self.engine.scaler.is_enabled() and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             stop_for_nonfinite(self, loss_sum, grad_norm)
+        self.watch.before_update(self.step + 1)
         applied = self.engine.step()
         self._count_skips(applied, loss_sum, grad_norm)
         if applied:
             self.balance.apply()
+            self.watch.after_update(self.step + 1, self.optimizer)
         self._advance(loss_sum if applied else 0.0, applied)
         if self.step == 1 and self.from_scratch:
             compare_with_uniform(self, loss_sum / max(self._n_targets, 1e-12))
@@ -242,15 +248,17 @@ class Run:
         if self.ranks.is_main:
             self.export(self.directory)
             self.model.eval()
+            self.watch.finish()
             write_summary(self, samples() if samples is not None else [])
             self.tracker.print(f"{self.stage}: saved {self.directory}")
         self.ranks.barrier()
         return self.last_eval
 
     def export(self, directory: Path) -> None:
-        """Write the model as a Hugging Face directory, with the tokenizer, in ``--save_dtype``."""
+        """Write what is to be used: the model as a Hugging Face directory in ``--save_dtype``, or the adapter."""
         try:
-            save_model(self.model, directory, tokenizer=self.tokenizer, dtype=getattr(torch, self.args.save_dtype))
+            dtype = getattr(torch, self.args.save_dtype)
+            self.output.export(self.model, directory, tokenizer=self.tokenizer, dtype=dtype)
         except OSError as error:
             raise UserError(
                 f"cannot write the model to {directory}: {error.strerror or error}; make room there and go on with "
@@ -286,7 +294,7 @@ class Run:
             checkpoint.save_checkpoint(
                 self.directory / "checkpoints",
                 self.step,
-                lambda path: save_model(self.model, path, tokenizer=self.tokenizer, dtype=torch.float32),
+                lambda path: self.output.write_checkpoint(self.model, path, tokenizer=self.tokenizer),
                 self._state(rng_states),
                 keep_last=self.args.keep_last,
             )
@@ -307,6 +315,7 @@ class Run:
             "learning_rate": self.args.learning_rate,
             "lr_scheduler": self.args.lr_scheduler,
             **self.balance.settings(),
+            **self.output.settings(),
         }
 
     def _state(self, rng_states: list[dict]) -> dict:
@@ -317,6 +326,7 @@ class Run:
             "counters": {name: getattr(self, name) for name in self._COUNTERS},
             "window": self._window,
             "experts": self.balance.state(),
+            "watch": self.watch.state(),
             "identity": self._identity(),
             "tracker_run_id": self.tracker.run_id,
         }
@@ -332,13 +342,14 @@ class Run:
         different = [f"{key}: {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]]
         if different:
             raise UserError(f"--from_resume: {path} was made with other settings ({'; '.join(different)})")
-        self.model.load_state_dict(load_model(path, device="cpu", dtype=torch.float32).state_dict())
+        self.output.read_checkpoint(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.engine.scaler.load_state_dict(state["scaler"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self._restored, self._save_step = state["window"], self.step
         self.balance.load_state(state.get("experts"))  # checkpoints of dense models may lack it
+        self.watch.load_state(state.get("watch"))
         if len(state["rng"]) == self.ranks.world_size:
             checkpoint.set_rng_state(state["rng"][self.ranks.rank])
         if self.ranks.is_main:

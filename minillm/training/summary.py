@@ -179,9 +179,8 @@ def _model_card(run, facts: dict[str, str], samples: list[tuple[str, str]], pict
     texts = "\n\n".join(f"**{prompt.strip() or '(empty)'}**\n\n{_fenced(text)}" for prompt, text in samples)
     curves = f"![curves]({picture.name})\n\n" if picture is not None else ""
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {run.directory.name}\n\n"
-        f"Trained with minillm, stage `{run.stage}`. Opens as it is with "
-        f"`transformers.AutoModelForCausalLM.from_pretrained`.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"---\n{run.output.tags}\n---\n\n# {run.directory.name}\n\n"
+        f"Trained with minillm, stage `{run.stage}`. {run.output.usage}\n\n| | |\n|---|---|\n{table}\n\n"
         f"{curves}## Samples\n\n{texts or 'none'}\n"
     )
 

@@ -82,6 +82,25 @@ class Tracker:
                 self.wandb.finish()
 
 
+class NotWatched:
+    """Where no ``minillm.training.watch.Watch`` watches: its calls, doing nothing."""
+
+    def before_update(self, step: int) -> None:
+        """See the gradients, clipped."""
+
+    def after_update(self, step: int, optimizer) -> None:
+        """See what the update did."""
+
+    def finish(self) -> None:
+        """Sum up and draw."""
+
+    def state(self) -> None:
+        """Return what a checkpoint keeps."""
+
+    def load_state(self, state: dict | None) -> None:
+        """Go on from it."""
+
+
 def read_metrics(path: Path) -> list[dict]:
     """Return the rows of a ``metrics.jsonl``; a line cut short by a kill is left out."""
     rows = []

@@ -69,8 +69,11 @@ def weights_of(args: TrainArguments, config: ModelConfig) -> Path:
     )
 
 
-def create_model(args: TrainArguments, tokenizer) -> Transformer:
-    """Return the float32 model to train, on the CPU: new (weights drawn from ``--seed``), or from ``--from_weight``.
+def create_model(args: TrainArguments, tokenizer, *, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Return the model to train, on the CPU: new (weights drawn from ``--seed``), or from ``--from_weight``.
+
+    Args:
+        dtype: of weights that are not trained themselves; those that are need float32.
 
     Raises:
         UserError: the weights are missing, their vocabulary is smaller than the tokenizer's, or a row is
@@ -83,10 +86,11 @@ def create_model(args: TrainArguments, tokenizer) -> Transformer:
         config = scale_positions(config, args)
         _check_positions(config, args)
         torch.manual_seed(args.seed)
-        return Transformer(config)
+        return Transformer(config).to(dtype)
     path = weights_of(args, config)
     stored = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
-    model = load_model(path, device="cpu", dtype=torch.float32, config=stored)
+    model = load_model(path, device="cpu", dtype=dtype, config=stored)
+    model.origin = str(path)
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
     _check_positions(model.config, args)

@@ -1,6 +1,6 @@
 """Three bodies behind the engine's face, and a run of the real loop on each; started by ``test_engines.py``.
 
-    torchrun --nproc_per_node 2 -m tests.contracts.engines OUT ddp fsdp zero2 ddp_moe
+    torchrun --nproc_per_node 2 -m tests.contracts.engines OUT ddp fsdp zero2 ddp_moe ddp_lora
 """
 
 import sys
@@ -83,8 +83,9 @@ def main(out: str, *names: str) -> None:
     torch.distributed.init_process_group("gloo")  # one group for all: every Run finds it and leaves it alone
     for name in names:
         args = arguments(Path(out) / name, batch_size=2, global_batch_size=12)
-        config = MOE_CONFIG if name.endswith("_moe") else CONFIG
-        result = train(args, engine=ENGINES[name.removesuffix("_moe")], config=config)
+        engine, _, kind = name.partition("_")
+        config = MOE_CONFIG if kind == "moe" else CONFIG
+        result = train(args, engine=ENGINES[engine], config=config, lora=kind == "lora")
         if torch.distributed.get_rank() == 0:
             torch.save({"metrics": result["metrics"], "weights": result["weights"]}, Path(out) / f"{name}.pt")
     torch.distributed.destroy_process_group()

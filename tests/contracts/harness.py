@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
+from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.training.arguments import PretrainArguments
@@ -43,6 +44,8 @@ MOE_CONFIG = dataclasses.replace(
     first_k_dense_replace=1,
     scoring_func="sigmoid",
 )
+
+LORA = {"rank": 3, "alpha": 5, "use_dora": True, "init": "gaussian"}
 
 
 class RaggedRows:
@@ -115,6 +118,7 @@ def train(
     dropout: float = 0.0,
     n_rows: int = 33,
     config: ModelConfig = CONFIG,
+    lora: bool = False,
     prepare: Callable[[Run], None] = lambda run: None,
     before_update: Callable[[Run], None] = lambda run: None,
     finish: bool = False,
@@ -122,11 +126,14 @@ def train(
     """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
 
     Args:
+        lora: train an adapter of the settings ``LORA`` alone.
         prepare: called with the run before the loop. before_update: called before every ``run.update()``.
         finish: save a checkpoint and the model at the end, as the scripts do.
     """
     with Run(args, stage="pretrain", engine=engine) as run:
         model = tiny_model(double=double, dropout=dropout, config=config)
+        if lora:
+            apply_lora(model, generator=torch.Generator().manual_seed(1), **LORA)
         loader = StepBatches(RaggedRows(n_rows), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         model = run.start(optimizer, loader, tokenizer=None, loss=causal_lm_loss)

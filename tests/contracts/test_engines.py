@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contracts.harness import MOE_CONFIG, arguments, largest_difference, train
+from tests.contracts.harness import MOE_CONFIG, arguments, largest_difference, tiny_model, train
+
+NAMES = ("ddp", "bypassed", "fsdp", "ddp_moe", "fsdp_moe", "ddp_lora", "fsdp_lora")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def launch(torchrun):
 
 @pytest.fixture(scope="module")
 def two_processes(launch, tmp_path_factory) -> Path:
-    return launch(tmp_path_factory.mktemp("two"), "ddp", "bypassed", "fsdp", "ddp_moe", "fsdp_moe")
+    return launch(tmp_path_factory.mktemp("two"), *NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,17 @@ def test_two_processes_equal_one_with_experts(two_processes, tmp_path, engine):
         for name in ("balance_loss", "z_loss", "expert_load_max", "expert_entropy"):
             assert row[name] == pytest.approx(wanted[name], rel=1e-6)
         assert row["expert_share"] == wanted["expert_share"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_an_adapter(two_processes, tmp_path, engine):
+    """What is frozen takes no part in the reduction, and there is no search for unused parameters."""
+    one_process = train(arguments(tmp_path, batch_size=4, global_batch_size=12), lora=True)
+    assert_equal_runs(two_processes / f"{engine}_lora.pt", one_process)
+    ours = torch.load(two_processes / f"{engine}_lora.pt")["weights"]
+    base = tiny_model().state_dict()
+    assert all(torch.equal(ours[name], base[name]) for name in base)
+    assert all(ours[name].any() for name in ours.keys() - base.keys())
 
 
 def test_a_bypassed_ddp_is_caught(two_processes, one_process):

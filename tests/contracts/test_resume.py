@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm.config import ModelConfig
+from minillm.model import Transformer
+from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
 from minillm.training.checkpoint import list_checkpoints
+from minillm.training.tracking import read_metrics
 from tests.contracts import checks
 from tests.contracts.harness import MOE_CONFIG
 
@@ -55,7 +59,11 @@ def data(tmp_path_factory) -> Path:
     lines = {"text.jsonl": [{"text": t} for t in texts], "chat.jsonl": [{"conversations": c} for c in chats]}
     for name, records in lines.items():
         (directory / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    train_bpe(iter(texts), vocab_size=290).save(directory / "tokenizer")
+    tokenizer = train_bpe(iter(texts), vocab_size=290)
+    tokenizer.save(directory / "tokenizer")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    save_model(Transformer(ModelConfig(vocab_size=290, **shape)), directory / "base", tokenizer=tokenizer)
     return directory
 
 
@@ -67,6 +75,9 @@ def command(stage: str, data: Path, out: Path) -> list[str]:
         "max_seq_len": 24, "batch_size": 2, "accumulation_steps": 2, "max_steps": 9, "save_interval": 2,
         "log_interval": 1, "learning_rate": 0.01, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
+    if stage == "train_lora":  # dropout draws from torch's generator, PiSSA changes the weights beneath
+        flags |= {"from_weight": data / "base", "lora_dropout": 0.2, "lora_init": "pissa", "lora_rank": 3, "monitor": 1}
+        flags |= {"replay_path": data / "chat.jsonl", "monitor_interval": 2}
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
@@ -77,7 +88,9 @@ def run(code: list[str]) -> subprocess.CompletedProcess:
 
 def outcome(out: Path) -> dict:
     """Return all that a run leaves and that does not depend on the clock."""
-    (directory,) = (path for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
+    directory = next(out.rglob("metrics.jsonl")).parent
+    weights = "adapter_model.safetensors" if directory.parent.name == "lora" else "model.safetensors"
+    exact = "trained.safetensors" if directory.parent.name == "lora" else weights
     newest = list_checkpoints(directory / "checkpoints")[0]
     state = torch.load(newest / "training_state.pt", weights_only=True)
     clock = ("seconds", "tokens_per_s", "mfu")
@@ -87,8 +100,9 @@ def outcome(out: Path) -> dict:
         "rows": [{key: value for key, value in row.items() if key not in clock} for row in rows],
         "checkpoint": newest.name,
         "state": state,
-        "weights": load_file(newest / "model.safetensors"),
-        "exported": load_file(directory / "model.safetensors"),
+        "weights": load_file(newest / exact),
+        "exported": load_file(directory / weights),
+        "watched": read_metrics(directory / "monitor.jsonl"),
     }
 
 
@@ -109,13 +123,14 @@ def assert_same(a, b, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.mark.parametrize("stage", ["train_pretrain", "train_sft"])
+@pytest.mark.parametrize("stage", ["train_pretrain", "train_sft", "train_lora"])
 def test_killed_and_resumed_equals_uninterrupted(stage, data, tmp_path):
     whole = run([str(ROOT / f"{stage}.py"), *command(stage, data, tmp_path / "whole")])
     assert whole.returncode == 0, whole.stderr
     expected = outcome(tmp_path / "whole")
     assert [row["step"] for row in expected["rows"]] == list(range(1, 10))
-    # Every run of killing takes seconds: both stages share the loop, so each moment is tried in one of them.
+    assert bool(expected["watched"]) == (stage == "train_lora")
+    # Every run of killing takes seconds: the stages share the loop, so each moment is tried in one of two of them.
     moments = [m for n, m in enumerate(MOMENTS) if (n % 2 == 0) == (stage == "train_pretrain")]
     for number, moment in enumerate(moments):
         out = tmp_path / f"killed{number}"
@@ -123,12 +138,12 @@ def test_killed_and_resumed_equals_uninterrupted(stage, data, tmp_path):
         module, owner, name, call = MOMENTS[moment]
         killed = run(["-c", DEADLY, stage, module, owner, name, str(call), *arguments])
         assert killed.returncode == -9, f"{moment}: was not killed\n{killed.stderr}"
-        assert not list(out.glob("*/model.safetensors")), moment
+        assert not [p for p in out.rglob("*model.safetensors") if "checkpoints" not in p.parts], moment
         resumed = run([str(ROOT / f"{stage}.py"), *arguments, "--from_resume"])
         assert resumed.returncode == 0, resumed.stderr
         assert "resumed from" in resumed.stdout
         assert_same(outcome(out), expected, moment)
-        leftovers = [path.name for path in (next(out.glob("*/checkpoints"))).iterdir() if path.name.startswith(".")]
+        leftovers = [path.name for path in (next(out.rglob("checkpoints"))).iterdir() if path.name.startswith(".")]
         assert leftovers == [], moment
 
 

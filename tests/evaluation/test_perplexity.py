@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from minillm.config import ModelConfig
 from minillm.data.schema import read_records
 from minillm.errors import UserError
 from minillm.evaluation import perplexity
+from minillm.lora import apply_lora, merge_lora
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
 
@@ -132,6 +134,16 @@ def test_a_wrapped_output_layer_gives_the_same(model, tokenizer):
     assert perplexity(WithoutHead(), TEXTS, tokenizer, max_seq_len=16).loss_sum == pytest.approx(
         direct.loss_sum
     )
+
+
+def test_an_adapted_output_layer_gives_the_same(tokenizer):
+    model = tiny_model().double()
+    apply_lora(model, rank=2, target_modules="lm_head")
+    nn.init.normal_(model.lm_head.lora.B.weight, std=0.3)
+    adapted = perplexity(model, TEXTS, tokenizer, max_seq_len=16).loss_sum
+    merge_lora(model, keep_base=False)
+    assert adapted == pytest.approx(perplexity(model, TEXTS, tokenizer, max_seq_len=16).loss_sum)
+    assert adapted != pytest.approx(perplexity(tiny_model().double(), TEXTS, tokenizer, max_seq_len=16).loss_sum)
 
 
 def test_logits_in_chunks_give_the_same(model, tokenizer, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.inference import complete, generate, stream
+from minillm.lora import apply_lora, merge_lora
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
 
@@ -279,3 +280,14 @@ def test_on_a_gpu_greedy_equals_the_cpu():
     wide = wide.cuda()
     assert generate(wide, PROMPTS, max_new_tokens=12, temperature=0) == expected
     assert generate(wide, PROMPTS, max_new_tokens=12, generator=seeded(), **SAMPLING) == sampled
+
+
+def test_an_adapted_output_layer_answers_as_the_merged_one():
+    torch.manual_seed(0)
+    model = Transformer(tiny_config())
+    plain = generate(model, PROMPTS, max_new_tokens=8, temperature=0)
+    apply_lora(model, rank=2, target_modules="lm_head")
+    torch.nn.init.normal_(model.lm_head.lora.B.weight)
+    adapted = generate(model, PROMPTS, max_new_tokens=8, temperature=0)
+    assert adapted != plain
+    assert adapted == generate(merge_lora(model, keep_base=False), PROMPTS, max_new_tokens=8, temperature=0)

@@ -259,7 +259,6 @@ def test_grouped_kernel_equals_the_blocks(monkeypatch, kernel, padded, dtype):
     real, calls = module.GROUPED_MM if kernel == "torch" else poisoned, []
     monkeypatch.setattr(module, "GROUPED_MM", lambda *a, **k: calls.append(1) or real(*a, **k))
     monkeypatch.setattr(module, "GROUPED_DEVICES", ("cpu",))
-    moe.experts.can_group = True
     # Both multiply in the same dtype, but not in the same order of sums.
     check_same(moe(x, routing), wanted, [x, *moe.parameters()], 2e-6 if dtype == torch.float32 else 1e-2)
     assert len(calls) == 2
@@ -267,9 +266,14 @@ def test_grouped_kernel_equals_the_blocks(monkeypatch, kernel, padded, dtype):
     assert len(calls) == 2
 
 
-def test_odd_widths_do_without_the_kernel():
-    assert not make_moe(moe_intermediate_size=None, intermediate_size=12)[0].experts.can_group
-    assert make_moe(intermediate_size=16)[0].experts.can_group == (module.GROUPED_MM is not None)
+@pytest.mark.parametrize("width, n_calls", [(9, 0), (12, 1), (16, 2)])
+def test_odd_widths_do_without_the_kernel(monkeypatch, width, n_calls):
+    calls = []
+    monkeypatch.setattr(module, "GROUPED_MM", lambda *a, **k: calls.append(1) or poisoned(*a, **k))
+    monkeypatch.setattr(module, "GROUPED_DEVICES", ("cpu",))
+    moe, _ = make_moe("sigmoid, 2 shared", moe_intermediate_size=width, dtype=torch.float32)
+    moe(make_x(4, 7, dtype=torch.float32))
+    assert len(calls) == n_calls
 
 
 def test_under_autocast():

@@ -40,3 +40,9 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path):
         assert [row["step"] for row in rows if row["split"] == "valid"] == [3, 6]
     floor = [row for row in rows if "floor" in row]
     assert not floor  # only texts know their probability; conversations do not
+    for name in ("identity", "identity_alone"):
+        directory = tmp_path / "out" / "lora" / f"{name}_128"
+        written = {path.name for path in directory.iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "summary.html"} <= written
+        assert f"out/full_sft_128 + {directory}: parameters" in done.stdout
+    assert done.stdout.count("\nidentity ") == 2 * 8  # groups of the held-out questions, with either adapter

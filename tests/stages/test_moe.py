@@ -94,7 +94,7 @@ def test_evaluation_finds_it_by_its_flag(finished, capsys, width, words, name):
 def test_dry_run_tells_the_active_share(finished, call):
     done = call(train_pretrain.main, finished, "--data_path", finished.text, *DATA, *EXPERTS, "--dry_run")
     assert done.code == 0, done.err
-    assert f"parameters: {describe_parameters(load_model(finished.run))}, " in done.out
+    assert f"parameters: {describe_parameters(load_model(finished.run))}\n" in done.out
     assert "active per token" in done.out
 
 

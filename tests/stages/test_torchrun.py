@@ -7,6 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm.config import ModelConfig
+from minillm.model import Transformer
+from minillm.model.hf import save_model
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,3 +49,42 @@ def test_two_processes_equal_one(launch):
         assert ((ours[name] - weight).norm() / weight.norm()).item() < 1e-4, name
     state = torch.load(two / "checkpoints" / "step-00000005" / "training_state.pt", weights_only=True)
     assert len(state["rng"]) == 2  # of every rank
+
+
+@pytest.fixture
+def launch_lora(torchrun, world, flags):
+    """The same for train_lora.py, on one base, with dropout off: processes draw masks of their own."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Transformer(ModelConfig(vocab_size=world.tokenizer.vocab_size, **shape))
+    save_model(model, world.folder / "base", tokenizer=world.tokenizer)
+
+    def launch(n_processes: int, *, batch_size: int) -> Path:
+        out = world.folder / f"out{n_processes}"
+        output = torchrun(
+            n_processes, str(ROOT / "train_lora.py"), *flags(world), "--save_dir", str(out),
+            "--from_weight", str(world.folder / "base"), "--data_path", str(world.chat), "--replay_path",
+            str(world.chat_valid), "--max_seq_len", "300", "--batch_size", str(batch_size), "--global_batch_size", "4",
+            "--max_steps", "5", "--save_interval", "2", "--log_interval", "1", "--learning_rate", "1e-2",
+            "--lora_init", "gaussian", "--use_dora", "--monitor_interval", "2",
+        )  # fmt: skip
+        assert output.count("saved ") == 1
+        return out / "lora" / "lora_32"
+
+    return launch
+
+
+def test_two_processes_train_the_adapter_of_one(launch_lora):
+    """DDP without a search for unused parameters: what is frozen takes no part, all the rest is used."""
+    two, one = launch_lora(2, batch_size=1), launch_lora(1, batch_size=4)
+    rows = [
+        [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        for directory in (two, one)
+    ]
+    for ours, wanted in zip(*rows, strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    ours, wanted = load_file(two / "adapter_model.safetensors"), load_file(one / "adapter_model.safetensors")
+    assert ours.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert ((ours[name] - weight).norm() / weight.norm()).item() < 1e-4, name
+    assert any("magnitude" in name for name in wanted)

@@ -284,7 +284,7 @@ def test_a_full_disk_at_the_export_is_one_line(world, call, monkeypatch):
         if Path(path).name == "pretrain_32":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minillm.training.run.save_model", full)
+    monkeypatch.setattr("minillm.training.outputs.save_model", full)
     done = call(train_pretrain.main, world, "--data_path", world.text, *DATA, "--max_steps", "2")
     assert done.code == 2
     (line,) = [line for line in done.err.splitlines() if line.startswith("error:")]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from minillm.config import ModelConfig
+from minillm.lora import apply_lora
 from minillm.model import Transformer
 from minillm.training.optim import adamw
 
@@ -74,3 +75,19 @@ def test_zero_gradients_decay_matrices_once_and_leave_norms(tied):
 def test_one_kind_of_parameter_alone_makes_no_empty_group():
     assert len(adamw(nn.Linear(3, 2, bias=False), learning_rate=1.0).param_groups) == 1
     assert [g["weight_decay"] for g in adamw(nn.LayerNorm(3), learning_rate=1.0).param_groups] == [0.0]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_loraplus_gives_the_matrix_that_begins_at_zero_another_rate(ratio):
+    """Hayou et al. (2024): B of a linear layer; in an embedding's adapter A is the one that begins at zero."""
+    config = ModelConfig(vocab_size=29, hidden_size=12, num_hidden_layers=2, num_attention_heads=2)
+    model = Transformer(config)
+    apply_lora(model, rank=2, target_modules="embed_tokens,q_proj,down_proj", use_rslora=True)
+    optimizer = adamw(model, learning_rate=0.25, weight_decay=0.0, loraplus_ratio=ratio)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == len(rates) == 2 * 5
+    for name, parameter in trained.items():
+        began_at_zero = not parameter.any()
+        assert name.endswith("A.weight" if "embed" in name else "B.weight") == began_at_zero
+        assert rates[id(parameter)] == (0.25 * ratio if began_at_zero else 0.25), name

@@ -11,12 +11,20 @@ import torch
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
 from minillm.errors import UserError
+from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import RouterStats, Transformer
 from minillm.model.moe import Router
 from minillm.training import checkpoint
 from minillm.training.parallel import Ranks
-from minillm.training.routing import Balance, active_parameters, describe_parameters, relative_entropy
+from minillm.training.routing import (
+    Balance,
+    active_parameters,
+    describe_parameters,
+    flops_per_token,
+    relative_entropy,
+    trained_parameters,
+)
 from minillm.training.run import Run
 from tests.contracts import checks
 from tests.contracts.checks import ScaledEngine
@@ -318,3 +326,34 @@ def test_the_active_share():
     with torch.device("meta"):
         preset = Transformer(ModelConfig.preset("moe"))
     assert [round(n / 1e6) for n in active_parameters(preset)] == [145, 92]
+
+
+def test_frozen_routers_are_left_as_they_are(tmp_path):
+    """An adapter is trained: the bias belongs to the model beneath, which must stay what it was."""
+    model = tiny_model(config=MOE_CONFIG)
+    apply_lora(model, rank=2)
+    balance = Balance(model, settings(), Ranks())
+    assert balance.stats is None
+    assert balance.collect() == 0.0
+    balance.apply()
+    assert not any(model.get_buffer(name).any() for name in BIASES)
+    assert balance.row() == balance.settings() == {}
+
+
+def test_parameters_that_are_trained_are_told():
+    model = tiny_model()
+    total = sum(p.numel() for p in model.parameters())
+    assert describe_parameters(model) == f"{total:,}"
+    apply_lora(model, rank=2, target_modules="q_proj")
+    trained = 2 * 2 * (16 + 16)  # two blocks: A and B of rank 2
+    assert trained_parameters(model) == trained
+    share = trained / (total + trained)
+    assert describe_parameters(model) == f"{total + trained:,}, {trained} of them trained ({share:.2%})"
+
+
+def test_frozen_weights_save_the_third_of_their_own_gradient():
+    model = tiny_model()
+    whole = flops_per_token(model, 32)
+    assert whole == CONFIG.flops_per_token(32)
+    apply_lora(model, rank=2, target_modules="q_proj")
+    assert flops_per_token(model, 32) == pytest.approx(whole * 2 / 3 + 6 * 2 * 2 * (16 + 16))

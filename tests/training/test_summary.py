@@ -15,6 +15,7 @@ from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.training import summary
 from minillm.training.arguments import PretrainArguments
+from minillm.training.outputs import WholeModel
 
 FLOOR = 1.2345
 
@@ -31,6 +32,7 @@ def run(tmp_path, monkeypatch):
     printed = []
     return SimpleNamespace(
         stage="pretrain",
+        output=WholeModel(),
         directory=tmp_path / "pretrain_16",
         args=PretrainArguments(data_path="a b.jsonl", max_seq_len=24),
         model=Transformer(ModelConfig(vocab_size=31, **shape)),

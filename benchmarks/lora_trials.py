@@ -1,0 +1,80 @@
+"""What the LoRA studies share: one run of train_lora.py with its figures, and the spread over seeds."""
+
+import contextlib
+import io
+import math
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+
+import train_lora
+from minillm.data import read_records
+from minillm.errors import UserError
+from minillm.evaluation import exact_match
+from minillm.lora import load_lora, merge_lora
+from minillm.model.hf import load_model
+from minillm.tokenizer import load_tokenizer
+from minillm.training.tracking import read_metrics
+
+
+def run_trial(base: str, flags: dict[str, object], *, tests: dict[str, str], evaluate=None) -> dict:
+    """Train one adapter with ``flags`` of train_lora.py, in a directory of its own that is gone afterwards.
+
+    Args:
+        base: a model directory. tests: name → file of conversations, scored by exact match.
+        evaluate: called with (model with the adapter merged, tokenizer); its dictionary is added to the result.
+
+    Returns ``{"diverged": True}`` when the loss was no number, else the last validation loss (nats per token), the
+    median gradient norm, seconds of training steps, exact match by test, and the rows of metrics.jsonl and
+    monitor.jsonl.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        given = {"from_weight": base, "save_dir": directory, "lora_name": "trial", "save_interval": 0, **flags}
+        argv = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+        said = io.StringIO()
+        began = time.perf_counter()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                train_lora.main(argv)
+        except SystemExit as stopped:
+            if "finite" in said.getvalue():
+                return {"diverged": True}
+            raise UserError(f"train_lora.py {' '.join(argv)} ended: {said.getvalue()[-800:]}") from stopped
+        (saved,) = (Path(directory) / "lora").glob("trial_*")
+        rows = read_metrics(saved / "metrics.jsonl")
+        losses = {split: [row["loss"] for row in rows if row["split"] == split] for split in ("train", "valid")}
+        norms = [row["grad_norm"] for row in rows if row["split"] == "train"]
+        last = [row for row in rows if row["split"] == "train"][-1]
+        model, tokenizer = load_model(base), load_tokenizer(base)
+        load_lora(model, saved)
+        merge_lora(model, keep_base=False).eval()
+        result = {
+            "diverged": not all(math.isfinite(loss) for loss in losses["valid"][-1:]),
+            "loss": (losses["valid"] or losses["train"])[-1],
+            "grad_norm": median(norms),
+            "seconds": last["seconds"],
+            "wall_seconds": time.perf_counter() - began,
+            "rows": rows,
+            "monitor": read_metrics(saved / "monitor.jsonl"),
+        }
+        with torch.inference_mode():
+            for name, path in tests.items():
+                answers = exact_match(model, tokenizer, list(read_records(path)), max_new_tokens=64, batch_size=64)
+                result[name] = answers.accuracy
+            return result | (evaluate(model, tokenizer) if evaluate else {})
+
+
+def over_seeds(trials: list[dict], key: str) -> tuple[float, float] | None:
+    """Return mean and standard deviation (0 for one seed) of a figure; None where a run diverged."""
+    if any(trial.get("diverged") for trial in trials):
+        return None
+    values = [trial[key] for trial in trials]
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def shown(value: tuple[float, float] | None, form: str = ".4f") -> str:
+    """Return mean ± deviation as text."""
+    return "diverged" if value is None else f"{value[0]:{form}} ± {value[1]:{form}}"

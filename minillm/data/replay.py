@@ -1,0 +1,56 @@
+"""New rows with some old ones among them, so that a model that learns the new does not forget the old.
+
+Rehearsal, Robins, Catastrophic forgetting, rehearsal and pseudorehearsal (1995). Every epoch has all the new rows, and
+as many old ones as the share asks for, other ones each time:
+
+    share 0.25    | n n o n n n n o |    6 new rows, 2 of the many old
+"""
+
+import hashlib
+
+import numpy as np
+
+from minillm.data.packing import PackedRows
+from minillm.errors import UserError
+
+
+class ReplayRows:
+    """The rows of ``new``, and in every epoch a share of rows of ``old`` among them, for ``StepBatches``.
+
+    ``len(rows)`` counts the rows of an epoch; rows ``len(new)`` and up are the old ones. Both must be rows of the same
+    length and packing. What is reported about the data (``summary``, ``target_counts``) is that of the new rows.
+
+    Args:
+        share: of the old rows in an epoch, above 0 and below 1.
+
+    Raises:
+        UserError: a share out of range.
+    """
+
+    def __init__(self, new: PackedRows, old: PackedRows, *, share: float):
+        if not 0 < share < 1:
+            raise UserError(f"replay share {share}: must lie between 0 and 1, e.g. 0.25 for a quarter of all rows")
+        self.new, self.old = new, old
+        self.n_old = max(1, round(len(new) * share / (1 - share)))
+        self.fixed_len, self.max_seq_len = new.fixed_len, new.max_seq_len
+        self.store, self.summary = new.store, new.summary | {"replayed_rows": self.n_old}
+        self.target_counts, self.target_bytes, self.log_prob = new.target_counts, new.target_bytes, None
+        identity = f"{new.data_hash} {old.data_hash} {share}"
+        self.data_hash = hashlib.sha256(identity.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.new) + self.n_old
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return self.new[row] if row < len(self.new) else self.old[row - len(self.new)]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows of both,) number of pairs in each row."""
+        return np.concatenate([self.new.lengths, self.old.lengths])
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the numbers of an epoch's rows, in their order: (len(self),)."""
+        again = self.n_old > len(self.old)  # fewer than are asked for: some come twice
+        old = rng.choice(len(self.old), size=self.n_old, replace=again) + len(self.new)
+        return rng.permutation(np.concatenate([np.arange(len(self.new)), old]))

@@ -1,0 +1,107 @@
+"""BLEU and ROUGE: how much of a reference text an answer has, word by word.
+
+Papineni et al., BLEU (2002); Lin, ROUGE (2004). Both by the libraries that published figures come from: sacrebleu
+(Post, A Call for Clarity in Reporting BLEU Scores, 2018) and rouge-score. Their own tokenizers know no Chinese words:
+sacrebleu has one of single characters for it, and rouge-score gets the words that jieba finds.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minillm.errors import UserError, missing_package
+
+_CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Bleu:
+    """Corpus BLEU, 0 to 100.
+
+    Attributes:
+        precisions: of 1-, 2-, 3- and 4-grams, in percent. signature: how it was computed, to be given with it.
+    """
+
+    bleu: float
+    precisions: tuple[float, ...]
+    brevity_penalty: float
+    signature: str
+
+
+@dataclass(frozen=True)
+class Rouge:
+    """Means over all pairs of the F-measures of words, pairs of words, and the longest common sequence; 0 to 1."""
+
+    rouge_1: float
+    rouge_2: float
+    rouge_l: float
+
+
+def bleu(answers: Sequence[str], references: Sequence[str]) -> Bleu:
+    """Return corpus BLEU of one answer against one reference each.
+
+    Tokens are sacrebleu's ``13a``; where more than half of the references hold Chinese, its ``zh`` (the signature says
+    which). Scores by different tokens do not compare.
+
+    Raises:
+        UserError: not as many references as answers, or none; sacrebleu is not installed.
+    """
+    _check(answers, references)
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise missing_package("sacrebleu", purpose="BLEU", extra="eval") from None
+    n_chinese = sum(bool(_CHINESE.search(text)) for text in references)
+    metric = BLEU(tokenize="zh" if 2 * n_chinese > len(references) else "13a")
+    score = metric.corpus_score(list(answers), [list(references)])
+    return Bleu(
+        bleu=score.score,
+        precisions=tuple(score.precisions),
+        brevity_penalty=score.bp,
+        signature=str(metric.get_signature()),
+    )
+
+
+def rouge(answers: Sequence[str], references: Sequence[str]) -> Rouge:
+    """Return the means of ROUGE-1, ROUGE-2 and ROUGE-L over pairs of answer and reference.
+
+    Words are lower-cased; jieba parts Chinese. Nothing is stemmed.
+
+    Raises:
+        UserError: not as many references as answers, or none; rouge-score or jieba is not installed.
+    """
+    _check(answers, references)
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise missing_package("rouge-score", purpose="ROUGE", extra="eval") from None
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, tokenizer=_Words(any(map(_CHINESE.search, [*answers, *references]))))
+    scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    return Rouge(*(sum(score[name].fmeasure for score in scores) / len(scores) for name in names))
+
+
+class _Words:
+    """rouge-score's tokenizer, by words of letters and digits in any script, Chinese by jieba."""
+
+    def __init__(self, has_chinese: bool):
+        self.cut = str.split
+        if has_chinese:
+            try:
+                import jieba
+            except ImportError:
+                raise missing_package("jieba", purpose="ROUGE of Chinese texts", extra="eval") from None
+            jieba.setLogLevel(logging.WARNING)
+            self.cut = jieba.lcut
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words of ``text``, without punctuation."""
+        return [word for piece in self.cut(text.lower()) for word in re.findall(r"\w+", piece)]
+
+
+def _check(answers: Sequence[str], references: Sequence[str]) -> None:
+    if len(answers) != len(references):
+        raise UserError(f"{len(answers)} answers and {len(references)} references: give one reference for each answer")
+    if not answers:
+        raise UserError("no answers to compare: give at least one")

@@ -1,0 +1,110 @@
+"""Adapters from the command line.
+
+python -m minillm.lora merge --model out/full_sft_512 --adapter out/lora/cooking_512 --output out/cooking
+python -m minillm.lora merge --model MODEL --adapter cooking_512:0.7 medical_512:0.3 --output BOTH
+python -m minillm.lora show --adapter out/lora/cooking_512
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from minillm.errors import UserError
+from minillm.lora.adapters import set_adapter
+from minillm.lora.files import BASE, CONFIG, load_lora, read_adapter
+from minillm.lora.merge import merge_lora
+from minillm.model.hf import load_model, save_model
+
+# What a model directory holds beside weights and configuration, and a merged one needs as well.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model",
+              "generation_config.json")  # fmt: skip
+
+
+def merge(
+    *,
+    model: Path,
+    adapter: tuple[str, ...],
+    output: Path,
+    dtype: Literal["as the model", "float32", "bfloat16", "float16"] = "as the model",
+    any_base: bool = False,
+) -> None:
+    """Add adapters to a model's weights and write a Hugging Face directory that everything opens.
+
+    Args:
+        model: directory of the model that the adapters were made for.
+        adapter: adapters, each a directory or a .pth, with a weight after a colon if there are several.
+        output: the new directory.
+        dtype: of the written weights; the sum is taken in float32 in any case.
+        any_base: merge even if an adapter was made for another model of the same shapes.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: there is something already; choose a new directory")
+    merged = load_model(model)
+    merged.origin = str(model)
+    weights = {}
+    for number, said in enumerate(adapter):
+        path, weight = _weighted(said)
+        load_lora(merged, path, adapter_name=str(number), any_base=any_base)
+        weights[str(number)] = weight
+    set_adapter(merged, weights)
+    merge_lora(merged, keep_base=False)
+    if dtype == "as the model":
+        dtype = json.loads((model / "config.json").read_text(encoding="utf-8")).get("torch_dtype") or "float32"
+    try:
+        save_model(merged, output, dtype=getattr(torch, dtype))
+        for path in (path for pattern in COMPANIONS for path in model.glob(pattern)):
+            shutil.copy2(path, output / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}; choose another place") from None
+    print(f"saved {output} ({dtype})")
+
+
+def show(*, adapter: Path) -> None:
+    """Print what an adapter is: its settings, its layers and sizes, and what it was made for.
+
+    Args:
+        adapter: a directory or a .pth.
+    """
+    config, tensors = read_adapter(adapter)
+    n_parameters = sum(tensor.numel() for tensor in tensors.values())
+    base = json.loads((adapter / file).read_text(encoding="utf-8")) if (file := _base_file(adapter)) else {}
+    print(f"{adapter}: {n_parameters:,} parameters")
+    print(f"made for: {base.get('base') or base.get('base_model_name_or_path') or 'not said'}")
+    kind = [word for word, is_so in (("DoRA", config.use_dora), ("rsLoRA", config.use_rslora)) if is_so] or ["LoRA"]
+    print(f"{' '.join(kind)}: rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}")
+    for name, tensor in sorted(tensors.items()):
+        print(f"  {name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _base_file(adapter: Path) -> str | None:
+    return next((name for name in (BASE, CONFIG) if (adapter / name).is_file()), None)
+
+
+def _weighted(said: str) -> tuple[Path, float]:
+    path, colon, weight = said.rpartition(":")
+    if not colon or Path(said).exists():
+        return Path(said), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise UserError(f"--adapter {said}: {weight!r} is no weight; write PATH:0.7") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one of the commands; a ``UserError`` becomes one line on standard error and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"merge": merge, "show": show}, args=argv, prog="python -m minillm.lora", use_underscores=True
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

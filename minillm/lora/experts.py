@@ -1,0 +1,70 @@
+"""Adapters of fused experts, and which kinds of layers can be adapted at all.
+
+A fused parameter (E, O, I) gets thin matrices for each of its experts, kept as A (R, E, in) and B (out, R, E): with
+the rank where other adapters have it, so that they are switched, mixed and stored alike. A row is multiplied by the two
+thin matrices of its own expert; the product of them, as large as all experts, is never formed.
+
+Legend: n sorted rows, R rank, E experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.errors import UserError
+from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA
+from minillm.model.moe import ExpertProduct, expert_product
+
+ADAPTABLE = (nn.Linear, nn.Embedding, ExpertProduct)
+
+
+class ExpertLoRA(LoRA):
+    """LoRA of each expert of a fused parameter."""
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, like: Tensor, **options):
+        super().__init__(1, 1, rank=1, like=like, **options)
+        place, n_experts = {"dtype": self.scaling.dtype, "device": like.device}, like.shape[0]
+        self.A.weight = nn.Parameter(torch.empty(rank, n_experts, in_features, **place))
+        self.B.weight = nn.Parameter(torch.empty(out_features, rank, n_experts, **place))
+
+    def forward(self, layer: ExpertProduct, x: Tensor, ends: Tensor) -> Tensor:
+        a, b = self.matrices(self.A.weight, self.B.weight)
+        kept = F.dropout(x, self.dropout, self.training)
+        low = expert_product(kept, a.contiguous(), ends) * self.scaling.to(x.dtype)  # (n, R)
+        return type(layer).forward(layer, x, ends) + expert_product(low, b.contiguous(), ends)
+
+    def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B as matrices by expert: (E, R, in), (E, out, R)."""
+        return a.transpose(0, 1), b.permute(2, 0, 1)
+
+    def delta(self, layer: nn.Module) -> Tensor:
+        """Return what the adapter adds to the parameter: (E, O, I)."""
+        a, b = self.matrices(self.A.weight, self.B.weight)
+        return self.scaling * (b @ a)
+
+
+def new_slot(layer: nn.Module, *, rank: int, dropout: float, use_dora: bool, name: str) -> LoRA:
+    """Return a fresh adapter for a layer; UserError where DoRA does not go with its kind."""
+    n_out, n_in = factor_sizes(layer)
+    kind: type[LoRA] = DoRA if use_dora else LoRA
+    if isinstance(layer, nn.Embedding | ExpertProduct):
+        if use_dora:
+            what = "an embedding" if isinstance(layer, nn.Embedding) else "a set of experts"
+            raise UserError(f"use_dora: {name} is {what}, whose rows are not turned here; leave it out")
+        kind = EmbeddingLoRA if isinstance(layer, nn.Embedding) else ExpertLoRA
+    return kind(n_in, n_out, rank=rank, dropout=dropout, like=layer.weight).train(layer.training)
+
+
+def factor_sizes(layer: nn.Module) -> tuple[int, int]:
+    """Return (out, in): the other sizes of B and A than the rank."""
+    n_out, n_in = layer.weight.shape[-2:]
+    return (n_in, n_out) if isinstance(layer, nn.Embedding) else (n_out, n_in)
+
+
+def factor_shapes(layer: nn.Module, rank: int, *, use_dora: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what an adapter of ``rank`` has for a layer, by name."""
+    n_out, n_in = factor_sizes(layer)
+    if isinstance(layer, ExpertProduct):
+        n_experts = layer.weight.shape[0]
+        return {"A": (rank, n_experts, n_in), "B": (n_out, rank, n_experts)}
+    return {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if use_dora else {})

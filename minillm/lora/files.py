@@ -1,0 +1,372 @@
+"""Adapters on disk: peft's directories, and one flat ``.pth``.
+
+A directory has ``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them, so either opens what the
+other saved. Beside them ``base.json`` says which model the adapter was made for: on another it would answer nonsense,
+and nothing else would say so.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minillm.errors import UserError
+from minillm.lora.adapters import (
+    Adapter,
+    Adapters,
+    adapters_of,
+    make_room,
+    set_adapter,
+    trainable_names,
+    write_slots,
+)
+from minillm.lora.config import EXPERT_PRODUCTS, LoRAConfig
+from minillm.lora.experts import ADAPTABLE, factor_shapes
+from minillm.lora.init import TAKEN_OUT
+from minillm.lora.layer import adapted_layers
+from minillm.lora.whole import train_parameters
+from minillm.model.moe import ExpertProduct
+
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+PREFIX = "base_model.model."
+# Our name of a tensor of a layer, and peft's; embeddings have names of their own.
+KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+EMBEDDING_KEYS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+_FLAT = re.compile(r"(.+)\.lora\.(?:(A|B)\.weight|(magnitude))")
+_EXPERTS = re.compile(r"(.+\.experts)((?:\.base_layer)*)")
+_PEFT = re.compile(r"(.+)\.(?:" + "|".join(map(re.escape, [*KEYS.values(), *EMBEDDING_KEYS.values()])) + ")")
+
+
+def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = None) -> None:
+    """Write one adapter: a directory as peft's, or with ``.pth`` at the end of ``path`` one flat file.
+
+    The flat file has ``<layer>.lora.A.weight``, ``<layer>.lora.B.weight`` and ``lora_config``. PiSSA and OLoRA, which
+    took their start out of the weights, are saved as the difference to it, of twice the rank: an adapter that fits
+    the untouched model. Each file appears whole or not at all.
+
+    Args:
+        adapter_name: default: the one at work.
+
+    Raises:
+        UserError: no such adapter, or a mixture is at work; the place cannot be written.
+    """
+    adapters = adapters_of(model)
+    write_slots(model)
+    if adapter_name is None:
+        if list(adapters.active.values()) != [1.0]:
+            raise UserError(f"several adapters are at work ({', '.join(adapters.active)}): say which (adapter_name)")
+        (adapter_name,) = adapters.active
+    if adapter_name not in adapters.stored:
+        raise UserError(f"no adapter {adapter_name!r}: there are {adapters.known}")
+    adapter = as_difference(adapters.stored[adapter_name], model)
+    tensors = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in adapter.tensors.items()}
+    path = Path(path)
+    try:
+        if path.suffix == ".pth":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flat: dict[str, Any] = {_flat_name(name, adapter.names): tensor for name, tensor in tensors.items()}
+            flat["lora_config"] = _plain(adapter.config)
+            _write_whole(path, lambda partial: torch.save(flat, partial))
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        layers = dict(model.named_modules())
+        stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
+        _write_whole(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
+        base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
+        config = adapter.config.to_peft(names=adapter.names, base=base and str(base))
+        _write_json(path / CONFIG, config)
+        _write_json(path / BASE, {"base": base and str(base), "sample": sample_of(model, adapter.names)})
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write the adapter to {path}: {why}; choose another place") from None
+
+
+def load_lora(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    adapter_name: str = "default",
+    any_base: bool = False,
+) -> None:
+    """Read an adapter, a directory of ours or peft's or a flat ``.pth``, and put it to work.
+
+    The model may have adapters already; then this is one more.
+
+    Args:
+        any_base: take it even if it was made for another model of the same shapes.
+
+    Raises:
+        UserError: nothing to read there; damaged, or with code in it; not LoRA, or with settings not built here;
+            layers that the model does not have, or of other shapes; made for another model.
+    """
+    path = Path(path)
+    config, tensors = read_adapter(path)
+    names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".A", ".B", ".magnitude"))})
+    adapter = Adapter(config=config, names=names, tensors=tensors)
+    _check_fit(model, adapter, path)
+    if not any_base and path.is_dir():
+        _check_base(model, path, names)
+    first = getattr(model, "lora_adapters", None) is None
+    if first:
+        model.lora_adapters = Adapters(trainable=trainable_names(model))
+    adapters = adapters_of(model)
+    try:
+        adapters.check_new(adapter_name, config)
+        if first:
+            model.requires_grad_(False)
+        make_room(model, adapter)
+        whole = train_parameters(model, config, names)
+        missing = set(whole) - set(tensors)
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
+        _drop_base(model, tensors, _own_names(adapter) | set(whole), path)
+    except UserError:
+        if first:
+            from minillm.lora.inject import remove_lora
+
+            remove_lora(model)
+        raise
+    adapters.stored[adapter_name] = adapter
+    set_adapter(model, adapter_name)
+
+
+def as_difference(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Return ``adapter`` as one for the untouched model: s·(B A − B₀ A₀) = s·[B, −B₀] [A; A₀] after PiSSA or OLoRA."""
+    config = adapter.config
+    if config.init not in TAKEN_OUT:
+        return adapter
+    layers, tensors = adapted_layers(model), dict(adapter.tensors)
+    for name in adapter.names:
+        a, b = layers[name].lora.initial
+        tensors[f"{name}.A"] = torch.cat([tensors[f"{name}.A"], a])
+        tensors[f"{name}.B"] = torch.cat([tensors[f"{name}.B"], -b], dim=1)
+    factor = 2**0.5 if config.use_rslora else 2  # so that s stays what it was
+    config = dataclasses.replace(
+        config,
+        rank=2 * config.rank,
+        alpha=factor * config.alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+        init="kaiming",
+    )
+    return Adapter(config=config, names=adapter.names, tensors=tensors)
+
+
+def sample_of(model: nn.Module, names: list[str]) -> list[float]:
+    """Return a few weights of up to eight adapted layers, by which the model is known again."""
+    values: list[float] = []
+    layers = dict(model.named_modules())
+    for name in sorted(names)[:: max(1, len(names) // 8)][:8]:
+        layer = layers[name]
+        weight = layer.weight
+        if "lora" in layer._modules and layer.lora.base_weight is not None:
+            weight = layer.lora.base_weight
+        flat = weight.detach().reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, 8).long()
+        values += flat[places.to(flat.device)].float().tolist()
+    return values
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_adapter(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """Return the settings and tensors of an adapter on disk, ``<layer>.A`` and so on; errors as in ``load_lora``."""
+    return _read_flat(path) if path.suffix == ".pth" else _read_directory(path)
+
+
+def _read_directory(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    if not (path / CONFIG).is_file():
+        raise UserError(f"no adapter at {path}: there is no {CONFIG}; give a directory that save_lora or peft wrote")
+    try:
+        config = LoRAConfig.from_peft(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{path / CONFIG} is damaged, copy it again: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: {error}") from None
+    if not (path / WEIGHTS).is_file():
+        raise UserError(f"{path} has no {WEIGHTS}: copy that file too")
+    try:
+        stored = load_file(path / WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{path / WEIGHTS} is damaged, copy it again: {error}") from None
+    ours = {peft: key for table in (KEYS, EMBEDDING_KEYS) for key, peft in table.items()}
+    tensors = {}
+    for name, tensor in stored.items():
+        name = name.removeprefix(PREFIX)
+        if match := _PEFT.fullmatch(name):
+            layer, key = match[1], ours[name[len(match[1]) + 1 :]]
+            if experts := _EXPERTS.fullmatch(layer):
+                layer = _expert_layer(experts[1], experts[2] or "", config)
+                tensor = _from_wide(tensor, key, config.rank_of(layer))
+            name = f"{layer}.{key}"
+        tensors[name.replace(".base_layer.", ".")] = tensor
+    return config, tensors
+
+
+def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    if not path.is_file():
+        raise UserError(f"no adapter at {path}: there is no such file")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{path} is no adapter: it is damaged, or holds code, which is not run ({first})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds {type(stored).__name__}, no adapter")
+    said = stored.pop("lora_config", None)
+    tensors = {}
+    for name, tensor in stored.items():
+        match = _FLAT.fullmatch(str(name))
+        tensors[f"{match[1]}.{match[2] or match[3]}" if match else str(name)] = tensor
+    ranks = {name.removesuffix(".A"): len(tensor) for name, tensor in tensors.items() if name.endswith(".A")}
+    if not ranks or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} is no adapter: it has no <layer>.lora.A.weight")
+    if said is None:  # without its settings the scaling is 1
+        patterns = {re.escape(name): rank for name, rank in ranks.items()}
+        return LoRAConfig(
+            rank=max(ranks.values()),
+            alpha=max(ranks.values()),
+            rank_pattern=patterns,
+            alpha_pattern=dict(patterns),
+            target_modules=tuple(ranks),
+        ), tensors
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(said).items()}
+    try:
+        return LoRAConfig(**settings), tensors
+    except TypeError as error:
+        raise UserError(f"{path}: its lora_config has other settings than ours: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check_fit(model: nn.Module, adapter: Adapter, path: Path) -> None:
+    """Raise UserError unless every tensor of the adapter fits the model; the first three that do not are named."""
+    layers, problems = dict(model.named_modules()), []
+    parameters = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    for name in adapter.names:
+        layer = layers.get(name)
+        if not isinstance(layer, ADAPTABLE):
+            problems.append(f"{name}: the model has no such layer")
+            continue
+        shapes = factor_shapes(layer, adapter.config.rank_of(name), use_dora=adapter.config.use_dora)
+        for key, shape in shapes.items():
+            tensor = adapter.tensors.get(f"{name}.{key}")
+            if tensor is None:
+                problems.append(f"{name}.{key} is missing")
+            elif tuple(tensor.shape) != shape:
+                problems.append(f"{name}.{key} has shape {tuple(tensor.shape)} and the model needs {shape}")
+    for name in adapter.tensors.keys() - _own_names(adapter):
+        if name not in parameters:
+            problems.append(f"{name}: the model has no such parameter")
+        elif adapter.tensors[name].shape != parameters[name]:
+            shapes_of = f"{tuple(adapter.tensors[name].shape)} and the model needs {tuple(parameters[name])}"
+            problems.append(f"{name} has shape {shapes_of}")
+    if not adapter.names:
+        problems.append("there are no A and B in it")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"the adapter {path} does not fit this model: {'; '.join(problems[:3])}{more}")
+
+
+def _own_names(adapter: Adapter) -> set[str]:
+    return {f"{name}.{key}" for name in adapter.names for key in ("A", "B", "magnitude")}
+
+
+def _drop_base(model: nn.Module, tensors: dict[str, Tensor], own: set[str], path: Path) -> None:
+    """Take weights of the model itself out of ``tensors``, which peft saves beside the adapter of an embedding."""
+    for name in tensors.keys() - own:
+        here, there = model.get_parameter(name).detach(), tensors.pop(name)
+        if not _same(here.float().cpu(), there.float()):
+            raise UserError(
+                f"{path} brings a {name} of its own, which is not this model's, and does not say that it trains it: "
+                f"load the model that it was made for"
+            )
+
+
+def _same(here: Tensor, there: Tensor) -> bool:
+    # Half precision moves a weight by up to 0.4 %; another training moves many by more.
+    return here.shape == there.shape and torch.allclose(here, there, rtol=1e-2, atol=1e-7)
+
+
+def _check_base(model: nn.Module, path: Path, names: list[str]) -> None:
+    if not (path / BASE).is_file():
+        return  # of peft's
+    said = json.loads((path / BASE).read_text(encoding="utf-8"))
+    if not _same(torch.tensor(sample_of(model, names)), torch.tensor(said["sample"])):
+        now = getattr(model, "origin", None) or "this model"
+        raise UserError(
+            f"the adapter {path} was made for {said.get('base') or 'another model'}, whose weights are not those of "
+            f"{now}: load that one, or say any_base if you know that they belong together"
+        )
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def _flat_name(name: str, names: list[str]) -> str:
+    layer, _, key = name.rpartition(".")
+    if layer not in names or key not in KEYS:
+        return name
+    return f"{layer}.lora.{key}" + ("" if key == "magnitude" else ".weight")
+
+
+def _to_peft(name: str, tensor: Tensor, names: list[str], layers: Mapping[str, nn.Module]) -> tuple[str, Tensor]:
+    """Return peft's name of a tensor and its form there."""
+    layer, _, key = name.rpartition(".")
+    if layer not in names:
+        return PREFIX + name, tensor
+    if key not in KEYS:  # a bias that is trained whole
+        return f"{PREFIX}{layer}.base_layer.{key}", tensor
+    if isinstance(layers[layer], ExpertProduct):
+        home = layer.rpartition(".")[0]
+        nested = [product for product in EXPERT_PRODUCTS if f"{home}.{product}" in names]
+        depth = len(nested) - 1 - nested.index(layer.rpartition(".")[2])
+        wide = tensor.transpose(0, 1).flatten(0, 1) if key == "A" else tensor.flatten(1)
+        return f"{PREFIX}{home}{'.base_layer' * depth}.{KEYS[key]}", wide.contiguous()
+    keys = EMBEDDING_KEYS if isinstance(layers[layer], nn.Embedding) else KEYS
+    return f"{PREFIX}{layer}.{keys[key]}", tensor
+
+
+# peft wraps the module that holds fused parameters once for each of them, in this order: the last is outermost.
+def _expert_layer(home: str, inner: str, config: LoRAConfig) -> str:
+    nested = [product for product in EXPERT_PRODUCTS if config.is_target(f"{home}.{product}")]
+    depth = inner.count("base_layer")
+    return f"{home}.{nested[len(nested) - 1 - depth]}" if depth < len(nested) else f"{home}.lora_A at depth {depth}"
+
+
+def _from_wide(tensor: Tensor, key: str, rank: int) -> Tensor:
+    """Return A (R, E, in) of (E·R, in), or B (out, R, E) of (out, R·E)."""
+    if tensor.shape[0 if key == "A" else 1] % rank:
+        return tensor  # and its shape is refused later
+    if key == "A":
+        return tensor.unflatten(0, (-1, rank)).transpose(0, 1).contiguous()
+    return tensor.unflatten(1, (rank, -1))
+
+
+def _plain(config: LoRAConfig) -> dict[str, Any]:
+    said = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+
+
+def _write_whole(path: Path, write) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    _write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

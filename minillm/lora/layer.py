@@ -1,0 +1,249 @@
+"""One adapted layer: its frozen weight plus a trained product of two thin matrices.
+
+Hu et al., LoRA (2021), section 4.1: ``y = W x + s·B A x``, A (R, in), B (out, R). The scaling s is α/R, or α/√R
+(Kalajdzievski, rsLoRA, 2023). Liu et al., DoRA (2024), section 4: the rows of ``W + s·B A`` get a trained length of
+their own; the present length counts as a constant (section 4.3).
+
+The layer keeps its class and its weight. Its ``forward`` is replaced by ``functools.partial(adapted_forward, layer)``:
+the partial holds the layer as data, so ``copy.deepcopy`` and ``pickle`` bind the copy to itself. A closure would not:
+written in a loop it sees the last layer only, and a deep copy of it still computes with the original.
+
+Legend: N positions, R rank.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def adapted_forward(layer: nn.Module, *args) -> Tensor:
+    """The ``forward`` of an adapted layer: with its adapter, or its class's own while that is off or merged."""
+    lora = layer.lora
+    if lora.merged or not lora.enabled:
+        if lora.initial is None or lora.merged:
+            return type(layer).forward(layer, *args)
+        return lora.without_training(layer, *args)
+    return lora(layer, *args)
+
+
+def bind(layer: nn.Module, lora: "LoRA") -> None:
+    """Give ``layer`` its adapter."""
+    layer.lora = lora
+    layer.forward = functools.partial(adapted_forward, layer)
+
+
+def unbind(layer: nn.Module) -> None:
+    """Take the adapter away: nothing of it stays in the state dict or the forward pass."""
+    del layer.lora, layer.forward
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if "lora" in module._modules}
+
+
+class LoRA(nn.Module):
+    """A (R, in) and B (out, R) of a linear layer, with room for ``rank`` of them.
+
+    They are at least float32 whatever the layer's dtype, also after ``model.half()``: updates of 1e-5 of a weight are
+    lost in half precision. Rows that an adapter of lower rank leaves unused are zero, and so are their gradients.
+
+    Attributes:
+        enabled: false inside ``disable_lora``. merged: the product is in the layer's weight at the moment.
+        scaling: s, a tensor, so that a compiled model takes another adapter without being compiled again.
+        initial: A and B at the start, where they were taken out of the weight (PiSSA, OLoRA); else None.
+        base_weight: the layer's own weight, on the CPU, while its place holds another (merged, PiSSA, OLoRA).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, dropout: float = 0.0, like: Tensor):
+        super().__init__()
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
+        place = {"device": like.device, "dtype": dtype}
+        self.A = nn.Linear(in_features, rank, bias=False, **place)
+        self.B = nn.Linear(rank, out_features, bias=False, **place)
+        self.register_buffer("scaling", torch.ones((), **place), persistent=False)
+        self.dropout = dropout
+        self.enabled, self.merged = True, False
+        self.initial: tuple[Tensor, Tensor] | None = None
+        self.base_weight: Tensor | None = None
+
+    def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return self._product(layer, x, layer.bias)
+
+    def without_training(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """The layer as it was before: what was taken out of its weight is added as it was."""
+        return low_rank_linear(x, layer.weight, layer.bias, *self.initial, self.scaling)
+
+    def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B, or what has their shapes, as matrices (..., R, in), (..., out, R)."""
+        return a, b
+
+    def delta(self, layer: nn.Module) -> Tensor:
+        """Return what the adapter adds to the layer's weight: s·B A (out, in)."""
+        return self.scaling * (self.B.weight @ self.A.weight)
+
+    def _product(self, layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return low_rank_linear(x, layer.weight, bias, self.A.weight, self.B.weight, self.scaling, dropout)
+
+    def _apply(self, fn, recurse=True):
+        """Stay at least float32 when the model around is cast to half precision."""
+        before = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = before[name].to(parameter.device)
+        self.scaling = scaling.to(self.A.weight.device, self.A.weight.dtype)
+        if self.initial is not None:
+            self.initial = tuple(tensor.to(self.scaling) for tensor in self.initial)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show in ``print(model)`` what the two thin matrices do not."""
+        return f"dropout={self.dropout}"
+
+
+class DoRA(LoRA):
+    """LoRA with a trained length for each row of the sum: ``y = (W + s·B A) x · m / ‖W + s·B A‖``."""
+
+    def __init__(self, in_features: int, out_features: int, **options):
+        super().__init__(in_features, out_features, **options)
+        self.magnitude = nn.Parameter(torch.ones_like(self.B.weight[:, 0]))  # (out,)
+
+    def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        y = self._product(layer, x, None) * (self.magnitude / self.row_norms(layer.weight)).to(x.dtype)
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+    def delta(self, layer: nn.Module) -> Tensor:
+        """Return the turned and stretched weight less the old one (out, in)."""
+        weight = (layer.weight if self.base_weight is None else self.base_weight).to(self.scaling)
+        turned = weight + super().delta(layer)
+        return (self.magnitude / turned.norm(dim=1))[:, None] * turned - weight
+
+    @torch.no_grad()
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """Return ‖W + s·B A‖ by rows (out,), without ever forming the sum: ‖w‖² + 2s·w·(bA) + s²·‖bA‖²."""
+        a, b, s = self.A.weight, self.B.weight, self.scaling
+        with torch.autocast(a.device.type, enabled=False):
+            weight = weight.to(a.dtype)
+            squares = weight.square().sum(dim=1)  # (out,)
+            mixed = ((weight @ a.T) * b).sum(dim=1)
+            low = ((b @ (a @ a.T)) * b).sum(dim=1)
+            return (squares + 2 * s * mixed + s * s * low).clamp_min(0).sqrt()
+
+
+class EmbeddingLoRA(LoRA):
+    """LoRA of an embedding: column ``id`` of A (R, V) in place of the product with x."""
+
+    def forward(self, layer: nn.Embedding, ids: Tensor) -> Tensor:
+        low = F.embedding(ids, self.A.weight.T) * self.scaling  # (..., R)
+        return type(layer).forward(layer, ids) + F.linear(low, self.B.weight).to(layer.weight.dtype)
+
+    def delta(self, layer: nn.Module) -> Tensor:
+        """Return s·(B A)ᵀ (V, D), as the layer's weight lies."""
+        return super().delta(layer).T
+
+
+# ---- the product -------------------------------------------------------------------------------------------------
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return ``x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ`` for x (..., in).
+
+    Dropout acts on the input of A alone. Its mask is drawn again in the backward pass, from a seed taken from torch's
+    generator: kept are x, which the layers that share it keep once, and the thin product (N, R).
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses, and draws masks again, by itself
+        low = F.linear(F.linear(F.dropout(x, dropout), a.to(x.dtype)), b.to(x.dtype))
+        return F.linear(x, weight, bias) + low * scaling.to(low.dtype)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    return _LowRankLinear.apply(x, weight, bias, a, b, scaling, dropout, seed)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The products and gradients behind ``low_rank_linear``."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling, dropout, seed):
+        dtype = _product_dtype(x)
+        ctx.dtype, ctx.dropout, ctx.seed = dtype, dropout, seed
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
+            kept = rows * _mask(rows, dropout, seed) if dropout else rows
+            low = (kept @ a.to(dtype).T) * _share(scaling, dropout, dtype)  # (N, R)
+            y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))  # (N, out)
+            y.addmm_(low, b.to(dtype).T)
+        ctx.save_for_backward(x, weight, a, b, scaling, low)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """With G of y (N, out) and H = s·drop(x) Aᵀ: dB = Gᵀ H, dA = s·(G B)ᵀ drop(x), dx = G W + mask·s·G B A."""
+        x, weight, a, b, scaling, low = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dtype, dropout = ctx.dtype, ctx.dropout
+        with torch.autocast(x.device.type, enabled=False):
+            grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, out)
+            grad_low = (grad @ b.to(dtype)) * _share(scaling, dropout, dtype)  # (N, R)
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
+            mask = _mask(rows, dropout, ctx.seed) if dropout and (need_a or need_x) else None
+            grad_x = grad_weight = grad_bias = grad_a = grad_b = None
+            if need_b:
+                grad_b = (grad.T @ low).to(b.dtype)
+            if need_a:
+                grad_a = (grad_low.T @ (rows if mask is None else rows * mask)).to(a.dtype)
+            if need_x:
+                grad_x = grad @ weight.to(dtype)  # (N, in)
+                if mask is None:
+                    grad_x.addmm_(grad_low, a.to(dtype))
+                else:
+                    grad_x.addcmul_(grad_low @ a.to(dtype), mask)
+                grad_x = grad_x.view(x.shape).to(x.dtype)
+            if need_weight:
+                grad_weight = (grad.T @ rows).to(weight.dtype)
+            if need_bias:
+                grad_bias = grad.sum(dim=0)
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the products: autocast does not look into a Function, so this chooses as it would."""
+    device = x.device.type
+    wanted = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if wanted else x.dtype
+
+
+def _share(scaling: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
+    """Return s, times what dropout's survivors are worth: the mask itself is then nothing but zeros and ones."""
+    return (scaling / (1 - _dropped_lanes(dropout) / 256)).to(dtype)
+
+
+def _dropped_lanes(dropout: float) -> int:
+    """Return how many of a byte's 256 values mean zero; at least one where there is dropout at all."""
+    return max(1, round(256 * dropout)) if dropout else 0
+
+
+def _mask(rows: Tensor, dropout: float, seed: int) -> Tensor:
+    """Return (N, in) zeros and ones, in the dtype of ``rows``; the same seed on the same device gives the same mask.
+
+    One random number makes eight entries, a byte for each, which on a CPU takes a fifth of the time of drawing them one
+    by one. So the probability is a multiple of 1/256, and what remains is scaled by exactly that.
+    """
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    numbers = torch.empty(-(-rows.numel() // 8), dtype=torch.int64, device=rows.device)
+    lanes = numbers.random_(-(2**63), None, generator=generator).view(torch.int8)[: rows.numel()]
+    mask = rows.new_empty(rows.numel())
+    return torch.ge(lanes, _dropped_lanes(dropout) - 128, out=mask).view(rows.shape)

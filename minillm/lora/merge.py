@@ -1,0 +1,63 @@
+"""Add an adapter to the weights for good, or for a while."""
+
+import torch
+from torch import nn
+
+from minillm.errors import UserError
+from minillm.lora.adapters import adapters_of, write_slots
+from minillm.lora.inject import remove_lora
+from minillm.lora.layer import adapted_layers
+from minillm.lora.whole import untie
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
+    """Add what is at work to the weights: ``W + s·B A``; the forward pass is then the layers' own, at no extra cost.
+
+    Args:
+        keep_base: keep the adapter, and the old weights on the CPU, so that ``unmerge_lora`` gives them back bit for
+            bit. False: the adapter is gone afterwards, and ``model`` is an ordinary model, to be saved or served.
+
+    Raises:
+        UserError: it is merged already.
+    """
+    adapters = adapters_of(model)
+    layers = adapted_layers(model)
+    if any(layer.lora.merged for layer in layers.values()):
+        raise UserError("the adapter is merged already")
+    write_slots(model)
+    for name, layer in layers.items():
+        untie(model, {f"{name}.weight"})  # an embedding and an output layer with one weight: this change is one's own
+        lora, weight = layer.lora, layer.weight
+        merged = weight.to(lora.scaling) + lora.delta(layer)
+        if lora.base_weight is None:
+            lora.base_weight = weight.detach().to("cpu", copy=True)
+        weight.copy_(merged)
+        lora.merged = True
+    if keep_base:
+        return model
+    for layer in layers.values():
+        layer.lora.base_weight = None  # so that nothing is put back
+    adapters.base.clear()
+    adapters.untied.clear()
+    remove_lora(model)
+    return model
+
+
+@torch.no_grad()
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Give the layers the weights back that they had before ``merge_lora``, bit for bit."""
+    layers = adapted_layers(model).values()
+    adapters_of(model)
+    if not all(layer.lora.merged for layer in layers):
+        raise UserError("the adapter is not merged: merge_lora merges it")
+    for layer in layers:
+        lora = layer.lora
+        layer.weight.copy_(lora.base_weight)
+        if lora.initial is None:
+            lora.base_weight = None
+        else:  # what stood there was the weight without what PiSSA or OLoRA begin with
+            a, b = lora.initial
+            layer.weight.copy_(layer.weight.to(a.dtype) - lora.scaling * (b @ a))
+        lora.merged = False
+    return model

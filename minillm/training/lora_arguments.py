@@ -1,0 +1,119 @@
+"""The arguments of ``train_lora.py``."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from minillm.errors import UserError
+from minillm.lora import LoRAConfig
+from minillm.lora.init import Init
+from minillm.training.arguments import SFTArguments
+from minillm.training.command_line import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAArguments(SFTArguments):
+    """LoRA: a few percent of new parameters learn what is new, the model stays as it is."""
+
+    from_weight: str = "full_sft"
+    """The model that is adapted: a stage name, a model directory or a .pth file."""
+    lora_name: str = "lora"
+    """Name of the adapter; it is saved in SAVE_DIR/lora/<lora_name>_<hidden_size>."""
+    lora_rank: int = 8
+    """Rank R: the width of the thin matrices A (R, in) and B (out, R)."""
+    lora_alpha: float = 16.0
+    """What the adapter adds is scaled by alpha/R (with use_rslora by alpha/sqrt(R))."""
+    lora_dropout: float = 0.0
+    """Probability that an input of A is set to zero in training."""
+    target_modules: str = "all-linear"
+    """Layers to adapt: all-linear, attention, mlp, experts, names with commas, or a regular expression."""
+    lora_layers: str = ""
+    """Numbers of the blocks to adapt, with commas (default: all)."""
+    rank_pattern: str = ""
+    """Other ranks for some layers: NAME=RANK with commas, e.g. down_proj=16."""
+    alpha_pattern: str = ""
+    """Other alphas for some layers: NAME=ALPHA with commas."""
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the model are trained too."""
+    modules_to_save: str = ""
+    """Layers that are trained and saved whole, with commas, e.g. embed_tokens,lm_head."""
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(R), so that large ranks learn as fast as small ones."""
+    use_dora: bool = False
+    """DoRA: train the length of each row of the weight too."""
+    lora_init: Literal[get_args(Init)] = "kaiming"
+    """What A and B begin with; pissa and olora take it out of the weights."""
+    loraplus_ratio: float = 1.0
+    """LoRA+: learning rate of B as a multiple of that of A (its paper: 16)."""
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the frozen weights; the adapter is float32 in any case."""
+    replay_path: str = ""
+    """Conversations of what the model knew before, mixed in so that it is not forgotten."""
+    replay_ratio: float = 0.25
+    """Share of their rows in an epoch."""
+    monitor: bool = False
+    """Watch the adapter's gradients and updates, warn, and draw them (monitor.jsonl, monitor.png)."""
+    monitor_interval: int = 0
+    """Steps between looks (0: 5 with --monitor, else none). Under torchrun, which takes --monitor for its own, give
+    this alone."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, on matrices only."""
+
+    @cached_property
+    def lora_config(self) -> LoRAConfig:
+        """Return the adapter's settings; UserError for one that cannot be."""
+        layers = [part.strip() for part in self.lora_layers.split(",") if part.strip()]
+        whole = all(layer.isdecimal() for layer in layers)
+        require(whole, f"--lora_layers {self.lora_layers}: must be numbers of blocks with commas, e.g. 0,1,2")
+        modules = tuple(part.strip() for part in self.modules_to_save.split(",") if part.strip())
+        return LoRAConfig(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            target_modules=self.target_modules,
+            layers=tuple(map(int, layers)) or None,
+            rank_pattern=_pattern("rank_pattern", self.rank_pattern, int),
+            alpha_pattern=_pattern("alpha_pattern", self.alpha_pattern, float),
+            bias=self.lora_bias,
+            modules_to_save=modules,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init=self.lora_init,
+        )
+
+    def check(self) -> None:
+        """Raise ``UserError`` for the first value out of range."""
+        super().check()
+        require(bool(self.from_weight), "--from_weight is empty: name the model that is to be adapted")
+        is_name = bool(self.lora_name) and not set(self.lora_name) & set("/\\.")
+        require(is_name, f"--lora_name {self.lora_name!r}: must be a name without dots and slashes")
+        require(self.loraplus_ratio > 0, f"--loraplus_ratio {self.loraplus_ratio}: must be positive")
+        require(self.monitor_interval >= 0, f"--monitor_interval {self.monitor_interval}: must not be negative")
+        require(0 < self.replay_ratio < 1, f"--replay_ratio {self.replay_ratio}: must lie between 0 and 1")
+        for path in self.replay_files:
+            require(os.path.isfile(path), f"--replay_path {path}: no such file")
+        try:
+            _ = self.lora_config
+        except UserError as error:
+            raise UserError(f"the adapter's settings: {error}") from None
+
+    @property
+    def replay_files(self) -> list[str]:
+        """Return the files of ``--replay_path``."""
+        return [part.strip() for part in self.replay_path.split(",") if part.strip()]
+
+
+def _pattern(flag: str, text: str, kind: type) -> dict:
+    found = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, value = part.rpartition("=")
+        try:
+            found[name] = kind(value)
+        except ValueError:
+            name = ""
+        require(bool(name), f"--{flag} {text}: must be NAME=NUMBER with commas, e.g. down_proj=16")
+    return found

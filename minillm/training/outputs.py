@@ -1,0 +1,119 @@
+"""What a run writes of its model and reads back: all of it, or its adapter alone."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm.errors import UserError
+from minillm.lora import load_lora, merge_lora, save_lora, set_adapter
+from minillm.lora.state import load_trained_state, trained_state
+from minillm.model.hf import load_model, save_model
+from minillm.training.weights import run_name
+
+TRAINED = "trained.safetensors"
+
+
+class WholeModel:
+    """A run of a stage that trains all weights: ``SAVE_DIR/<stage>_<hidden_size>``, a Hugging Face directory."""
+
+    tags = "library_name: transformers\npipeline_tag: text-generation"
+    usage = "Opens as it is with `transformers.AutoModelForCausalLM.from_pretrained`."
+
+    def directory(self, args, stage: str, config) -> Path:
+        """Return the run's directory."""
+        has_experts = bool(config.num_experts)
+        return Path(args.save_dir) / run_name(stage, hidden_size=config.hidden_size, has_experts=has_experts)
+
+    def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:
+        """Write what is to be used."""
+        save_model(model, path, tokenizer=tokenizer, dtype=dtype)
+
+    def write_checkpoint(self, model, path: Path, *, tokenizer) -> None:
+        """Write what is needed to go on, exactly."""
+        save_model(model, path, tokenizer=tokenizer, dtype=torch.float32)
+
+    def read_checkpoint(self, model, path: Path) -> None:
+        """Read it back into ``model``."""
+        model.load_state_dict(load_model(path, device="cpu", dtype=torch.float32).state_dict())
+
+    def settings(self) -> dict:
+        """Return what must be the same for a checkpoint to be gone on with."""
+        return {}
+
+
+class AdapterAlone(WholeModel):
+    """A run that trains an adapter: ``SAVE_DIR/lora/<lora_name>_<hidden_size>``, a directory as peft's."""
+
+    tags = "library_name: peft"
+    usage = (
+        "An adapter: `python eval_model.py --lora_name` uses it, `peft.PeftModel.from_pretrained` loads it, and "
+        "`python -m minillm.lora merge` adds it to its model for good."
+    )
+
+    def __init__(self, args):
+        self.args = args
+
+    def directory(self, args, stage: str, config) -> Path:
+        """Return the run's directory."""
+        return adapter_directory(args.lora_name, save_dir=args.save_dir, config=config)
+
+    def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:
+        """Write the adapter; it stays float32, being small."""
+        save_lora(model, path)
+
+    def write_checkpoint(self, model, path: Path, *, tokenizer) -> None:
+        """Write the adapter as others read it, and once more as it is trained."""
+        save_lora(model, path)
+        save_file(trained_state(model), path / TRAINED)
+
+    def read_checkpoint(self, model, path: Path) -> None:
+        """Read it back into ``model``."""
+        load_trained_state(model, load_file(path / TRAINED))
+
+    def settings(self) -> dict:
+        """Return what must be the same for a checkpoint to be gone on with."""
+        args = self.args
+        return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
+                "adapter": str(args.lora_config)}  # fmt: skip
+
+
+def adapter_directory(name: str, *, save_dir: str, config) -> Path:
+    """Return the directory of the adapter ``name`` for a model of the shape ``config``."""
+    stage = run_name(name, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
+    return Path(save_dir) / "lora" / stage
+
+
+def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
+    """Add the adapters that ``--lora_name`` names to the weights of ``model``; return where they were.
+
+    ``said`` is a name, a directory or a ``.pth``, or several with their weights: ``cooking:0.7,medical:0.3``.
+
+    Raises:
+        UserError: nothing there (the message lists the adapters there are), or it does not fit the model.
+    """
+    weights: dict[str, float] = {}
+    for part in filter(None, map(str.strip, said.split(","))):
+        name, colon, weight = part.partition(":")
+        try:
+            weights[name] = float(weight) if colon else 1.0
+        except ValueError:
+            raise UserError(f"--lora_name {said}: {weight!r} is no weight; write NAME:0.7,OTHER:0.3") from None
+    paths = [_find_adapter(name, save_dir=save_dir, config=model.config) for name in weights]
+    for number, path in enumerate(paths):
+        load_lora(model, path, adapter_name=str(number))
+    set_adapter(model, {str(number): weight for number, weight in enumerate(weights.values())})
+    merge_lora(model, keep_base=False)  # answers then cost what the model alone costs
+    return paths
+
+
+def _find_adapter(name: str, *, save_dir: str, config) -> Path:
+    usual = adapter_directory(name, save_dir=save_dir, config=config)
+    for path in (Path(name), usual):
+        if path.is_file() or (path / "adapter_config.json").is_file():
+            return path
+    found = sorted(path.parent.name for path in Path(save_dir).glob("lora/*/adapter_config.json"))
+    raise UserError(
+        f"no adapter '{name}': neither {name} nor {usual} holds one; in {save_dir}/lora/ there are: "
+        f"{', '.join(found) or 'none'} (train_lora.py makes one)"
+    )

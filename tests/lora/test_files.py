@@ -1,0 +1,294 @@
+"""Adapters on disk: directories of ours and peft's, flat files, and everything that can be wrong with them."""
+
+import json
+import os
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm.errors import UserError
+from minillm.lora import add_adapter, apply_lora, load_lora, lora_parameters, merge_lora, save_lora, set_adapter
+from minillm.lora.adapters import adapters_of
+
+KINDS = {
+    "lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "orthogonal": {"init": "orthogonal"},
+    "pissa": {"init": "pissa"}, "olora": {"init": "olora", "use_rslora": True},
+    "patterns": {"rank_pattern": {"down_proj": 7}, "alpha_pattern": {"0.self_attn.q_proj": 2.0}, "layers": (0,)},
+    "pissa with patterns": {"init": "pissa", "rank_pattern": {"down_proj": 7}, "alpha_pattern": {"q_proj": 2.0}},
+    "embedding": {"target_modules": "embed_tokens,q_proj"},
+    "whole": {"modules_to_save": ("embed_tokens",), "bias": "all"},
+    "whole tied": {"modules_to_save": ("embed_tokens", "lm_head"), "target_modules": "mlp"},
+    "own biases": {"bias": "lora_only", "target_modules": "q_proj"},
+}  # fmt: skip
+
+
+def adapted(tools, **settings):
+    model = tools.model()
+    apply_lora(model, rank=3, alpha=5, generator=torch.Generator().manual_seed(1), **settings)
+    tools.train(model, 3)
+    return model
+
+
+@pytest.fixture
+def saved(tools, tmp_path):
+    """Return (its directory, logits) of a trained adapter."""
+    model = adapted(tools)
+    save_lora(model, tmp_path / "adapter")
+    return tmp_path / "adapter", tools.logits(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["adapter", "adapter.pth"])
+def test_there_and_back(tools, kind, form, tmp_path):
+    model = adapted(tools, **KINDS[kind])
+    wanted = tools.logits(model)
+    save_lora(model, tmp_path / "deep" / form)
+    assert torch.equal(tools.logits(model), wanted)  # saving changes nothing
+    other = tools.model()
+    load_lora(other, tmp_path / "deep" / form)
+    torch.testing.assert_close(tools.logits(other), wanted, rtol=0, atol=1e-11)
+    assert list(lora_parameters(other))
+    tools.train(other, 1)
+    merge_lora(other)
+    left = sorted(p.name for p in (tmp_path / "deep").rglob("*") if p.is_file())
+    assert left == (["adapter.pth"] if form.endswith("pth") else
+                    ["adapter_config.json", "adapter_model.safetensors", "base.json"])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_again_it_is_the_same_file(tools, kind, tmp_path):
+    save_lora(adapted(tools, **KINDS[kind]), tmp_path / "one")
+    other = tools.model()
+    load_lora(other, tmp_path / "one")
+    save_lora(other, tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_flat_form(tools, tmp_path):
+    save_lora(adapted(tools, target_modules="q_proj", use_dora=True), tmp_path / "x.pth")
+    stored = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert stored.pop("lora_config")["rank"] == 3
+    assert set(stored) == {
+        f"model.layers.{i}.self_attn.q_proj.lora.{key}" for i in (0, 1) for key in ("A.weight", "B.weight", "magnitude")
+    }
+
+
+def test_a_flat_file_without_settings_has_scale_one(tools, tmp_path):
+    """As MiniMind writes them."""
+    drawn = torch.Generator().manual_seed(0)
+    flat = {}
+    for rank, layer in ((2, "model.layers.0.self_attn.q_proj"), (5, "model.layers.1.self_attn.o_proj")):
+        flat[f"{layer}.lora.A.weight"] = torch.randn(rank, 24, generator=drawn)
+        flat[f"{layer}.lora.B.weight"] = torch.randn(24, rank, generator=drawn)
+    torch.save(flat, tmp_path / "theirs.pth")
+    model, reference = tools.model(), tools.model()
+    load_lora(model, tmp_path / "theirs.pth")
+    with torch.no_grad():
+        for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"):
+            product = flat[f"{name}.lora.B.weight"].double() @ flat[f"{name}.lora.A.weight"].double()
+            reference.get_submodule(name).weight += product
+    torch.testing.assert_close(tools.logits(model), tools.logits(reference), rtol=0, atol=1e-10)
+
+
+def test_several_are_saved_one_by_one(tools, tmp_path):
+    model = adapted(tools, target_modules="q_proj")
+    first = tools.logits(model)
+    add_adapter(model, "more", rank=5)
+    tools.train(model, 2)
+    second = tools.logits(model)
+    save_lora(model, tmp_path / "a", adapter_name="default")
+    save_lora(model, tmp_path / "b")
+    other = tools.model()
+    load_lora(other, tmp_path / "b", adapter_name="b")
+    load_lora(other, tmp_path / "a", adapter_name="a")
+    torch.testing.assert_close(tools.logits(other), first, rtol=0, atol=1e-12)
+    set_adapter(other, "b")
+    torch.testing.assert_close(tools.logits(other), second, rtol=0, atol=1e-12)
+    set_adapter(other, {"a": 0.5, "b": 0.5})
+    with pytest.raises(UserError, match="several adapters are at work \\(a, b\\): say which"):
+        save_lora(other, tmp_path / "c")
+    with pytest.raises(UserError, match="no adapter 'c': there are b, a"):
+        save_lora(other, tmp_path / "c", adapter_name="c")
+    with pytest.raises(UserError, match="an adapter 'a' already"):
+        load_lora(other, tmp_path / "a", adapter_name="a")
+
+
+def test_a_half_precision_base_is_known_again(tools, saved):
+    path, wanted = saved
+    model = tools.model(dtype=torch.bfloat16)
+    load_lora(model, path)
+    assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
+    assert float((tools.logits(model).double() - wanted).norm() / wanted.norm()) < 5e-2  # eight bits of mantissa
+
+
+def test_an_embedding_that_peft_saves_along_must_be_this_models(tools, tmp_path):
+    base = tools.hf("llama")
+    tools.peft(base, "embedding").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    stored = load_file(file)
+    (name,) = [name for name in stored if "base_layer" in name]
+    load_lora(tools.hf("llama"), tmp_path)
+    for changed in (stored[name] + 0.1, torch.cat([stored[name], stored[name][:2]])):
+        save_file(stored | {name: changed}, file)
+        with pytest.raises(UserError, match=r"embed_tokens.weight"):
+            load_lora(tools.hf("llama"), tmp_path)
+
+
+# ---- what is wrong with it ---------------------------------------------------------------------------------------
+
+
+def rewrite(path, **changes):
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+def change_tensors(path, change):
+    file = path / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def without(name):
+    return lambda path: change_tensors(path, lambda t: {k: v for k, v in t.items() if name not in k})
+
+
+Q = "model.layers.0.self_attn.q_proj"
+WRONG = {
+    "nothing there": (shutil.rmtree, r"no adapter at .*: there is no adapter_config.json; give a directory"),
+    "no weights": (lambda p: (p / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "cut weights": (lambda p: os.truncate(p / "adapter_model.safetensors", 3000), "is damaged, copy it again"),
+    "empty weights": (lambda p: os.truncate(p / "adapter_model.safetensors", 0), "is damaged, copy it again"),
+    "broken json": (lambda p: (p / "adapter_config.json").write_text("{"), "is damaged, copy it again"),
+    "a list": (lambda p: (p / "adapter_config.json").write_text("[]"), "is damaged, copy it again"),
+    "another method": (lambda p: rewrite(p, peft_type="IA3"), "peft_type is 'IA3': only LORA"),
+    "rank 0": (lambda p: rewrite(p, r=0), "adapter_config.json: rank is 0"),
+    "another rank": (lambda p: rewrite(p, r=4), r"down_proj.A has shape \(3, 40\) and the model needs \(4, 40\)"),
+    "not built": (lambda p: rewrite(p, lora_bias=True), "uses what is not built here: lora_bias=True"),
+    "a key is missing": (without("q_proj.lora_B"), rf"{Q}.B is missing; .*1.self_attn.q_proj.B is missing"),
+    "all are missing": (without("lora"), "there are no A and B in it"),
+    "magnitudes are missing": (lambda p: rewrite(p, use_dora=True), "magnitude is missing; .*; and 11 more"),
+    "a layer is missing": (lambda p: rewrite(p, modules_to_save=["lm_head"]), "lacks lm_head.weight"),
+    "a layer too many": (
+        lambda p: change_tensors(p, lambda t: t | {"base_model.model.model.what.weight": torch.ones(2)}),
+        "model.what.weight: the model has no such parameter",
+    ),
+    "an unknown layer": (
+        lambda p: change_tensors(p, lambda t: {k.replace("up_proj", "c_fc"): v for k, v in t.items()}),
+        r"model.layers.0.mlp.c_fc: the model has no such layer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said_and_the_model_stays(tools, saved, wrong):
+    path, _ = saved
+    change, words = WRONG[wrong]
+    change(path)
+    model = tools.model()
+    before, parameters = tools.logits(model), [id(p) for p in model.parameters()]
+    with pytest.raises(UserError, match=words):
+        load_lora(model, path)
+    assert not hasattr(model, "lora_adapters")
+    assert torch.equal(tools.logits(model), before)
+    assert [id(p) for p in model.parameters() if p.requires_grad] == parameters
+
+
+def test_another_shape_names_both(tools, saved):
+    with pytest.raises(
+        UserError, match=r"gate_proj.A has shape \(3, 24\) and the model needs \(3, 32\); .*and \d+ more"
+    ):
+        load_lora(tools.model(hidden_size=32), saved[0])
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.down_proj: the model has no such layer"):
+        load_lora(tools.model(num_hidden_layers=1), saved[0])
+
+
+def test_another_base_names_both(tools, tmp_path):
+    model = tools.model()
+    model.origin = "models/one"
+    apply_lora(model, rank=3)
+    tools.train(model, 2)
+    save_lora(model, tmp_path / "adapter")
+    other = tools.model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other.origin = "models/two"
+    with pytest.raises(UserError, match=r"was made for models/one, whose weights are not those of models/two"):
+        load_lora(other, tmp_path / "adapter")
+    assert not hasattr(other, "lora_adapters")
+    load_lora(other, tmp_path / "adapter", any_base=True)
+    same = tools.model()
+    same.origin = "elsewhere/one"  # the weights count, not the place
+    load_lora(same, tmp_path / "adapter")
+    (tmp_path / "adapter" / "base.json").unlink()  # of peft's: nothing to compare
+    load_lora(other, tmp_path / "adapter", adapter_name="again")
+
+
+class Code:
+    """What unpickling would run."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({f"{Q}.lora.A.weight": Code()}, "holds code, which is not run"),
+        ([1, 2], "holds list, no adapter"),
+        ({"model.norm.weight": torch.ones(24)}, "it has no <layer>.lora.A.weight"),
+        ({f"{Q}.lora.A.weight": torch.ones(2, 24), "x": 3}, "is no adapter"),
+        ({f"{Q}.lora.A.weight": torch.ones(2, 24)}, f"{Q}.B is missing"),
+        ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": {"r": 2}}, "x.pth: its lora_config .*'r'"),
+        ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": {"rank": 0}}, "x.pth: rank is 0"),
+        ({f"{Q}.lora.A.weight": torch.ones(2, 9), f"{Q}.lora.B.weight": torch.ones(24, 2)}, r"has shape \(2, 9\)"),
+    ],
+)
+def test_flat_files_that_are_none(tools, tmp_path, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=words):
+        load_lora(tools.model(), tmp_path / "x.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_flat_files_that_are_cut_or_absent(tools, tmp_path):
+    save_lora(adapted(tools), tmp_path / "x.pth")
+    os.truncate(tmp_path / "x.pth", 1000)
+    with pytest.raises(UserError, match="it is damaged"):
+        load_lora(tools.model(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="there is no such file"):
+        load_lora(tools.model(), tmp_path / "y.pth")
+
+
+def test_a_full_disk_leaves_the_old_adapter(tools, saved, monkeypatch):
+    path, wanted = saved
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+
+    def full(tensors, target, **_):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minillm.lora.files.save_file", full)
+    with pytest.raises(UserError, match=r"cannot write the adapter to .*: No space left on device; choose another"):
+        save_lora(adapted(tools, use_dora=True), path)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    load_lora(model := tools.model(), path)
+    torch.testing.assert_close(tools.logits(model), wanted, rtol=0, atol=1e-12)
+
+
+def test_pefts_own_file_of_a_mixture_is_one_adapter(tools, tmp_path):
+    """peft's weighted sum, saved by it, is opened here as what it is."""
+    base = tools.hf("qwen2")
+    theirs = tools.peft(base, "lora")
+    theirs.add_adapter("more", peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"]))
+    theirs.add_weighted_adapter(["default", "more"], [0.7, 0.3], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    theirs.save_pretrained(tmp_path, selected_adapters=["sum"])
+    load_lora(base, tmp_path / "sum")
+    torch.testing.assert_close(tools.logits(base), tools.logits(theirs), rtol=0, atol=1e-10)
+    assert list(adapters_of(base).stored) == ["default"]

@@ -1,0 +1,192 @@
+"""Adapters go in where the settings say, nothing else is trained, and they go out without a trace."""
+
+import pytest
+import torch
+from torch import nn
+
+from minillm.errors import UserError
+from minillm.lora import LoRAConfig, add_adapter, apply_lora, lora_parameters, remove_lora
+from minillm.lora.inject import find_targets
+from minillm.lora.layer import adapted_layers
+from minillm.losses import causal_lm_loss
+
+KINDS = {
+    "lora": {}, "dora": {"use_dora": True}, "embedding": {"target_modules": "embed_tokens,q_proj"},
+    "pissa": {"init": "pissa"}, "olora": {"init": "olora", "use_rslora": True}, "orthogonal": {"init": "orthogonal"},
+    "biases": {"bias": "all"}, "own biases": {"bias": "lora_only", "target_modules": "q_proj"},
+    "whole output": {"modules_to_save": ("lm_head",)}, "whole embedding": {"modules_to_save": ("embed_tokens",)},
+    "both whole": {"modules_to_save": ("embed_tokens", "lm_head")},
+}  # fmt: skip
+
+
+def trace(model):
+    """Return all that an adapter could leave behind: names, values, what trains, and attributes of every module."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trains = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    shared = len(list(model.parameters()))
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    children = {name: sorted(module._modules) for name, module in model.named_modules()}
+    return state, (trains, shared, attributes, children, vars(model).get("config"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["ours", "qwen2", "qwen3"])
+def test_removal_leaves_no_trace(tools, kind, which):
+    model = tools.model() if which == "ours" else tools.hf(which)
+    model.lm_head.weight.requires_grad_(True)
+    next(model.parameters()).requires_grad_(False)  # what was frozen before stays frozen afterwards
+    state, rest = trace(model)
+    logits = tools.logits(model)
+    config = repr(getattr(model, "config", None))
+    apply_lora(model, rank=3, **KINDS[kind])
+    tools.train(model, 2)
+    assert not torch.equal(tools.logits(model), logits)
+    remove_lora(model)
+    again, rest_again = trace(model)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert rest_again[:-1] == rest[:-1]
+    assert repr(getattr(model, "config", None)) == config
+    assert torch.equal(tools.logits(model), logits)
+    apply_lora(model, rank=3, **KINDS[kind])  # and it can be adapted again
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_begins_as_it_was(tools, kind):
+    model = tools.model(attention_bias=True)
+    before = tools.logits(model)
+    apply_lora(model, rank=3, **KINDS[kind])
+    # Orthogonal B is small, not zero.
+    torch.testing.assert_close(tools.logits(model), before, rtol=0, atol=1e-2 if kind == "orthogonal" else 1e-12)
+
+
+def test_nothing_else_is_trained_and_no_other_gradient_is_computed(tools):
+    model = tools.model()
+    names = apply_lora(model, rank=3)
+    assert names == [f"model.layers.{i}.{part}" for i in (0, 1) for part in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+        "mlp.up_proj", "mlp.down_proj",
+    )]  # fmt: skip
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.lora.{key}.weight" for name in names for key in "AB"}
+    assert [id(p) for p in lora_parameters(model)] == [id(p) for p in model.parameters() if p.requires_grad]
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    tools.train(model, 3)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trained)
+        assert name in trained or torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize(
+    "settings, found",
+    [
+        ({"target_modules": "attention"}, "qkvo"),
+        ({"target_modules": "mlp", "layers": (1,)}, ["1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj"]),
+        ({"target_modules": r".*0.*\.(q|down)_proj"}, ["0.self_attn.q_proj", "0.mlp.down_proj"]),
+        ({"target_modules": ("1.self_attn.k_proj",)}, ["1.self_attn.k_proj"]),
+        ({"target_modules": "lm_head"}, ["lm_head"]),
+        ({"target_modules": "embed_tokens, lm_head"}, ["embed_tokens", "lm_head"]),
+    ],
+)
+def test_targets(tools, settings, found):
+    names = find_targets(tools.hf("llama"), LoRAConfig(**settings))
+    if found == "qkvo":
+        found = [f"{i}.self_attn.{letter}_proj" for i in (0, 1) for letter in "qkvo"]
+    assert [name.removeprefix("model.").removeprefix("layers.") for name in names] == found
+
+
+def test_layers_that_are_trained_whole_are_not_adapted_too(tools):
+    names = apply_lora(tools.model(), target_modules="lm_head,q_proj,k_proj", modules_to_save=("k_proj",))
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"lm_head", "q_proj"}
+
+
+def test_any_module_with_linear_layers_in_it():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.write = nn.Linear(3, 5), nn.Linear(5, 2, bias=False)
+
+        def forward(self, x):
+            return self.write(self.read(x).relu())
+
+    model, x = Odd(), torch.randn(4, 3)
+    before = model(x)
+    assert apply_lora(model, rank=2) == ["read", "write"]
+    assert torch.equal(model(x), before)
+    remove_lora(model)
+    assert torch.equal(model(x), before)
+
+
+def test_a_generator_draws_the_same_again(tools):
+    def drawn(seed):
+        model = tools.model()
+        apply_lora(model, rank=3, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([p.flatten() for p in lora_parameters(model)])
+
+    assert torch.equal(drawn(5), drawn(5))
+    assert not torch.equal(drawn(5), drawn(6))
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"target_modules": "query"}, r"no layer is called query: there are down_proj, embed_tokens, gate_proj, "
+                                      r"k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, and the words all-linear"),
+        ({"target_modules": "q_proj,query,c_attn"}, "no layer is called query, c_attn"),
+        ({"target_modules": r".*\.qkv"}, r"no layer is called \.\*\\\.qkv"),
+        ({"layers": (7,)}, "no layer in the blocks 7"),
+        ({"modules_to_save": ("score",)}, "modules_to_save: no layer is called score: there are .*lm_head"),
+        ({"rank": 25, "init": "pissa"}, "rank 25: init 'pissa' needs at most 24"),
+        ({"target_modules": "embed_tokens", "use_dora": True}, "use_dora: .*embed_tokens is an embedding"),
+        ({"adapter_name": "a.b"}, "give a name without dots"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_is_changed(tools, settings, words):
+    model = tools.model()
+    state, rest = trace(model)
+    with pytest.raises(UserError, match=words):
+        apply_lora(model, **settings)
+    again, rest_again = trace(model)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert again.keys() == state.keys()
+    assert rest_again == rest
+
+
+def test_double_injection_is_refused(tools):
+    model = tools.model()
+    apply_lora(model, rank=3)
+    logits = tools.logits(model)
+    with pytest.raises(UserError, match=r"has an adapter already \(default\): add_adapter adds one"):
+        apply_lora(model, rank=3)
+    with pytest.raises(UserError, match="an adapter 'default' already"):
+        add_adapter(model, "default")
+    assert torch.equal(tools.logits(model), logits)
+    assert all("lora" not in module._modules for layer in adapted_layers(model).values() for module in
+               layer.lora.modules())  # fmt: skip
+
+
+def test_nothing_to_remove(tools):
+    with pytest.raises(UserError, match="no adapter: apply_lora or load_lora"):
+        remove_lora(tools.model())
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "lm_head,q_proj", "embed_tokens", "lm_head,embed_tokens"])
+def test_the_loss_in_the_forward_sees_an_adapted_output_layer(tools, targets):
+    """The chunked loss multiplies with the output weight itself, past the layer and its adapter."""
+    model = tools.model()
+    apply_lora(model, rank=3, target_modules=targets)
+    tools.train(model, 2)
+    model.zero_grad()
+    batch = tools.batch(seed=8)
+    given = {"input_ids": batch["input_ids"], "document_ids": batch["attention_mask"] - 1, "targets": batch["targets"]}
+    loss_sum, n_targets = causal_lm_loss(model, given)
+    wanted = tools.loss(model, batch)
+    assert (loss_sum / n_targets).item() == pytest.approx(wanted.item(), abs=1e-12)
+    found = torch.autograd.grad(loss_sum / n_targets, list(lora_parameters(model)))
+    for ours, reference in zip(found, torch.autograd.grad(wanted, list(lora_parameters(model))), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+        assert ours.any()

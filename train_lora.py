@@ -1,0 +1,96 @@
+"""LoRA: teach a model something new with a few percent of new parameters, on conversations.
+
+    python train_lora.py --lora_name cooking --data_path cooking.jsonl
+    torchrun --nproc_per_node 2 train_lora.py --lora_name cooking --data_path cooking.jsonl --from_weight full_sft
+    python eval_model.py --lora_name cooking
+
+Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
+"""
+
+import torch
+
+from minillm.data import ChatRows, ReplayRows, StepBatches
+from minillm.inference.samples import sample_answers
+from minillm.lora import apply_lora
+from minillm.losses import causal_lm_loss
+from minillm.tokenizer import load_tokenizer
+from minillm.training.command_line import parse, script
+from minillm.training.dry_run import dry_run
+from minillm.training.lora_arguments import LoRAArguments
+from minillm.training.optim import adamw
+from minillm.training.outputs import AdapterAlone
+from minillm.training.precision import choose_dtype
+from minillm.training.run import Run
+from minillm.training.watch import Watch
+from minillm.training.weights import create_model, find_tokenizer
+
+
+@script
+def main(argv: list[str] | None = None):
+    args = parse(LoRAArguments, argv)
+    with Run(args, stage="lora", output=AdapterAlone(args)) as run:
+        # Model: what --from_weight names, frozen, with an adapter
+        tokenizer = load_tokenizer(find_tokenizer(args))
+        base_dtype = choose_dtype(args.base_dtype, run.device, flag="base_dtype")
+        model = create_model(args, tokenizer, dtype=base_dtype)
+        apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(args.seed))
+
+        # Data: conversations with their answers as targets, packed into rows of max_seq_len
+        def rows(files: list[str]) -> ChatRows:
+            return ChatRows(
+                files,
+                tokenizer,
+                max_seq_len=args.max_seq_len,
+                packing=args.packing,
+                train_on=args.train_on,
+                seed=args.seed,
+                cache_dir=args.token_cache,
+                strict=args.strict,
+            )
+
+        train_rows = run.ranks.main_first(lambda: rows(args.data_files))
+        if args.replay_path:
+            old_rows = run.ranks.main_first(lambda: rows(args.replay_files))
+            train_rows = ReplayRows(train_rows, old_rows, share=args.replay_ratio)
+        loader = StepBatches(train_rows, **run.batching())
+        valid_loader = None
+        if args.valid_files:
+            valid_rows = run.ranks.main_first(lambda: rows(args.valid_files))
+            valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
+
+        # Optimizer: of the adapter alone
+        module = run.wrap(model)
+        if args.dry_run:
+            return dry_run(run, loader, tokenizer, causal_lm_loss)
+        optimizer = adamw(
+            module,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            loraplus_ratio=args.loraplus_ratio,
+        )
+        looks_every = args.monitor_interval or (5 if args.monitor else 0)
+        watch = Watch(run, tokenizer, train_rows, interval=looks_every) if looks_every else None
+        model = run.start(
+            optimizer,
+            loader,
+            valid_loader=valid_loader,
+            tokenizer=tokenizer,
+            loss=causal_lm_loss,
+            watch=watch,
+        )
+
+        # The loop: one step = one optimizer update
+        for micro_batches in run.steps(loader):
+            for batch in micro_batches:
+                with run.autocast():
+                    loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
+                run.backward(loss_sum)
+            run.update()
+
+        # Save
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+
+
+if __name__ == "__main__":
+    main()
