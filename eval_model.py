@@ -4,6 +4,7 @@
     python eval_model.py --model_mode 0                      # complete text with out/pretrain_*
     python eval_model.py --prompts questions.txt --output answers.json
     python eval_model.py --perplexity valid.jsonl --task_file tasks.jsonl
+    python eval_model.py --task_file chats.jsonl --text_metrics   # loss, BLEU and ROUGE of answers too
     python eval_model.py --lora_name cooking                 # out/full_sft_* with the adapter out/lora/cooking_*
     python eval_model.py --rope_scaling yarn:4 --rope_original_len 512   # 2,048 tokens with a model trained on 512
 
@@ -14,13 +15,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from minillm.data import read_records
 from minillm.errors import UserError
-from minillm.evaluation import exact_match, perplexity
+from minillm.evaluation import answer_loss, bleu, exact_match, perplexity, rouge
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import chat, speed
 from minillm.model.hf import load_model
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.perplexity:
         results["perplexity"] = measure_perplexity(args, model, tokenizer)
     if args.task_file:
-        results["exact_match"] = measure_exact_match(args, model, tokenizer)
+        results |= measure_tasks(args, model, tokenizer)
     if prompts:
         results["prompts"] = answer_prompts(args, model, tokenizer, prompts, options)
         results["sampling"] = sampling | {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
@@ -138,15 +140,24 @@ def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
     return result.as_dict()
 
 
-def measure_exact_match(args: EvalArguments, model, tokenizer) -> dict:
-    """Measure --task_file, print the table, and return it as it goes into --output."""
+def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
+    """Measure --task_file, print the figures, and return them by name as they go into --output."""
     start = time.perf_counter()
-    records = read_records(args.task_file)
+    records = list(read_records(args.task_file))
     result = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     seconds = time.perf_counter() - start
     print(f"\nexact match on {args.task_file}\n{result.table()}")
     print(f"[{len(result.answers):,} answers in {seconds:.1f} s]")
-    return result.as_dict()
+    if not args.text_metrics:
+        return {"exact_match": result.as_dict()}
+    loss = answer_loss(model, tokenizer, records, batch_size=args.batch_size)
+    answers, expected = [each.answer for each in result.answers], [each.expected for each in result.answers]
+    words, phrases = rouge(answers, expected), bleu(answers, expected)
+    print(f"loss of the expected answers: {loss.nats_per_token:.4f} nats/token over {loss.n_targets:,} tokens")
+    print(f"ROUGE-1 {words.rouge_1:.3f}, ROUGE-2 {words.rouge_2:.3f}, ROUGE-L {words.rouge_l:.3f}")
+    print(f"BLEU {phrases.bleu:.2f} ({phrases.signature})")
+    found = {"answer_loss": loss.as_dict(), "rouge": asdict(words), "bleu": asdict(phrases)}
+    return {"exact_match": result.as_dict()} | found
 
 
 # ---- answering -----------------------------------------------------------------------------------

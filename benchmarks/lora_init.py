@@ -13,6 +13,7 @@ own.
 
 import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import get_args
@@ -24,10 +25,8 @@ import torch
 from benchmarks.common import format_table, write_json
 from benchmarks.lora_trials import over_seeds, run_trial, shown
 from minillm.data import read_records
-from minillm.evaluation import bleu, rouge
-from minillm.inference import complete
+from minillm.evaluation import bleu, exact_match, rouge
 from minillm.lora.init import Init
-from minillm.tokenizer import encode_chat
 from minillm.training.command_line import parse, require, script
 from minillm.training.hardware import keep_freed_memory
 
@@ -97,24 +96,12 @@ class Arguments:
 
 def answer_scores(args: Arguments):
     """Return a function (model, tokenizer) → BLEU and ROUGE-L, in percent, of greedy answers to held-out questions."""
-    records = [record.messages for record in read_records(args.valid_path)][: args.n_answers]
-    references = [messages[-1]["content"] for messages in records]
+    records = list(islice(read_records(args.valid_path), args.n_answers))
 
     def scores(model, tokenizer) -> dict[str, float]:
-        prompts = [encode_chat(tokenizer, messages[:-1], add_generation_prompt=True)[0] for messages in records]
-        answers = []
-        for first in range(0, len(prompts), 32):
-            some = prompts[first : first + 32]
-            done = complete(
-                model,
-                some,
-                max_new_tokens=args.max_new_tokens,
-                temperature=0.0,
-                eos_token_id=tokenizer.end_ids,
-                tokenizer=tokenizer,
-            )
-            answers += [answer.text for answer in done]
-        return {"bleu": bleu(answers, references).bleu, "rouge_l": 100 * rouge(answers, references).rouge_l}
+        found = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=32).answers
+        answers, expected = [each.answer for each in found], [each.expected for each in found]
+        return {"bleu": bleu(answers, expected).bleu, "rouge_l": 100 * rouge(answers, expected).rouge_l}
 
     return scores
 
@@ -136,8 +123,8 @@ def measure(args: Arguments) -> dict:
     usual = {
         "data_path": args.data_path, "valid_path": args.valid_path, "max_steps": args.steps,
         "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha, "batch_size": args.batch_size,
-        "max_seq_len": args.max_seq_len, "num_threads": args.num_threads, "log_interval": 50, "monitor": 1,
-        "monitor_interval": 1,
+        "max_seq_len": args.max_seq_len, "num_threads": args.num_threads, "log_interval": 50,
+        "monitor_interval": 10,  # and the first step
     }  # fmt: skip
     result: dict = {"arguments": vars(args), "tuning": {}, "runs": {}}
     for init in args.inits.split(","):

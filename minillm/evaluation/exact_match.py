@@ -114,7 +114,7 @@ def exact_match(
     Raises:
         UserError: no records; a record whose last turn is not an assistant's; a prompt that does not fit.
     """
-    fields = [_fields(number, record) for number, record in enumerate(records)]
+    fields = [task_fields(number, record) for number, record in enumerate(records)]
     if not fields:
         raise UserError("no records to measure exact match on")
     prompts = encode_chats(tokenizer, [turns[:-1] for turns, _ in fields], add_generation_prompt=True)
@@ -147,7 +147,7 @@ def exact_match(
     return ExactMatch(answers=answers)
 
 
-def _fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
+def task_fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
     """Return the record's turns and its other keys, after checking for a question and an expected answer."""
     if isinstance(record, Record):
         turns, extra = record.messages, record.extra

@@ -40,15 +40,33 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The product and its gradient: one tensor less to keep per layer than what autograd would keep."""
+    """The product and its gradient: one tensor less to keep per layer than what autograd would keep.
+
+    Who needs the product for a gradient of its own, as an adapter of the layer behind does, need not keep it either:
+    ``node.output_again(node)`` makes it from what is kept here, where ``node`` is the product's ``grad_fn``.
+    """
 
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
+        ctx.factors, ctx.output_again = None, _output_again
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
+        gate, up = _factors(ctx)
+        ctx.factors = None
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def _output_again(node) -> Tensor:
+    gate, up = _factors(node)
+    return F.silu(gate).mul_(up)
+
+
+def _factors(node) -> tuple[Tensor, Tensor]:
+    """Return gate and up. They are asked for once: activation checkpointing gives them out a single time."""
+    if node.factors is None:
+        node.factors = node.saved_tensors
+    return node.factors

@@ -237,6 +237,8 @@ class EvalArguments(ModelArguments):
     """Measure the loss on this file of texts: nats per token and bits per byte, by kind."""
     task_file: str = ""
     """Measure exact match on this file of conversations whose last turn is the expected answer."""
+    text_metrics: bool = False
+    """With --task_file: also the loss of the expected answers, and BLEU and ROUGE of the model's own against them."""
     output: str = ""
     """Write all results to this JSON file too."""
 
@@ -275,6 +277,7 @@ class EvalArguments(ModelArguments):
         for name in ("prompts", "perplexity", "task_file"):
             path = getattr(self, name)
             require(not path or os.path.isfile(path), f"--{name} {path}: no such file")
+        require(bool(self.task_file) or not self.text_metrics, "--text_metrics needs --task_file with expected answers")
         folder = os.path.dirname(os.path.abspath(self.output))
         writable = os.path.isdir(folder) and os.access(folder, os.W_OK) and not os.path.isdir(self.output)
         message = f"--output {self.output}: cannot be written; name a file in a folder that you may write to"

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillm.lora import add_adapter, apply_lora, load_lora, merge_lora, remove_lora, save_lora, set_adapter
 from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA, adapted_layers, bind, low_rank_linear, unbind
+from minillm.model.mlp import swiglu
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "embedding": {"target_modules": "embed_tokens,q_proj"},
          "pissa": {"init": "pissa"}, "whole": {"modules_to_save": ("lm_head",), "bias": "all"}}  # fmt: skip
@@ -71,6 +72,33 @@ def test_frozen_weight_gets_no_gradient_and_is_not_copied():
     assert weight.grad is None
     own = {t.data_ptr() for t in (x, weight, a, b, s)}
     assert sum(t.numel() for t in kept if t.data_ptr() not in own) == 10 * 3  # the thin product (N, R) alone
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_input_that_can_be_made_again_is_not_kept(dropout, recompute):
+    """The product of SwiGLU: the layer behind it keeps gate and up with it, and the gradients stay what they were."""
+    gate, up, *more = (drawn(2, 5, 11, seed=i).requires_grad_() for i in (0, 1, 0, 1))
+    _, weight, _, a, b, s = operands()
+    weight.requires_grad_(False)
+
+    def run(gate, up, product):
+        return low_rank_linear(product(gate, up), weight, None, a, b, s, dropout).square().sum()
+
+    kept = []
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        loss = run(gate, up, swiglu)
+    large = {t.data_ptr() for t in kept if t.shape == gate.shape}
+    assert large == {gate.data_ptr(), up.data_ptr()}
+    if recompute:
+        torch.manual_seed(0)
+        loss = checkpoint(run, gate, up, swiglu, use_reentrant=False)
+    found = torch.autograd.grad(loss, (gate, up, a, b))
+    torch.manual_seed(0)
+    plain = run(*more, lambda gate, up: F.silu(gate) * up)
+    for ours, wanted in zip(found, torch.autograd.grad(plain, (*more, a, b)), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-10)
 
 
 def test_dropout_is_drawn_again_in_the_backward_pass():

@@ -134,6 +134,19 @@ def test_perplexity_and_tasks_in_one_call(run, tmp_path):
     assert results["weights"].endswith("full_sft_32")
 
 
+def test_answers_beside_their_references(run, tmp_path):
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2 of them"}]
+    tasks = write(tmp_path / "tasks.jsonl", {"conversations": turns})
+    output = tmp_path / "out.json"
+    code, shown, _ = run("--task_file", tasks, "--text_metrics", "--output", output, *GREEDY)
+    assert code == 0
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert results["answer_loss"]["n_targets"] == 10  # bytes, and the end of the turn
+    assert f"{results['answer_loss']['nats_per_token']:.4f} nats/token over 10 tokens" in shown
+    assert 0 <= results["rouge"]["rouge_l"] <= 1
+    assert results["bleu"]["signature"] in shown
+
+
 def test_without_a_terminal_the_chat_is_skipped(run):
     code, shown, _ = run()
     assert code == 0
@@ -275,6 +288,7 @@ def test_refusals_are_one_line_and_exit_code_2(run, out, tokenizer, tmp_path):
         (["--prompts", tmp_path / "missing.txt"], ["missing.txt"]),
         (["--perplexity", tmp_path / "missing.jsonl"], ["missing.jsonl"]),
         (["--task_file", answerless], ["record 0", "user"]),
+        (["--text_metrics"], ["--text_metrics needs --task_file"]),
         (["--output", nothing / "no" / "x.json"], ["--output"]),
         (["--top_p", 1.5], ["top_p 1.5"]),
         (["--max_new_tokens", 0], ["max_new_tokens 0"]),
