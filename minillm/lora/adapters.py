@@ -84,6 +84,12 @@ def trainable_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
+def check_unmerged(model: nn.Module) -> None:
+    """Raise UserError while the adapter is merged into the weights."""
+    if any(layer.lora.merged for layer in adapted_layers(model).values()):
+        raise UserError("the adapter is merged into the weights: unmerge_lora first")
+
+
 def make_room(model: nn.Module, adapter: Adapter, *, extra: Mapping[str, int] | None = None) -> None:
     """Give every layer of ``adapter`` a slot that holds it (or ``extra`` ranks by name, for several at once)."""
     layers = dict(model.named_modules())
@@ -132,9 +138,8 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
     unknown = [name for name in weights if name not in adapters.stored]
     if unknown or not weights:
         raise UserError(f"no adapter {', '.join(unknown) or which!r}: there are {adapters.known}")
+    check_unmerged(model)
     layers = adapted_layers(model)
-    if any(layer.lora.merged for layer in layers.values()):
-        raise UserError("the adapter is merged into the weights: unmerge_lora first")
     single = list(weights.values()) == [1.0]
     mixed = [adapters.stored[name] for name in weights]
     for name, adapter in zip(weights, mixed, strict=True):
@@ -182,6 +187,8 @@ def write_slots(model: nn.Module) -> None:
         return  # none yet, or a mixture, which is not trained
     (name,) = adapters.active
     adapter, layers = adapters.stored[name], adapted_layers(model)
+    if not all(layer.lora.enabled for layer in layers.values()):
+        raise UserError("the adapter is off (disable_lora): leave that block first")
     for layer_name in adapter.names:
         slot, rank = layers[layer_name].lora, adapter.config.rank_of(layer_name)
         adapter.tensors[f"{layer_name}.A"] = slot.A.weight[:rank].detach().clone()
@@ -204,9 +211,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 @contextlib.contextmanager
 def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
     """Inside ``with disable_lora(model):`` the model answers as before, whole layers and biases included."""
+    check_unmerged(model)
     layers = adapted_layers(model).values()
-    if any(layer.lora.merged for layer in layers):
-        raise UserError("the adapter is merged into the weights: unmerge_lora first")
     before = [layer.lora.enabled for layer in layers]
     try:
         for layer in layers:

@@ -133,6 +133,12 @@ class LoRAConfig:
         if other:
             found = ", ".join(f"{name}={value!r}" for name, value in other.items())
             raise UserError(f"the adapter uses what is not built here: {found}")
+        init = str(raw.get("init_lora_weights")).lower()
+        if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise UserError(
+                f"init_lora_weights={init!r} changed the model's weights too: save it once more with peft's "
+                "path_initial_model_for_weight_conversion, then it fits the untouched model"
+            )
         targets, fused = raw.get("target_modules"), raw.get("target_parameters") or ()
         if fused:
             if isinstance(targets, str) and targets:

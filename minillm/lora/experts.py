@@ -43,14 +43,19 @@ class ExpertLoRA(LoRA):
         return self.scaling * (b @ a)
 
 
+def check_kinds(layers, names, config) -> None:
+    """Raise UserError where DoRA does not go with the kind of a layer."""
+    for name in names if config.use_dora else ():
+        if isinstance(layers[name], nn.Embedding | ExpertProduct):
+            what = "an embedding" if isinstance(layers[name], nn.Embedding) else "a set of experts"
+            raise UserError(f"use_dora: {name} is {what}, whose rows are not turned here; leave it out")
+
+
 def new_slot(layer: nn.Module, *, rank: int, dropout: float, use_dora: bool, name: str) -> LoRA:
     """Return a fresh adapter for a layer; UserError where DoRA does not go with its kind."""
     n_out, n_in = factor_sizes(layer)
     kind: type[LoRA] = DoRA if use_dora else LoRA
     if isinstance(layer, nn.Embedding | ExpertProduct):
-        if use_dora:
-            what = "an embedding" if isinstance(layer, nn.Embedding) else "a set of experts"
-            raise UserError(f"use_dora: {name} is {what}, whose rows are not turned here; leave it out")
         kind = EmbeddingLoRA if isinstance(layer, nn.Embedding) else ExpertLoRA
     return kind(n_in, n_out, rank=rank, dropout=dropout, like=layer.weight).train(layer.training)
 

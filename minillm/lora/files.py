@@ -24,16 +24,17 @@ from minillm.lora.adapters import (
     Adapter,
     Adapters,
     adapters_of,
+    check_unmerged,
     make_room,
     set_adapter,
     trainable_names,
     write_slots,
 )
 from minillm.lora.config import EXPERT_PRODUCTS, LoRAConfig
-from minillm.lora.experts import ADAPTABLE, factor_shapes
+from minillm.lora.experts import ADAPTABLE, check_kinds, factor_shapes
 from minillm.lora.init import TAKEN_OUT
 from minillm.lora.layer import adapted_layers
-from minillm.lora.whole import train_parameters
+from minillm.lora.whole import named_parameters, train_parameters, untie, whole_names
 from minillm.model.moe import ExpertProduct
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
@@ -113,6 +114,10 @@ def load_lora(
     names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".A", ".B", ".magnitude"))})
     adapter = Adapter(config=config, names=names, tensors=tensors)
     _check_fit(model, adapter, path)
+    check_kinds(dict(model.named_modules()), names, config)
+    whole = whole_names(model, config, names)
+    if missing := whole - set(tensors):
+        raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
     if not any_base and path.is_dir():
         _check_base(model, path, names)
     first = getattr(model, "lora_adapters", None) is None
@@ -120,15 +125,14 @@ def load_lora(
         model.lora_adapters = Adapters(trainable=trainable_names(model))
     adapters = adapters_of(model)
     try:
+        check_unmerged(model)
         adapters.check_new(adapter_name, config)
+        _drop_base(model, tensors, _own_names(adapter) | whole, path)
         if first:
             model.requires_grad_(False)
         make_room(model, adapter)
-        whole = train_parameters(model, config, names)
-        missing = set(whole) - set(tensors)
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
-        _drop_base(model, tensors, _own_names(adapter) | set(whole), path)
+        _part_ways(model, {name: tensors[name] for name in whole})
+        train_parameters(model, config, names)
     except UserError:
         if first:
             from minillm.lora.inject import remove_lora
@@ -167,7 +171,8 @@ def sample_of(model: nn.Module, names: list[str]) -> list[float]:
     layers = dict(model.named_modules())
     for name in sorted(names)[:: max(1, len(names) // 8)][:8]:
         layer = layers[name]
-        weight = layer.weight
+        adapters = getattr(model, "lora_adapters", None)
+        weight = layer.weight if adapters is None else adapters.base.get(f"{name}.weight", layer.weight)
         if "lora" in layer._modules and layer.lora.base_weight is not None:
             weight = layer.lora.base_weight
         flat = weight.detach().reshape(-1)
@@ -285,12 +290,23 @@ def _own_names(adapter: Adapter) -> set[str]:
 def _drop_base(model: nn.Module, tensors: dict[str, Tensor], own: set[str], path: Path) -> None:
     """Take weights of the model itself out of ``tensors``, which peft saves beside the adapter of an embedding."""
     for name in tensors.keys() - own:
-        here, there = model.get_parameter(name).detach(), tensors.pop(name)
+        here, there = model.lora_adapters.base.get(name), tensors.pop(name)
+        here = model.get_parameter(name).detach() if here is None else here
         if not _same(here.float().cpu(), there.float()):
             raise UserError(
                 f"{path} brings a {name} of its own, which is not this model's, and does not say that it trains it: "
                 f"load the model that it was made for"
             )
+
+
+def _part_ways(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Untie parameters that are one here and have different values in the file (peft trains tied layers apart)."""
+    first: dict[int, str] = {}
+    for name, parameter in named_parameters(model):
+        if name in values:
+            other = first.setdefault(id(parameter), name)
+            if not torch.equal(values[name], values[other]):
+                untie(model, {name})
 
 
 def _same(here: Tensor, there: Tensor) -> bool:
@@ -301,8 +317,12 @@ def _same(here: Tensor, there: Tensor) -> bool:
 def _check_base(model: nn.Module, path: Path, names: list[str]) -> None:
     if not (path / BASE).is_file():
         return  # of peft's
-    said = json.loads((path / BASE).read_text(encoding="utf-8"))
-    if not _same(torch.tensor(sample_of(model, names)), torch.tensor(said["sample"])):
+    try:
+        said = json.loads((path / BASE).read_text(encoding="utf-8"))
+        sample = torch.tensor(said["sample"], dtype=torch.float32)
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise UserError(f"{path / BASE} is damaged, copy it again: {error}") from None
+    if not _same(torch.tensor(sample_of(model, names)), sample):
         now = getattr(model, "origin", None) or "this model"
         raise UserError(
             f"the adapter {path} was made for {said.get('base') or 'another model'}, whose weights are not those of "

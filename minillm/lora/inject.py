@@ -8,12 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import UserError
-from minillm.lora.adapters import Adapter, Adapters, adapters_of, make_room, set_adapter, trainable_names
+from minillm.lora.adapters import (
+    Adapter,
+    Adapters,
+    adapters_of,
+    check_unmerged,
+    make_room,
+    set_adapter,
+    trainable_names,
+)
 from minillm.lora.config import ALL_LINEAR, LoRAConfig, ends_with
-from minillm.lora.experts import ADAPTABLE
+from minillm.lora.experts import ADAPTABLE, check_kinds
 from minillm.lora.init import TAKEN_OUT, first_values
 from minillm.lora.layer import adapted_layers, unbind
-from minillm.lora.whole import restore_parameters, train_parameters
+from minillm.lora.whole import restore_parameters, train_parameters, untie, whole_names
 
 
 def apply_lora(
@@ -66,9 +74,12 @@ def add_adapter(
     """
     adapters = adapters_of(model)
     config = dataclasses.replace(config or LoRAConfig(), **settings)
+    check_unmerged(model)
     adapters.check_new(adapter_name, config)
     names = find_targets(model, config) if names is None else names
+    whole_names(model, config, names)  # raises before anything is changed
     layers = dict(model.named_modules())
+    check_kinds(layers, names, config)
     tensors: dict[str, Tensor] = {}
     for name in names:
         layer = layers[name]
@@ -78,6 +89,7 @@ def add_adapter(
     adapter = Adapter(config=config, names=names, tensors=tensors)
     make_room(model, adapter)
     for name in names if config.init in TAKEN_OUT else ():
+        untie(model, {f"{name}.weight"})  # what shares this weight keeps it whole
         take_out(layers[name], tensors[f"{name}.A"], tensors[f"{name}.B"], config.scaling_of(name))
     if config.use_dora:
         for name in names:
@@ -124,7 +136,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
     layers = {name: module for name, module in layers.items() if ".lora." not in name}
-    saved = tuple(name for name in layers if any(ends_with(name, whole) for whole in config.modules_to_save))
+    saved = tuple(name for name in layers if any(f".{whole}." in f".{name}." for whole in config.modules_to_save))
     found = []
     for name, module in layers.items():
         wanted = config.is_target(name)

@@ -62,8 +62,10 @@ class LoRA(nn.Module):
         super().__init__()
         dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
         place = {"device": like.device, "dtype": dtype}
-        self.A = nn.Linear(in_features, rank, bias=False, **place)
-        self.B = nn.Linear(rank, out_features, bias=False, **place)
+        self.A = nn.Linear(in_features, rank, bias=False, device="meta")  # draws nothing from torch's generator
+        self.B = nn.Linear(rank, out_features, bias=False, device="meta")
+        self.A.weight = nn.Parameter(torch.zeros(rank, in_features, **place))
+        self.B.weight = nn.Parameter(torch.zeros(out_features, rank, **place))
         self.register_buffer("scaling", torch.ones((), **place), persistent=False)
         self.dropout = dropout
         self.enabled, self.merged = True, False
@@ -175,8 +177,9 @@ def low_rank_linear(
 class _LowRankLinear(torch.autograd.Function):
     """The products and gradients behind ``low_rank_linear``.
 
-    The thin product lies as (R, N): so every product with it has its long side along memory, and in float32 dB takes a
-    tenth of the time. An input whose maker can make it again (``output_again``, as of ``swiglu``) is not kept.
+    The thin product lies as (R, N): every product with it then has its long side along memory, without which dB is
+    several times slower in float32. An input whose maker can make it again (``output_again``, as of ``swiglu``) is not
+    kept.
     """
 
     @staticmethod
@@ -191,7 +194,7 @@ class _LowRankLinear(torch.autograd.Function):
             y.addmm_(low.T, b.to(dtype).T)
         ctx.maker = x.grad_fn if hasattr(x.grad_fn, "output_again") else None
         ctx.save_for_backward(x if ctx.maker is None else None, weight, a, b, scaling, low)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

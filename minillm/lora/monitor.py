@@ -98,7 +98,7 @@ class Monitor:
             return []
         rows = self.last_row["layers"]
         ranks = [rows[name]["effective_rank"] / len(layer.lora.A.weight) for name, layer in self.layers.items()]
-        deltas = [row["delta_ratio"] for row in rows.values()]
+        deltas = [row["delta_ratio"] for row in rows.values() if row["delta_ratio"] is not None] or [0.0]
         width, share = median(len(layer.lora.A.weight) for layer in self.layers.values()), median(ranks)
         found = [f"median over layers: |dW|/|W| {median(deltas):.2g}, effective rank {share * width:.1f} of {width:g}"]
         if max(deltas) < SMALL_DELTA:
@@ -211,7 +211,10 @@ class Monitor:
 
 def singular_values(left: Tensor, right: Tensor) -> Tensor:
     """Return those of B A (..., K), largest first, float64, from Bᵀ B and A Aᵀ (..., K, K)."""
-    values, vectors = torch.linalg.eigh(right.double())
+    left, right = left.double(), right.double()
+    if not (left.isfinite().all() and right.isfinite().all()):
+        return torch.full(left.shape[:-1], torch.nan, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(right)
     # H = root rootᵀ, so root has what A has but its right rotation
     root = vectors * values.clamp_min(0).sqrt()[..., None, :]
     squares = torch.linalg.eigvalsh(root.mT @ left.double() @ root)

@@ -15,8 +15,8 @@ from minillm.errors import UserError
 from minillm.lora.config import LoRAConfig, ends_with
 
 
-def train_parameters(model: nn.Module, config: LoRAConfig, names: list[str]) -> dict[str, Tensor]:
-    """Make the whole layers and biases of ``config`` trainable; return their values by name.
+def whole_names(model: nn.Module, config: LoRAConfig, names: list[str]) -> set[str]:
+    """Return the names of the parameters that ``config`` trains whole; nothing is changed.
 
     Raises:
         UserError: a name in ``modules_to_save`` that no layer has.
@@ -34,6 +34,12 @@ def train_parameters(model: nn.Module, config: LoRAConfig, names: list[str]) -> 
     if config.bias != "none":
         biased = names if config.bias == "lora_only" else list(layers)
         chosen |= {f"{name}.bias" for name in biased if isinstance(layers[name]._parameters.get("bias"), nn.Parameter)}
+    return chosen
+
+
+def train_parameters(model: nn.Module, config: LoRAConfig, names: list[str]) -> dict[str, Tensor]:
+    """Make the whole layers and biases of ``config`` trainable; return their values by name."""
+    chosen = whole_names(model, config, names)
     untie(model, chosen)
     values: dict[str, Tensor] = {}
     base = model.lora_adapters.base

@@ -9,8 +9,10 @@ from minillm.lora import (
     apply_lora,
     delete_adapter,
     disable_lora,
+    load_lora,
     lora_parameters,
     merge_lora,
+    save_lora,
     set_adapter,
 )  # fmt: skip
 from minillm.lora.adapters import adapters_of
@@ -181,6 +183,39 @@ def test_mixtures_that_make_no_sense(tools):
     for refused in (lambda: set_adapter(model, "default"), lambda: disable_lora(model).__enter__()):
         with pytest.raises(UserError, match="merged into the weights: unmerge_lora first"):
             refused()
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"modules_to_save": ("nothing",)}, "no layer is called nothing"),
+    ({"use_dora": True, "target_modules": "embed_tokens,q_proj"}, "are not both DoRA"),
+    ({"rank": 25, "init": "orthogonal"}, "rank 25"),
+])  # fmt: skip
+def test_what_cannot_be_added_changes_nothing(tools, settings, words):
+    model = tools.model()
+    apply_lora(model, rank=3)
+    tools.train(model, 2)
+    logits, names = tools.logits(model), [name for name, _ in model.named_parameters()]
+    with pytest.raises(UserError, match=words):
+        add_adapter(model, "more", **settings)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert list(adapters_of(model).stored) == ["default"]
+    assert torch.equal(tools.logits(model), logits)
+
+
+def test_nothing_is_added_to_merged_weights_and_nothing_saved_while_it_is_off(tools, tmp_path):
+    """The one would take its start from other weights, the other would save the base's layers as the adapter's."""
+    model = tools.model()
+    apply_lora(model, rank=3, modules_to_save=("lm_head",))
+    tools.train(model, 2)
+    save_lora(model, tmp_path / "good")
+    with disable_lora(model), pytest.raises(UserError, match=r"off \(disable_lora\): leave that block first"):
+        save_lora(model, tmp_path / "off")
+    merge_lora(model)
+    logits = tools.logits(model)
+    for refused in (lambda: add_adapter(model, "more"), lambda: load_lora(model, tmp_path / "good", adapter_name="b")):
+        with pytest.raises(UserError, match="merged into the weights: unmerge_lora first"):
+            refused()
+    assert torch.equal(tools.logits(model), logits)
 
 
 def test_whole_layers_go_with_their_adapter(tools):

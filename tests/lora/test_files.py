@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
-from minillm.lora import add_adapter, apply_lora, load_lora, lora_parameters, merge_lora, save_lora, set_adapter
+from minillm.lora import (
+    add_adapter,
+    apply_lora,
+    load_lora,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    save_lora,
+    set_adapter,
+)
 from minillm.lora.adapters import adapters_of
 
 KINDS = {
@@ -118,6 +127,34 @@ def test_several_are_saved_one_by_one(tools, tmp_path):
         load_lora(other, tmp_path / "a", adapter_name="a")
 
 
+def test_a_base_whose_layer_another_adapter_trains_whole_is_known_again(tools, tmp_path):
+    model = tools.model()
+    apply_lora(model, rank=3, target_modules="lm_head,q_proj")
+    tools.train(model, 2)
+    save_lora(model, tmp_path / "one")
+    wanted = tools.logits(model)
+    other = tools.model()
+    apply_lora(other, rank=3, target_modules="q_proj", modules_to_save=("lm_head",), adapter_name="whole")
+    tools.train(other, 3, lr=0.1)
+    load_lora(other, tmp_path / "one")
+    torch.testing.assert_close(tools.logits(other), wanted, rtol=0, atol=1e-12)
+
+
+def test_tied_layers_that_peft_trained_apart(tools, tmp_path):
+    theirs = peft.get_peft_model(
+        tools.hf("qwen3"),
+        peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    )
+    tools.train(theirs, 3)
+    theirs.save_pretrained(tmp_path)
+    model = tools.hf("qwen3")
+    load_lora(model, tmp_path)
+    torch.testing.assert_close(tools.logits(model), tools.logits(theirs), rtol=0, atol=1e-10)
+    remove_lora(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(tools.logits(model), tools.logits(tools.hf("qwen3")))
+
+
 def test_a_half_precision_base_is_known_again(tools, saved):
     path, wanted = saved
     model = tools.model(dtype=torch.bfloat16)
@@ -164,6 +201,7 @@ WRONG = {
     "empty weights": (lambda p: os.truncate(p / "adapter_model.safetensors", 0), "is damaged, copy it again"),
     "broken json": (lambda p: (p / "adapter_config.json").write_text("{"), "is damaged, copy it again"),
     "a list": (lambda p: (p / "adapter_config.json").write_text("[]"), "is damaged, copy it again"),
+    "a broken note of the base": (lambda p: (p / "base.json").write_text("{}"), "base.json is damaged, copy it again"),
     "another method": (lambda p: rewrite(p, peft_type="IA3"), "peft_type is 'IA3': only LORA"),
     "rank 0": (lambda p: rewrite(p, r=0), "adapter_config.json: rank is 0"),
     "another rank": (lambda p: rewrite(p, r=4), r"down_proj.A has shape \(3, 40\) and the model needs \(4, 40\)"),

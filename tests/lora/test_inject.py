@@ -16,6 +16,7 @@ KINDS = {
     "biases": {"bias": "all"}, "own biases": {"bias": "lora_only", "target_modules": "q_proj"},
     "whole output": {"modules_to_save": ("lm_head",)}, "whole embedding": {"modules_to_save": ("embed_tokens",)},
     "both whole": {"modules_to_save": ("embed_tokens", "lm_head")},
+    "start out of a tied weight": {"init": "pissa", "target_modules": "lm_head,q_proj"},
 }  # fmt: skip
 
 
@@ -55,9 +56,9 @@ def test_removal_leaves_no_trace(tools, kind, which):
 def test_the_model_begins_as_it_was(tools, kind):
     model = tools.model(attention_bias=True)
     before = tools.logits(model)
-    apply_lora(model, rank=3, **KINDS[kind])
+    apply_lora(model, rank=3, generator=torch.Generator().manual_seed(1), **KINDS[kind])
     # Orthogonal B is small, not zero.
-    torch.testing.assert_close(tools.logits(model), before, rtol=0, atol=1e-2 if kind == "orthogonal" else 1e-12)
+    torch.testing.assert_close(tools.logits(model), before, rtol=0, atol=2e-2 if kind == "orthogonal" else 1e-12)
 
 
 def test_nothing_else_is_trained_and_no_other_gradient_is_computed(tools):
@@ -100,6 +101,11 @@ def test_layers_that_are_trained_whole_are_not_adapted_too(tools):
     assert {name.rsplit(".", 1)[-1] for name in names} == {"lm_head", "q_proj"}
 
 
+def test_layers_inside_of_what_is_trained_whole_are_not_adapted_either(tools):
+    names = apply_lora(tools.model(), modules_to_save=("mlp",))
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 def test_any_module_with_linear_layers_in_it():
     class Odd(nn.Module):
         def __init__(self):
@@ -117,12 +123,17 @@ def test_any_module_with_linear_layers_in_it():
     assert torch.equal(model(x), before)
 
 
-def test_a_generator_draws_the_same_again(tools):
+def test_a_generator_draws_the_same_again_and_nothing_else_draws(tools):
     def drawn(seed):
         model = tools.model()
         apply_lora(model, rank=3, generator=torch.Generator().manual_seed(seed))
         return torch.cat([p.flatten() for p in lora_parameters(model)])
 
+    model = tools.model()
+    before = torch.get_rng_state()
+    apply_lora(model, rank=3, generator=torch.Generator())
+    add_adapter(model, "wider", rank=5, generator=torch.Generator())
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(drawn(5), drawn(5))
     assert not torch.equal(drawn(5), drawn(6))
 

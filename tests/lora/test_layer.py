@@ -138,6 +138,15 @@ def test_dropout_is_off_in_evaluation_mode(tools):
     assert tools.loss(model.train(), batch) != tools.loss(model, batch)
 
 
+def test_no_rows_give_no_rows():
+    x, weight, bias, a, b, s = operands()
+    y = low_rank_linear(x[:0], weight, bias, a, b, s)
+    assert y.shape == (0, 5, 7)
+    y.sum().backward()
+    assert not a.grad.any()
+    assert not b.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_products_are_narrow_and_parameters_wide(dtype):
     x, weight, bias, a, b, s = operands(torch.float32)

@@ -168,6 +168,21 @@ def test_a_skipped_update_is_not_looked_at():
     assert monitor.after_update(3, optimizer) is None
 
 
+def test_numbers_that_are_none_end_nothing():
+    """The run itself stops for them, and says so; its instruments must not fail first."""
+    model, _ = adapted()
+    monitor = Monitor(model, interval=1)
+    train(model, monitor, 1)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    backward(model, 2)
+    next(lora_parameters(model)).grad.fill_(float("nan"))
+    monitor.before_update(2)
+    optimizer.step()
+    row = monitor.after_update(2, optimizer)
+    assert sum(math.isnan(layer["delta_ratio"]) for layer in row["layers"].values()) == 1
+    assert monitor.notes()
+
+
 # ---- warnings ----------------------------------------------------------------------------------------------------
 
 

@@ -171,6 +171,7 @@ def test_dropout_differs_from_pefts_in_its_mask_alone(pair, tools):
         ({"peft_type": "IA3"}, "only LORA"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the model's weights too: .*path_initial_model"),
     ],
 )
 def test_pefts_other_methods_are_refused(changes, words):
