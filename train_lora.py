@@ -19,7 +19,6 @@ from minillm.training.dry_run import dry_run
 from minillm.training.lora_arguments import LoRAArguments
 from minillm.training.optim import adamw
 from minillm.training.outputs import AdapterAlone
-from minillm.training.precision import choose_dtype
 from minillm.training.run import Run
 from minillm.training.watch import Watch
 from minillm.training.weights import create_model, find_tokenizer
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None):
     with Run(args, stage="lora", output=AdapterAlone(args)) as run:
         # Model: what --from_weight names, frozen, with an adapter
         tokenizer = load_tokenizer(find_tokenizer(args))
-        base_dtype = choose_dtype(args.base_dtype, run.device, flag="base_dtype")
+        base_dtype = args.choose_base_dtype(run.device, run.dtype)
         model = create_model(args, tokenizer, dtype=base_dtype)
         apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(args.seed))
 

@@ -15,9 +15,8 @@ import torch
 import tyro
 
 from minillm.errors import UserError
-from minillm.lora.adapters import set_adapter
-from minillm.lora.files import BASE, CONFIG, load_lora, read_adapter
-from minillm.lora.merge import merge_lora
+from minillm.lora.files import BASE, CONFIG, read_adapter
+from minillm.lora.merge import merge_adapters
 from minillm.model.hf import load_model, save_model
 
 # What a model directory holds beside weights and configuration, and a merged one needs as well.
@@ -46,19 +45,16 @@ def merge(
         raise UserError(f"--output {output}: there is something already; choose a new directory")
     merged = load_model(model)
     merged.origin = str(model)
-    weights = {}
-    for number, said in enumerate(adapter):
-        path, weight = _weighted(said)
-        load_lora(merged, path, adapter_name=str(number), any_base=any_base)
-        weights[str(number)] = weight
-    set_adapter(merged, weights)
-    merge_lora(merged, keep_base=False)
+    merge_adapters(merged, dict(map(_weighted, adapter)), any_base=any_base)
     if dtype == "as the model":
-        dtype = json.loads((model / "config.json").read_text(encoding="utf-8")).get("torch_dtype") or "float32"
+        raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+        dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
     try:
         save_model(merged, output, dtype=getattr(torch, dtype))
         for path in (path for pattern in COMPANIONS for path in model.glob(pattern)):
-            shutil.copy2(path, output / path.name)
+            if path.is_file():
+                shutil.copy2(path, output / path.name)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; choose another place") from None
     print(f"saved {output} ({dtype})")
@@ -72,7 +68,10 @@ def show(*, adapter: Path) -> None:
     """
     config, tensors = read_adapter(adapter)
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
-    base = json.loads((adapter / file).read_text(encoding="utf-8")) if (file := _base_file(adapter)) else {}
+    try:
+        base = json.loads((adapter / file).read_text(encoding="utf-8")) if (file := _base_file(adapter)) else {}
+    except ValueError as error:
+        raise UserError(f"{adapter / file} is damaged, copy it again: {error}") from None
     print(f"{adapter}: {n_parameters:,} parameters")
     print(f"made for: {base.get('base') or base.get('base_model_name_or_path') or 'not said'}")
     kind = [word for word, is_so in (("DoRA", config.use_dora), ("rsLoRA", config.use_rslora)) if is_so] or ["LoRA"]

@@ -1,5 +1,6 @@
 """What an adapter is: its rank, its layers, its variant; and the same as peft's ``adapter_config.json``."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,8 +57,16 @@ class LoRAConfig:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
         alphas = {"alpha": self.alpha} | {f"alpha_pattern {key!r}": value for key, value in self.alpha_pattern.items()}
         for name, value in alphas.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise UserError(f"{name} is {value!r}: give a number above 0")
+        expressions = [*self.rank_pattern, *self.alpha_pattern]
+        if isinstance(self.target_modules, str) and self.target_names is None:
+            expressions.append(self.target_modules)
+        for text in expressions:
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise UserError(f"{text!r} is no regular expression: {error}; e.g. .*q_proj") from None
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}: give a number from 0 to below 1")
         if self.bias not in ("none", "all", "lora_only"):
@@ -172,12 +181,14 @@ def ends_with(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Return whether the expression ``pattern`` matches the end of ``name``, from a dot on, as peft looks it up."""
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", each) for each in (name, _whole_name(name)))
+
+
 def _by_pattern(pattern: Mapping[str, Any], name: str, usual):
-    """Return the value of the first pattern that the end of ``name`` matches, as peft looks it up."""
-    for key, value in pattern.items():
-        if any(re.fullmatch(rf"(.*\.)?({key})", each) for each in (name, _whole_name(name))):
-            return value
-    return usual
+    """Return the value of the first pattern that matches ``name``."""
+    return next((value for key, value in pattern.items() if matches(key, name)), usual)
 
 
 def _whole_name(name: str) -> str:

@@ -17,7 +17,7 @@ from minillm.lora.adapters import (
     set_adapter,
     trainable_names,
 )
-from minillm.lora.config import ALL_LINEAR, LoRAConfig, ends_with
+from minillm.lora.config import ALL_LINEAR, LoRAConfig, ends_with, matches
 from minillm.lora.experts import ADAPTABLE, check_kinds
 from minillm.lora.init import TAKEN_OUT, first_values
 from minillm.lora.layer import adapted_layers, unbind
@@ -132,7 +132,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the names of the layers that ``config`` adapts, in the order of the model.
 
     Raises:
-        UserError: none matches, or a name in ``target_modules`` matches none; the message lists the layers there are.
+        UserError: none matches, or a name in ``target_modules`` or a pattern matches none; the message lists the
+            layers there are.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
     layers = {name: module for name, module in layers.items() if ".lora." not in name}
@@ -152,6 +153,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         what = ", ".join(missing) or str(config.target_modules)
         raise UserError(f"no layer{blocks} is called {what}: there are {', '.join(kinds)}, and the words {ALL_LINEAR}, "
                         "attention, mlp, experts")  # fmt: skip
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(matches(pattern, name) for name in found):
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in found})
+            raise UserError(f"the pattern {pattern!r} matches no adapted layer: there are {', '.join(kinds)}")
     return found
 
 

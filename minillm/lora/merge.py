@@ -1,10 +1,15 @@
 """Add an adapter to the weights for good, or for a while."""
 
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from minillm.errors import UserError
-from minillm.lora.adapters import adapters_of, write_slots
+from minillm.lora.adapters import adapters_of, set_adapter, write_slots
+from minillm.lora.files import load_lora
 from minillm.lora.inject import remove_lora
 from minillm.lora.layer import adapted_layers
 from minillm.lora.whole import untie
@@ -61,3 +66,20 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
             layer.weight.copy_(layer.weight.to(a.dtype) - lora.scaling * (b @ a))
         lora.merged = False
     return model
+
+
+def merge_adapters(model: nn.Module, weights: Mapping[Path, float], *, any_base: bool = False) -> None:
+    """Add the adapters at these places, each with its weight, to the weights of ``model`` for good.
+
+    Raises:
+        UserError: none is named; a weight that is no number; whatever ``load_lora`` and ``set_adapter`` refuse.
+    """
+    if not weights:
+        raise UserError("no adapter is named: give at least one")
+    labels = {path: str(path).translate(str.maketrans("/\\.", "___")) for path in weights}
+    for path, weight in weights.items():
+        if not math.isfinite(weight):
+            raise UserError(f"the adapter {path} has the weight {weight}: give a number, e.g. 0.7")
+        load_lora(model, path, adapter_name=labels[path], any_base=any_base)
+    set_adapter(model, {labels[path]: weight for path, weight in weights.items()})
+    merge_lora(model, keep_base=False)

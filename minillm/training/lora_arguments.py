@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+import torch
+
 from minillm.errors import UserError
 from minillm.lora import LoRAConfig
 from minillm.lora.init import Init
 from minillm.training.arguments import SFTArguments
 from minillm.training.command_line import require
+from minillm.training.precision import choose_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,18 @@ class LoRAArguments(SFTArguments):
             _ = self.lora_config
         except UserError as error:
             raise UserError(f"the adapter's settings: {error}") from None
+
+    def choose_base_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that ``--base_dtype`` names, for a run that computes in ``dtype``.
+
+        Raises:
+            UserError: short weights beside layers trained whole, which are float32, and no autocast to join them.
+        """
+        base = choose_dtype(self.base_dtype, device, flag="base_dtype")
+        mixed = base != dtype == torch.float32 and (self.modules_to_save or self.lora_bias != "none")
+        message = "the layers that are trained whole are float32, so products need one short dtype: give --dtype auto"
+        require(not mixed, f"--base_dtype {self.base_dtype} with --dtype {self.dtype}: {message}")
+        return base
 
     @property
     def replay_files(self) -> list[str]:

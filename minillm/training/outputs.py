@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
-from minillm.lora import load_lora, merge_lora, save_lora, set_adapter
+from minillm.lora import save_lora
+from minillm.lora.merge import merge_adapters
 from minillm.lora.state import load_trained_state, trained_state
 from minillm.model.hf import load_model, save_model
 from minillm.training.weights import run_name
@@ -99,12 +100,9 @@ def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
             weights[name] = float(weight) if colon else 1.0
         except ValueError:
             raise UserError(f"--lora_name {said}: {weight!r} is no weight; write NAME:0.7,OTHER:0.3") from None
-    paths = [_find_adapter(name, save_dir=save_dir, config=model.config) for name in weights]
-    for number, path in enumerate(paths):
-        load_lora(model, path, adapter_name=str(number))
-    set_adapter(model, {str(number): weight for number, weight in enumerate(weights.values())})
-    merge_lora(model, keep_base=False)  # answers then cost what the model alone costs
-    return paths
+    found = {_find_adapter(name, save_dir=save_dir, config=model.config): w for name, w in weights.items()}
+    merge_adapters(model, found)  # answers then cost what the model alone costs
+    return list(found)
 
 
 def _find_adapter(name: str, *, save_dir: str, config) -> Path:

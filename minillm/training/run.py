@@ -249,7 +249,9 @@ class Run:
             self.export(self.directory)
             self.model.eval()
             self.watch.finish()
-            write_summary(self, samples() if samples is not None else [])
+            with self.autocast():  # a frozen model may have a shorter dtype than what is trained of it
+                texts = samples() if samples is not None else []
+            write_summary(self, texts)
             self.tracker.print(f"{self.stage}: saved {self.directory}")
         self.ranks.barrier()
         return self.last_eval

@@ -72,6 +72,8 @@ def test_scaling():
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern 'q_proj' is 0"),
         ({"alpha": 0}, "alpha is 0"),
         ({"alpha": math.nan}, "alpha is nan"),
+        ({"alpha": math.inf}, "alpha is inf"),
+        ({"rank_pattern": {"(": 3}}, r"'\(' is no regular expression"),
         ({"alpha": "16"}, "alpha is '16'"),
         ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern 'q_proj' is -1"),
         ({"dropout": 1.0}, "dropout is 1.0: give a number from 0 to below 1"),

@@ -150,6 +150,8 @@ def test_a_generator_draws_the_same_again_and_nothing_else_draws(tools):
         ({"target_modules": "q_proj,query,c_attn"}, "no layer is called query, c_attn"),
         ({"target_modules": r".*\.qkv"}, r"no layer is called \.\*\\\.qkv"),
         ({"layers": (7,)}, "no layer in the blocks 7"),
+        ({"rank_pattern": {"what": 3}}, "the pattern 'what' matches no adapted layer: there are down_proj, gate_proj"),
+        ({"target_modules": "*q_proj"}, r"'\*q_proj' is no regular expression"),
         ({"modules_to_save": ("score",)}, "modules_to_save: no layer is called score: there are .*lm_head"),
         ({"rank": 25, "init": "pissa"}, "rank 25: init 'pissa' needs at most 24"),
         ({"target_modules": "embed_tokens", "use_dora": True}, "use_dora: .*embed_tokens is an embedding"),

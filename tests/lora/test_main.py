@@ -85,12 +85,32 @@ def test_show(world, capsys):
     assert "made for: not said" in shown
 
 
+def test_show_a_broken_note(world, capsys):
+    (world / "one" / "base.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main(["show", "--adapter", str(world / "one")])
+    assert "base.json is damaged, copy it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said, written", [({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "torch.float16"},
+                                           "float16"), ({"torch_dtype": "auto"}, "float32")])  # fmt: skip
+def test_the_dtype_is_that_of_the_model_under_either_name(world, capsys, said, written):
+    path = world / "base" / "config.json"
+    raw = json.loads(path.read_text())
+    raw.pop("torch_dtype")
+    path.write_text(json.dumps(raw | said))
+    main(argv(world))
+    assert capsys.readouterr().out.endswith(f"({written})\n")
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
         (lambda argv: [*argv[:-1], argv[2]], "there is something already; choose a new directory"),
         (lambda argv: [*argv[:4], "nowhere", *argv[5:]], "no adapter at nowhere"),
         (lambda argv: [*argv[:4], f"{argv[4]}:much", *argv[5:]], "'much' is no weight; write PATH:0.7"),
+        (lambda argv: [*argv[:4], f"{argv[4]}:nan", *argv[5:]], "one has the weight nan: give a number"),
+        (lambda argv: [*argv[:4], *argv[5:]], "no adapter is named"),
         (lambda argv: [argv[0], "--model", "nowhere", *argv[3:]], "no model at nowhere"),
     ],
 )

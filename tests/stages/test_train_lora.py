@@ -87,9 +87,10 @@ def test_the_first_loss_is_the_base_models(tuned, lora):
         ["--lora_init", "pissa", "--use_rslora"],
         ["--target_modules", "attention", "--lora_layers", "1", "--rank_pattern", "q_proj=3"],
         ["--modules_to_save", "lm_head", "--loraplus_ratio", "16"],
-        ["--base_dtype", "bfloat16", "--lora_bias", "all"],
+        ["--base_dtype", "bfloat16", "--use_rslora"],
+        ["--base_dtype", "bfloat16", "--dtype", "bfloat16", "--modules_to_save", "embed_tokens,self_attn"],
     ],
-    ids=lambda options: options[0].removeprefix("--") + " " + options[1],
+    ids=lambda options: options[0].removeprefix("--") + " " + options[-1],
 )
 def test_every_option_trains_and_comes_back(tuned, lora, options):
     lora(tuned, *options, "--accumulation_steps", "9", "--learning_rate", "3e-3")  # every update sees all rows
@@ -146,6 +147,7 @@ def test_eval_model_adds_the_adapter(tuned, lora, call, capsys):
         (["--replay_path", "old.jsonl"], ["old.jsonl: no such file"]),
         (["--modules_to_save", "head"], ["no layer is called head"]),
         (["--base_dtype", "float16"], ["--base_dtype float16 on a CPU"]),
+        (["--base_dtype", "bfloat16", "--modules_to_save", "lm_head"], ["trained whole are float32", "--dtype auto"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else None,
 )

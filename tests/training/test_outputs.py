@@ -101,6 +101,8 @@ def test_what_is_not_there_is_said(tmp_path):
         add_adapters(tiny_model(), "medical", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="'much' is no weight"):
         add_adapters(tiny_model(), "cooking:much", save_dir=str(tmp_path))
+    with pytest.raises(UserError, match="no adapter is named"):
+        add_adapters(tiny_model(), " , ", save_dir=str(tmp_path))
     (tmp_path / "weights.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no adapter"):
         add_adapters(tiny_model(), str(tmp_path / "weights.pth"), save_dir=str(tmp_path))
