@@ -15,7 +15,8 @@ import torch
 import tyro
 
 from minillm.errors import UserError
-from minillm.lora.files import BASE, CONFIG, read_adapter
+from minillm.lora.base import BASE
+from minillm.lora.files import CONFIG, read_adapter
 from minillm.lora.merge import merge_adapters
 from minillm.model.hf import load_model, save_model
 
@@ -45,7 +46,7 @@ def merge(
         raise UserError(f"--output {output}: there is something already; choose a new directory")
     merged = load_model(model)
     merged.origin = str(model)
-    merge_adapters(merged, dict(map(_weighted, adapter)), any_base=any_base)
+    merge_adapters(merged, list(map(_weighted, adapter)), any_base=any_base)
     if dtype == "as the model":
         raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")

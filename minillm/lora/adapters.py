@@ -58,11 +58,11 @@ class Adapters:
         for other, adapter in self.stored.items():
             if adapter.config.use_dora != config.use_dora:
                 raise UserError(f"{other!r} and {name!r} are not both DoRA: load them into two models")
-            taken_out = [n for n, c in ((other, adapter.config), (name, config)) if c.init in TAKEN_OUT]
+            taken_out = [(n, c.init) for n, c in ((other, adapter.config), (name, config)) if c.init in TAKEN_OUT]
             if taken_out:
                 raise UserError(
-                    f"{taken_out[0]!r} has taken its start out of the model's weights ({config.init}), so no other can "
-                    f"work on them: save it and load it again, then it is an adapter like any other"
+                    f"{taken_out[0][0]!r} takes its start out of the model's weights ({taken_out[0][1]}), so no other "
+                    f"can work on them: save it and load it again, then it is an adapter like any other"
                 )
 
     @property

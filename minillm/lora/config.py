@@ -42,7 +42,8 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the model are trained too."""
     modules_to_save: tuple[str, ...] = ()
-    """Layers trained and saved whole, by the end of their name, e.g. embed_tokens, lm_head."""
+    """Layers trained and saved whole, by the end of their name, e.g. embed_tokens, lm_head. They are float32 in a
+    model of half precision, which then computes under autocast only."""
     use_rslora: bool = False
     """Scale by alpha/sqrt(rank): large ranks then learn as fast as small ones."""
     use_dora: bool = False
@@ -69,6 +70,10 @@ class LoRAConfig:
                 raise UserError(f"{text!r} is no regular expression: {error}; e.g. .*q_proj") from None
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}: give a number from 0 to below 1")
+        if isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save):
+            raise UserError(f"modules_to_save is {self.modules_to_save!r}: give names as a tuple, e.g. ('lm_head',)")
+        if not self.target_modules:
+            raise UserError(f"target_modules is {self.target_modules!r}: give {ALL_LINEAR}, or names of layers")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f"bias is {self.bias!r}: choose none, all or lora_only")
         if self.use_dora and self.init in TAKEN_OUT:
@@ -94,7 +99,8 @@ class LoRAConfig:
         names = self.target_names
         if names is None:
             return re.fullmatch(str(self.target_modules), name) is not None
-        return any(ends_with(name, wanted) for wanted in names)
+        is_named = any(ends_with(name, wanted) for wanted in names)
+        return None if ALL_LINEAR in names and not is_named else is_named
 
     @property
     def target_names(self) -> tuple[str, ...] | None:
@@ -108,8 +114,8 @@ class LoRAConfig:
 
     # ---- peft's file ---------------------------------------------------------------------------------------------
 
-    def to_peft(self, *, names: list[str], base: str | None = None) -> dict[str, Any]:
-        """Return ``adapter_config.json`` for the adapted layers ``names``."""
+    def to_peft(self, *, names: list[str], whole: list[str], base: str | None = None) -> dict[str, Any]:
+        """Return ``adapter_config.json`` for the adapted layers ``names``, and those trained whole."""
         known: dict[str, Any] = {"kaiming": True, "orthogonal": True}
         fused = {name: _whole_name(name) for name in names if _whole_name(name) != name}
         ranks = {_whole_name(name): self.rank_of(name) for name in names}
@@ -126,7 +132,7 @@ class LoRAConfig:
             "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != self.rank},
             "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != self.alpha},
             "bias": self.bias,
-            "modules_to_save": list(self.modules_to_save) or None,
+            "modules_to_save": whole or None,
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
             "init_lora_weights": known.get(self.init, self.init),
@@ -139,6 +145,8 @@ class LoRAConfig:
         if raw.get("peft_type") != "LORA":
             raise UserError(f"peft_type is {raw.get('peft_type')!r}: only LORA adapters are read")
         other = {name: raw.get(name) for name in NOT_BUILT if raw.get(name)}
+        if raw.get("ensure_weight_tying") and raw.get("modules_to_save"):
+            other["ensure_weight_tying"] = True
         if other:
             found = ", ".join(f"{name}={value!r}" for name, value in other.items())
             raise UserError(f"the adapter uses what is not built here: {found}")

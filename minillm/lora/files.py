@@ -1,14 +1,12 @@
 """Adapters on disk: peft's directories, and one flat ``.pth``.
 
 A directory has ``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them, so either opens what the
-other saved. Beside them ``base.json`` says which model the adapter was made for: on another it would answer nonsense,
-and nothing else would say so.
+other saved. Beside them lies ``base.json`` (``base.py``).
 """
 
 import dataclasses
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,14 +28,15 @@ from minillm.lora.adapters import (
     trainable_names,
     write_slots,
 )
-from minillm.lora.config import EXPERT_PRODUCTS, LoRAConfig
+from minillm.lora.base import BASE, check_base, same_weights, sample_of
+from minillm.lora.config import EXPERT_PRODUCTS, LoRAConfig, ends_with
 from minillm.lora.experts import ADAPTABLE, check_kinds, factor_shapes
 from minillm.lora.init import TAKEN_OUT
 from minillm.lora.layer import adapted_layers
 from minillm.lora.whole import named_parameters, train_parameters, untie, whole_names
 from minillm.model.moe import ExpertProduct
 
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Our name of a tensor of a layer, and peft's; embeddings have names of their own.
 KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -83,7 +82,9 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
         stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
         _write_whole(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
         base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
-        config = adapter.config.to_peft(names=adapter.names, base=base and str(base))
+        whole = [n for n in layers if any(ends_with(n, name) for name in adapter.config.modules_to_save)]
+        whole = [name for name in whole if ".lora" not in name]  # whole names: peft takes any name with such an end
+        config = adapter.config.to_peft(names=adapter.names, whole=whole, base=base and str(base))
         _write_json(path / CONFIG, config)
         _write_json(path / BASE, {"base": base and str(base), "sample": sample_of(model, adapter.names)})
     except OSError as error:
@@ -119,7 +120,7 @@ def load_lora(
     if missing := whole - set(tensors):
         raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
     if not any_base and path.is_dir():
-        _check_base(model, path, names)
+        check_base(model, path, names)
     first = getattr(model, "lora_adapters", None) is None
     if first:
         model.lora_adapters = Adapters(trainable=trainable_names(model))
@@ -133,7 +134,7 @@ def load_lora(
         make_room(model, adapter)
         _part_ways(model, {name: tensors[name] for name in whole})
         train_parameters(model, config, names)
-    except UserError:
+    except BaseException:  # memory may be short too
         if first:
             from minillm.lora.inject import remove_lora
 
@@ -165,22 +166,6 @@ def as_difference(adapter: Adapter, model: nn.Module) -> Adapter:
     return Adapter(config=config, names=adapter.names, tensors=tensors)
 
 
-def sample_of(model: nn.Module, names: list[str]) -> list[float]:
-    """Return a few weights of up to eight adapted layers, by which the model is known again."""
-    values: list[float] = []
-    layers = dict(model.named_modules())
-    for name in sorted(names)[:: max(1, len(names) // 8)][:8]:
-        layer = layers[name]
-        adapters = getattr(model, "lora_adapters", None)
-        weight = layer.weight if adapters is None else adapters.base.get(f"{name}.weight", layer.weight)
-        if "lora" in layer._modules and layer.lora.base_weight is not None:
-            weight = layer.lora.base_weight
-        flat = weight.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, 8).long()
-        values += flat[places.to(flat.device)].float().tolist()
-    return values
-
-
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -194,10 +179,10 @@ def _read_directory(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         raise UserError(f"no adapter at {path}: there is no {CONFIG}; give a directory that save_lora or peft wrote")
     try:
         config = LoRAConfig.from_peft(json.loads((path / CONFIG).read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise UserError(f"{path / CONFIG} is damaged, copy it again: {error}") from None
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path / CONFIG} is damaged, copy it again: {error}") from None
     if not (path / WEIGHTS).is_file():
         raise UserError(f"{path} has no {WEIGHTS}: copy that file too")
     try:
@@ -215,7 +200,15 @@ def _read_directory(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
                 tensor = _from_wide(tensor, key, config.rank_of(layer))
             name = f"{layer}.{key}"
         tensors[name.replace(".base_layer.", ".")] = tensor
-    return config, tensors
+    return _say_whole_names(config, tensors), tensors
+
+
+def _say_whole_names(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> LoRAConfig:
+    """Return ``config`` with ``modules_to_save`` spelt out: to peft, ``norm`` means an ``input_layernorm`` as well."""
+    parts = [name.split(".")[:-1] for name in tensors if name.rpartition(".")[2] not in KEYS]
+    modules = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
+    named = {wanted: [m for m in modules if m.endswith(wanted)] or [wanted] for wanted in config.modules_to_save}
+    return dataclasses.replace(config, modules_to_save=tuple(name for found in named.values() for name in found))
 
 
 def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
@@ -223,7 +216,7 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         raise UserError(f"no adapter at {path}: there is no such file")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file leads torch into; with weights_only no code of it runs
         first = str(error).partition("\n")[0]
         raise UserError(f"{path} is no adapter: it is damaged, or holds code, which is not run ({first})") from None
     if not isinstance(stored, dict):
@@ -233,8 +226,10 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     for name, tensor in stored.items():
         match = _FLAT.fullmatch(str(name))
         tensors[f"{match[1]}.{match[2] or match[3]}" if match else str(name)] = tensor
+    if not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors.values()):
+        raise UserError(f"{path} is no adapter: it holds something else than tensors")
     ranks = {name.removesuffix(".A"): len(tensor) for name, tensor in tensors.items() if name.endswith(".A")}
-    if not ranks or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not ranks:
         raise UserError(f"{path} is no adapter: it has no <layer>.lora.A.weight")
     if said is None:  # without its settings the scaling is 1
         patterns = {re.escape(name): rank for name, rank in ranks.items()}
@@ -245,13 +240,13 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
             alpha_pattern=dict(patterns),
             target_modules=tuple(ranks),
         ), tensors
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(said).items()}
     try:
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
         return LoRAConfig(**settings), tensors
-    except TypeError as error:
-        raise UserError(f"{path}: its lora_config has other settings than ours: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path}: its lora_config has other settings than ours: {error}") from None
 
 
 def _check_fit(model: nn.Module, adapter: Adapter, path: Path) -> None:
@@ -292,7 +287,7 @@ def _drop_base(model: nn.Module, tensors: dict[str, Tensor], own: set[str], path
     for name in tensors.keys() - own:
         here, there = model.lora_adapters.base.get(name), tensors.pop(name)
         here = model.get_parameter(name).detach() if here is None else here
-        if not _same(here.float().cpu(), there.float()):
+        if not same_weights(here.float().cpu(), there.float()):
             raise UserError(
                 f"{path} brings a {name} of its own, which is not this model's, and does not say that it trains it: "
                 f"load the model that it was made for"
@@ -307,27 +302,6 @@ def _part_ways(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             other = first.setdefault(id(parameter), name)
             if not torch.equal(values[name], values[other]):
                 untie(model, {name})
-
-
-def _same(here: Tensor, there: Tensor) -> bool:
-    # Half precision moves a weight by up to 0.4 %; another training moves many by more.
-    return here.shape == there.shape and torch.allclose(here, there, rtol=1e-2, atol=1e-7)
-
-
-def _check_base(model: nn.Module, path: Path, names: list[str]) -> None:
-    if not (path / BASE).is_file():
-        return  # of peft's
-    try:
-        said = json.loads((path / BASE).read_text(encoding="utf-8"))
-        sample = torch.tensor(said["sample"], dtype=torch.float32)
-    except (ValueError, TypeError, LookupError, RuntimeError) as error:
-        raise UserError(f"{path / BASE} is damaged, copy it again: {error}") from None
-    if not _same(torch.tensor(sample_of(model, names)), sample):
-        now = getattr(model, "origin", None) or "this model"
-        raise UserError(
-            f"the adapter {path} was made for {said.get('base') or 'another model'}, whose weights are not those of "
-            f"{now}: load that one, or say any_base if you know that they belong together"
-        )
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def apply_lora(
     try:
         model.requires_grad_(False)
         add_adapter(model, adapter_name, config, names=names, generator=generator)
-    except UserError:
+    except BaseException:  # memory may be short too
         remove_lora(model)
         raise
     return names
@@ -141,12 +141,18 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     found = []
     for name, module in layers.items():
         wanted = config.is_target(name)
-        if wanted is None:
+        explicit = wanted is not None
+        if not explicit:
             wanted = isinstance(module, nn.Linear) and not is_output_layer(model, name, module)
         if wanted and name not in saved:
-            found.append(name)
+            why = _bypassed(model, name, module)
+            if not why:
+                found.append(name)
+            elif explicit:
+                raise UserError(f"{name} {why}: an adapter there would not be seen; leave it out")
     known = (*found, *saved)
-    missing = [target for target in config.target_names or () if not any(ends_with(name, target) for name in known)]
+    targets = [target for target in config.target_names or () if target != ALL_LINEAR]
+    missing = [target for target in targets if not any(ends_with(name, target) for name in known)]
     if missing or not found:
         kinds = sorted({re.sub(r".*\.(?!gate_up$|down$)", "", name) for name in layers})
         blocks = "" if config.layers is None else f" in the blocks {', '.join(map(str, config.layers))}"
@@ -158,6 +164,17 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in found})
             raise UserError(f"the pattern {pattern!r} matches no adapted layer: there are {', '.join(kinds)}")
     return found
+
+
+def _bypassed(model: nn.Module, name: str, module: nn.Module) -> str:
+    """Return why an adapter of a layer would not take part in what the model computes; empty: it would."""
+    is_plain = type(module).forward is nn.Linear.forward and isinstance(module._parameters.get("weight"), nn.Parameter)
+    if isinstance(module, nn.Linear) and not is_plain:
+        return f"is a {type(module).__name__}, which computes in its own way"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"belongs to a {type(parent).__name__}, which reads its weight past its forward"
+    return ""
 
 
 def is_output_layer(model: nn.Module, name: str, module: nn.Module) -> bool:

@@ -124,7 +124,8 @@ class DoRA(LoRA):
         """Return the turned and stretched weight less the old one (out, in)."""
         weight = (layer.weight if self.base_weight is None else self.base_weight).to(self.scaling)
         turned = weight + super().delta(layer)
-        return (self.magnitude / turned.norm(dim=1))[:, None] * turned - weight
+        norms = turned.norm(dim=1).clamp_min(torch.finfo(turned.dtype).tiny ** 0.5)
+        return (self.magnitude / norms)[:, None] * turned - weight
 
     @torch.no_grad()
     def row_norms(self, weight: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ class DoRA(LoRA):
             squares = weight.square().sum(dim=1)  # (out,)
             mixed = ((weight @ a.T) * b).sum(dim=1)
             low = ((b @ (a @ a.T)) * b).sum(dim=1)
-            return (squares + 2 * s * mixed + s * s * low).clamp_min(0).sqrt()
+            # A row of zeros has no direction: not 0/0, but 0 times something
+            return (squares + 2 * s * mixed + s * s * low).clamp_min(torch.finfo(a.dtype).tiny).sqrt()
 
 
 class EmbeddingLoRA(LoRA):

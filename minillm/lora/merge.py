@@ -1,7 +1,7 @@
 """Add an adapter to the weights for good, or for a while."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from minillm.lora.adapters import adapters_of, set_adapter, write_slots
 from minillm.lora.files import load_lora
 from minillm.lora.inject import remove_lora
 from minillm.lora.layer import adapted_layers
-from minillm.lora.whole import untie
+from minillm.lora.whole import narrow_parameters, untie
 
 
 @torch.no_grad()
@@ -43,6 +43,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
         return model
     for layer in layers.values():
         layer.lora.base_weight = None  # so that nothing is put back
+    narrow_parameters(model)
     adapters.base.clear()
     adapters.untied.clear()
     remove_lora(model)
@@ -68,18 +69,23 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_adapters(model: nn.Module, weights: Mapping[Path, float], *, any_base: bool = False) -> None:
+def merge_adapters(model: nn.Module, chosen: Sequence[tuple[Path, float]], *, any_base: bool = False) -> None:
     """Add the adapters at these places, each with its weight, to the weights of ``model`` for good.
 
     Raises:
-        UserError: none is named; a weight that is no number; whatever ``load_lora`` and ``set_adapter`` refuse.
+        UserError: none is named, or one twice; a weight that is no number; whatever ``load_lora`` and ``set_adapter``
+            refuse.
     """
-    if not weights:
+    if not chosen:
         raise UserError("no adapter is named: give at least one")
-    labels = {path: str(path).translate(str.maketrans("/\\.", "___")) for path in weights}
-    for path, weight in weights.items():
+    if len({path.resolve() for path, _ in chosen}) < len(chosen):
+        raise UserError("an adapter is named twice: name it once, with the sum of its weights")
+    weights = {}
+    for number, (path, weight) in enumerate(chosen, 1):
         if not math.isfinite(weight):
             raise UserError(f"the adapter {path} has the weight {weight}: give a number, e.g. 0.7")
-        load_lora(model, path, adapter_name=labels[path], any_base=any_base)
-    set_adapter(model, {labels[path]: weight for path, weight in weights.items()})
+        label = f"{path.stem}, number {number}"
+        load_lora(model, path, adapter_name=label, any_base=any_base)
+        weights[label] = weight
+    set_adapter(model, weights)
     merge_lora(model, keep_base=False)

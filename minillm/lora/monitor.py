@@ -17,6 +17,7 @@ Works with any loop:
 Legend: R rank, K factors of a product (R, or 2R where what was taken out of the weight counts).
 """
 
+from math import isfinite
 from statistics import median
 
 import torch
@@ -97,6 +98,8 @@ class Monitor:
         if self.last_row is None:
             return []
         rows = self.last_row["layers"]
+        if not all(v is None or isfinite(v) for row in rows.values() for v in row.values()):
+            return ["the adapter is no longer finite: use a checkpoint from before"]
         ranks = [rows[name]["effective_rank"] / len(layer.lora.A.weight) for name, layer in self.layers.items()]
         deltas = [row["delta_ratio"] for row in rows.values() if row["delta_ratio"] is not None] or [0.0]
         width, share = median(len(layer.lora.A.weight) for layer in self.layers.values()), median(ranks)
@@ -170,6 +173,9 @@ class Monitor:
         still_zero = {name for name, lora in layers.items() if not lora.B.weight.any()}
         fresh = self._fresh
         found = [
+            fresh("finite", {n: any(v is not None and not isfinite(v) for v in r.values()) for n, r in rows.items()},
+                  TIMES_ON_END, "the adapter or its gradients hold numbers that are not finite in {}: lower the "
+                  "learning rate, and go on from a checkpoint before this step"),
             fresh("A and B", {n: not r["grad_norm_A"] and not r["grad_norm_B"] for n, r in rows.items()}, passed,
                   f"A and B have received no gradient for {STEPS_WITHOUT_GRADIENT} steps in {{}}: the loss does not "
                   "depend on that layer"),

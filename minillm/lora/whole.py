@@ -75,17 +75,22 @@ def untie(model: nn.Module, chosen: set[str]) -> None:
 def restore_parameters(model: nn.Module) -> None:
     """Give every whole parameter its old value back, and tie again what was tied."""
     fill_parameters(model, {})
+    narrow_parameters(model)
+    for name, other in model.lora_adapters.untied.items():
+        owner, key = _owner(model, name)
+        source, source_key = _owner(model, other)
+        owner._parameters[key] = source._parameters[source_key]
+        _say_tied(model, True)
+
+
+def narrow_parameters(model: nn.Module) -> None:
+    """Give whole parameters the dtype back that they had before they were trained."""
     narrow: dict[int, nn.Parameter] = {}
     for name, old in model.lora_adapters.base.items():
         owner, key = _owner(model, name)
         parameter = owner._parameters[key]
         if parameter.dtype != old.dtype:
             owner._parameters[key] = narrow.setdefault(id(parameter), nn.Parameter(parameter.detach().to(old.dtype)))
-    for name, other in model.lora_adapters.untied.items():
-        owner, key = _owner(model, name)
-        source, source_key = _owner(model, other)
-        owner._parameters[key] = source._parameters[source_key]
-        _say_tied(model, True)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a run writes of its model and reads back: all of it, or its adapter alone."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ class AdapterAlone(WholeModel):
         """Return what must be the same for a checkpoint to be gone on with."""
         args = self.args
         return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
-                "adapter": str(args.lora_config)}  # fmt: skip
+                **{f"adapter's {key}": str(value) for key, value in asdict(args.lora_config).items()}}  # fmt: skip
 
 
 def adapter_directory(name: str, *, save_dir: str, config) -> Path:
@@ -93,22 +94,22 @@ def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
     Raises:
         UserError: nothing there (the message lists the adapters there are), or it does not fit the model.
     """
-    weights: dict[str, float] = {}
+    chosen = []
     for part in filter(None, map(str.strip, said.split(","))):
         name, colon, weight = part.partition(":")
         try:
-            weights[name] = float(weight) if colon else 1.0
+            share = float(weight) if colon else 1.0
         except ValueError:
             raise UserError(f"--lora_name {said}: {weight!r} is no weight; write NAME:0.7,OTHER:0.3") from None
-    found = {_find_adapter(name, save_dir=save_dir, config=model.config): w for name, w in weights.items()}
-    merge_adapters(model, found)  # answers then cost what the model alone costs
-    return list(found)
+        chosen.append((_find_adapter(name, save_dir=save_dir, config=model.config), share))
+    merge_adapters(model, chosen)  # answers then cost what the model alone costs
+    return [path for path, _ in chosen]
 
 
 def _find_adapter(name: str, *, save_dir: str, config) -> Path:
     usual = adapter_directory(name, save_dir=save_dir, config=config)
     for path in (Path(name), usual):
-        if path.is_file() or (path / "adapter_config.json").is_file():
+        if (path.is_file() and path.suffix == ".pth") or (path / "adapter_config.json").is_file():
             return path
     found = sorted(path.parent.name for path in Path(save_dir).glob("lora/*/adapter_config.json"))
     raise UserError(

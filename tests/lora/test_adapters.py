@@ -151,8 +151,8 @@ def test_an_adapter_is_forgotten(tools, both):
 @pytest.mark.parametrize(
     "first, second, words",
     [
-        ({"init": "pissa"}, {}, "'default' has taken its start out of the model's weights"),
-        ({}, {"init": "olora"}, "'more' has taken its start out"),
+        ({"init": "pissa"}, {}, "'default' takes its start out of the model's weights"),
+        ({}, {"init": "olora"}, "'more' takes its start out"),
         ({"use_dora": True}, {}, "'default' and 'more' are not both DoRA"),
     ],
 )

@@ -93,7 +93,7 @@ def test_to_peft_and_back():
         modules_to_save=("lm_head",), rank_pattern={"up_proj": 3}, alpha_pattern={"0.self_attn.q_proj": 2.0},
     )  # fmt: skip
     names = [name for name in NAMES if config.is_target(name)]
-    raw = json.loads(json.dumps(config.to_peft(names=names, base="a/b")))
+    raw = json.loads(json.dumps(config.to_peft(names=names, whole=["lm_head"], base="a/b")))
     theirs = peft.LoraConfig(**raw)
     assert theirs.to_dict()["base_model_name_or_path"] == "a/b"
     again = LoRAConfig.from_peft(raw)

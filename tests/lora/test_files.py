@@ -202,6 +202,8 @@ WRONG = {
     "broken json": (lambda p: (p / "adapter_config.json").write_text("{"), "is damaged, copy it again"),
     "a list": (lambda p: (p / "adapter_config.json").write_text("[]"), "is damaged, copy it again"),
     "a broken note of the base": (lambda p: (p / "base.json").write_text("{}"), "base.json is damaged, copy it again"),
+    "a dropout that is none": (lambda p: rewrite(p, lora_dropout=None), "adapter_config.json is damaged"),
+    "targets that are none": (lambda p: rewrite(p, target_modules=5), "adapter_config.json is damaged"),
     "another method": (lambda p: rewrite(p, peft_type="IA3"), "peft_type is 'IA3': only LORA"),
     "rank 0": (lambda p: rewrite(p, r=0), "adapter_config.json: rank is 0"),
     "another rank": (lambda p: rewrite(p, r=4), r"down_proj.A has shape \(3, 40\) and the model needs \(4, 40\)"),
@@ -278,6 +280,8 @@ class Code:
     [
         ({f"{Q}.lora.A.weight": Code()}, "holds code, which is not run"),
         ([1, 2], "holds list, no adapter"),
+        ({f"{Q}.lora.A.weight": 3}, "holds something else than tensors"),
+        ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": "abc"}, "x.pth: its lora_config"),
         ({"model.norm.weight": torch.ones(24)}, "it has no <layer>.lora.A.weight"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "x": 3}, "is no adapter"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24)}, f"{Q}.B is missing"),

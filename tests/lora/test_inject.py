@@ -123,6 +123,43 @@ def test_any_module_with_linear_layers_in_it():
     assert torch.equal(model(x), before)
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_past_whose_forward_the_model_computes_are_left_out():
+    """An adapter there would learn nothing, or be lost when it is merged."""
+    weighed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), Doubling(8, 8), weighed, nn.TransformerEncoderLayer(8, 2, 16))
+    for name, words in (
+        ("1", "a Doubling, which computes in its own way"),
+        ("2", "ParametrizedLinear"),
+        ("out_proj", "a MultiheadAttention, which reads"),
+        ("linear1", "TransformerEncoderLayer"),
+    ):
+        with pytest.raises(UserError, match=words):
+            apply_lora(model, target_modules=name)
+    assert apply_lora(model, rank=2) == ["0"]
+
+
+def test_all_linear_goes_with_names(tools):
+    assert "lm_head" in apply_lora(tools.model(), target_modules="all-linear,lm_head", layers=None)
+
+
+def test_what_fails_for_another_reason_leaves_nothing_either(tools, monkeypatch):
+    model = tools.model()
+
+    def full(*_, **__):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr("minillm.lora.inject.make_room", full)
+    with pytest.raises(RuntimeError):
+        apply_lora(model, rank=3)
+    assert not hasattr(model, "lora_adapters")
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_generator_draws_the_same_again_and_nothing_else_draws(tools):
     def drawn(seed):
         model = tools.model()
@@ -151,6 +188,8 @@ def test_a_generator_draws_the_same_again_and_nothing_else_draws(tools):
         ({"target_modules": r".*\.qkv"}, r"no layer is called \.\*\\\.qkv"),
         ({"layers": (7,)}, "no layer in the blocks 7"),
         ({"rank_pattern": {"what": 3}}, "the pattern 'what' matches no adapted layer: there are down_proj, gate_proj"),
+        ({"target_modules": ""}, "target_modules is '': give all-linear, or names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head': give names as a tuple"),
         ({"target_modules": "*q_proj"}, r"'\*q_proj' is no regular expression"),
         ({"modules_to_save": ("score",)}, "modules_to_save: no layer is called score: there are .*lm_head"),
         ({"rank": 25, "init": "pissa"}, "rank 25: init 'pissa' needs at most 24"),

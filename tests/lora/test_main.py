@@ -111,6 +111,7 @@ def test_the_dtype_is_that_of_the_model_under_either_name(world, capsys, said, w
         (lambda argv: [*argv[:4], f"{argv[4]}:much", *argv[5:]], "'much' is no weight; write PATH:0.7"),
         (lambda argv: [*argv[:4], f"{argv[4]}:nan", *argv[5:]], "one has the weight nan: give a number"),
         (lambda argv: [*argv[:4], *argv[5:]], "no adapter is named"),
+        (lambda argv: [*argv[:5], argv[4] + ":0.5", *argv[5:]], "an adapter is named twice"),
         (lambda argv: [argv[0], "--model", "nowhere", *argv[3:]], "no model at nowhere"),
     ],
 )

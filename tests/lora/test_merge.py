@@ -102,6 +102,18 @@ def test_merged_costs_nothing(tools, monkeypatch):
     tools.logits(model)
 
 
+def test_merged_for_good_a_half_model_is_one_dtype_again(tools):
+    model = tools.model(dtype=torch.bfloat16)
+    apply_lora(model, rank=3, modules_to_save=("lm_head",))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    wanted = model.lm_head.weight.detach().clone()
+    merge_lora(model, keep_base=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.lm_head.weight, wanted.bfloat16())
+    assert tools.logits(model).isfinite().all()
+
+
 def test_twice_and_never_are_refused(tools):
     model = adapted(tools)
     with pytest.raises(UserError, match="not merged"):

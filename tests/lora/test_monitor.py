@@ -180,7 +180,8 @@ def test_numbers_that_are_none_end_nothing():
     optimizer.step()
     row = monitor.after_update(2, optimizer)
     assert sum(math.isnan(layer["delta_ratio"]) for layer in row["layers"].values()) == 1
-    assert monitor.notes()
+    assert any("not finite in model.layers.0.self_attn.q_proj" in warning for warning in row["warnings"])
+    assert monitor.notes() == ["the adapter is no longer finite: use a checkpoint from before"]
 
 
 # ---- warnings ----------------------------------------------------------------------------------------------------

@@ -165,12 +165,30 @@ def test_dropout_differs_from_pefts_in_its_mask_alone(pair, tools):
     assert list(lora_parameters(ours))
 
 
+@pytest.mark.parametrize("wanted", ["norm", "mlp", "layers.0.mlp.up_proj"])
+def test_whole_layers_are_named_so_that_both_mean_the_same(tools, tmp_path, wanted):
+    """peft takes every module whose name ends with these letters: ``norm`` is an ``input_layernorm`` too."""
+    model, base = tools.hf("llama"), tools.hf("llama")
+    apply_lora(model, rank=3, target_modules="q_proj", modules_to_save=(wanted,))
+    tools.train(model, 2)
+    save_lora(model, tmp_path / "ours")
+    opened = peft.PeftModel.from_pretrained(tools.hf("llama"), tmp_path / "ours")
+    torch.testing.assert_close(tools.logits(opened), tools.logits(model), rtol=0, atol=1e-10)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=[wanted]))
+    tools.train(theirs, 2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = tools.hf("llama")
+    load_lora(again, tmp_path / "theirs")
+    torch.testing.assert_close(tools.logits(again), tools.logits(theirs), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"peft_type": "IA3"}, "only LORA"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"ensure_weight_tying": True, "modules_to_save": ["lm_head"]}, "ensure_weight_tying=True"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the model's weights too: .*path_initial_model"),
     ],
 )

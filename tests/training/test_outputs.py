@@ -74,11 +74,13 @@ def test_an_adapter_that_goes_on_is_that_of_the_same_settings():
     assert WholeModel().settings() == {}
 
 
-def test_adapters_are_found_by_name_directory_and_pth_and_weighed(tmp_path):
+def test_adapters_are_found_by_name_directory_and_pth_and_weighed(tmp_path, monkeypatch):
     first, second = with_adapter(1), with_adapter(2)
     save_lora(first, tmp_path / "lora" / "cooking_16")
     save_lora(second, tmp_path / "second.pth")
     wanted = first(IDS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cooking").write_text("a file of that name, which is none")
     for said in ("cooking", str(tmp_path / "lora" / "cooking_16"), "cooking:1.0"):
         model = tiny_model(double=True)
         assert [path.name for path in add_adapters(model, said, save_dir=str(tmp_path))] == ["cooking_16"]
@@ -103,6 +105,8 @@ def test_what_is_not_there_is_said(tmp_path):
         add_adapters(tiny_model(), "cooking:much", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="no adapter is named"):
         add_adapters(tiny_model(), " , ", save_dir=str(tmp_path))
+    with pytest.raises(UserError, match="named twice: name it once, with the sum"):
+        add_adapters(tiny_model(), f"cooking:0.7,{tmp_path}/lora/cooking_16:0.3", save_dir=str(tmp_path))
     (tmp_path / "weights.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no adapter"):
         add_adapters(tiny_model(), str(tmp_path / "weights.pth"), save_dir=str(tmp_path))
