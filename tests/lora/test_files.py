@@ -127,19 +127,6 @@ def test_several_are_saved_one_by_one(tools, tmp_path):
         load_lora(other, tmp_path / "a", adapter_name="a")
 
 
-def test_a_base_whose_layer_another_adapter_trains_whole_is_known_again(tools, tmp_path):
-    model = tools.model()
-    apply_lora(model, rank=3, target_modules="lm_head,q_proj")
-    tools.train(model, 2)
-    save_lora(model, tmp_path / "one")
-    wanted = tools.logits(model)
-    other = tools.model()
-    apply_lora(other, rank=3, target_modules="q_proj", modules_to_save=("lm_head",), adapter_name="whole")
-    tools.train(other, 3, lr=0.1)
-    load_lora(other, tmp_path / "one")
-    torch.testing.assert_close(tools.logits(other), wanted, rtol=0, atol=1e-12)
-
-
 def test_tied_layers_that_peft_trained_apart(tools, tmp_path):
     theirs = peft.get_peft_model(
         tools.hf("qwen3"),
@@ -244,28 +231,6 @@ def test_another_shape_names_both(tools, saved):
         load_lora(tools.model(hidden_size=32), saved[0])
     with pytest.raises(UserError, match=r"model.layers.1.mlp.down_proj: the model has no such layer"):
         load_lora(tools.model(num_hidden_layers=1), saved[0])
-
-
-def test_another_base_names_both(tools, tmp_path):
-    model = tools.model()
-    model.origin = "models/one"
-    apply_lora(model, rank=3)
-    tools.train(model, 2)
-    save_lora(model, tmp_path / "adapter")
-    other = tools.model()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    other.origin = "models/two"
-    with pytest.raises(UserError, match=r"was made for models/one, whose weights are not those of models/two"):
-        load_lora(other, tmp_path / "adapter")
-    assert not hasattr(other, "lora_adapters")
-    load_lora(other, tmp_path / "adapter", any_base=True)
-    same = tools.model()
-    same.origin = "elsewhere/one"  # the weights count, not the place
-    load_lora(same, tmp_path / "adapter")
-    (tmp_path / "adapter" / "base.json").unlink()  # of peft's: nothing to compare
-    load_lora(other, tmp_path / "adapter", adapter_name="again")
 
 
 class Code:

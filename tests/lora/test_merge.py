@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from minillm.errors import UserError
 from minillm.lora import apply_lora, merge_lora, remove_lora, unmerge_lora
@@ -112,6 +113,18 @@ def test_merged_for_good_a_half_model_is_one_dtype_again(tools):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.lm_head.weight, wanted.bfloat16())
     assert tools.logits(model).isfinite().all()
+
+
+def test_a_row_of_zeros_stays_one_under_dora():
+    layer = nn.Linear(5, 3, bias=False).requires_grad_(False)
+    layer.weight[1] = 0
+    model = nn.Sequential(layer)
+    apply_lora(model, rank=2, use_dora=True)
+    y = model(torch.ones(2, 5))
+    y.sum().backward()
+    assert (y[:, 1] == 0).all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert merge_lora(model, keep_base=False)[0].weight.isfinite().all()
 
 
 def test_twice_and_never_are_refused(tools):
