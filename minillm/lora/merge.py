@@ -84,7 +84,7 @@ def merge_adapters(model: nn.Module, chosen: Sequence[tuple[Path, float]], *, an
     for number, (path, weight) in enumerate(chosen, 1):
         if not math.isfinite(weight):
             raise UserError(f"the adapter {path} has the weight {weight}: give a number, e.g. 0.7")
-        label = f"{path.stem}, number {number}"
+        label = f"{path.name.replace('.', '_')}, number {number}"
         load_lora(model, path, adapter_name=label, any_base=any_base)
         weights[label] = weight
     set_adapter(model, weights)
