@@ -8,7 +8,7 @@ EXTRAS = {
     "track": ["wandb>=0.23", "matplotlib>=3.9"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "streamlit>=1.40", "openai>=2.0"],
     "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "jieba>=0.42"],
-    "bench": ["transformers>=5.0", "matplotlib>=3.9", "psutil>=6.0", "peft>=0.18"],
+    "bench": ["transformers>=5.0", "matplotlib>=3.9", "psutil>=6.0", "peft>=0.18", "trl>=0.20"],
     "parquet": ["pyarrow>=17.0"],
     "tokenizer": ["sentencepiece>=0.2.0"],
 }

@@ -104,15 +104,19 @@ def causal_lm_loss(model, batch: dict[str, Tensor], router_stats=None) -> tuple[
     return (loss_sum if router_stats is None else loss_sum + router_stats.finish()), n_targets
 
 
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype that autocast would choose for a product with ``hidden``; in a custom Function it casts none."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The chunked product, softmax and gradient behind ``linear_cross_entropy``."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights):
-        # Inside a custom Function autocast does not cast for us: choose the products' dtype as it would.
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        device, dtype = hidden.device.type, product_dtype(hidden)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
 
         rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (n,) positions that have a target

@@ -1,0 +1,294 @@
+"""White-box distillation: a student learns a teacher's whole distribution over the next token.
+
+A text says which token came next; a teacher says how likely every token was, which is far more per position. Hinton et
+al., Distilling the Knowledge in a Neural Network (2015), section 2: both distributions are softened by a temperature,
+p = softmax(teacher / T) and q = softmax(student / T), and the divergence is multiplied by T², so that its gradient
+stays as large as that of the cross-entropy beside it:
+
+    α · CE(student, target) + (1 - α) · T² · D(p, q)
+
+    forward     KL(p || q)                              q covers all that p does
+    reverse     KL(q || p)                              q keeps to what p does most: Gu et al., MiniLLM (2024)
+    symmetric   the mean of both
+    js          (KL(p || m) + KL(q || m)) / 2           m = (p + q) / 2: Agarwal et al., GKD (2024), equation 1, β = 1/2
+
+Legend: N positions with a target, V vocabulary, D hidden (of student and teacher), k the teacher's best tokens.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minillm.errors import UserError
+from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets, product_dtype
+
+DIVERGENCES = ("forward", "reverse", "symmetric", "js")
+# Logits of one chunk (16 MiB in float32): a divergence keeps about ten tensors of this size at a time.
+CHUNK_NUMEL = 4 * 1024 * 1024
+
+
+def distill_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+) -> tuple[Tensor, Tensor]:
+    """Return ``(loss_sum, n_targets)`` of given logits, in float32 at least.
+
+    Args:
+        student_logits: (..., V). teacher_logits: (..., V or more); further columns, the padding of an embedding, are
+            left out. The teacher gets no gradient.
+        targets: (...), ``IGNORE_INDEX`` where nothing is learnt. weights: (...), per target; None for ones.
+        alpha: weight of the cross-entropy. temperature: T. divergence: see above.
+
+    Raises:
+        UserError: a setting out of range; a teacher with a smaller vocabulary.
+    """
+    return linear_distill_loss(
+        student_logits,
+        None,
+        teacher_logits,
+        None,
+        targets,
+        weights,
+        alpha=alpha,
+        temperature=temperature,
+        divergence=divergence,
+    )
+
+
+def linear_distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+) -> tuple[Tensor, Tensor]:
+    """Return ``distill_loss`` of ``student_hidden @ student_weight.T`` and the teacher's, which are never whole.
+
+    Logits of both models exist for one chunk of positions at a time; the gradient of a chunk is formed at once.
+
+    Args:
+        student_hidden, teacher_hidden: (..., D), widths of their own; (..., V) logits where the weight is None.
+        student_weight, teacher_weight: (V, D), the output layers.
+    """
+    _check(alpha, temperature, divergence)
+    n_student = (student_hidden if student_weight is None else student_weight.T).shape[-1]
+    n_teacher = (teacher_hidden if teacher_weight is None else teacher_weight.T).shape[-1]
+    if n_teacher < n_student:
+        raise UserError(f"the teacher knows {n_teacher} tokens, the student {n_student}: give them the same tokenizer")
+    dtype = product_dtype(teacher_hidden)  # here, since autocast is off inside of the chunks
+    output = None if teacher_weight is None else teacher_weight[:n_student].detach().to(dtype)
+
+    def compare(student: Tensor, hidden: Tensor) -> Tensor:
+        teacher = hidden[:, :n_student] if output is None else hidden.to(dtype) @ output.T
+        p = F.log_softmax(teacher.to(student.dtype) / temperature, dim=-1)  # (n, V)
+        return _divergence(p, F.log_softmax(student / temperature, dim=-1), divergence)
+
+    loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
+    return _chunked(loss, student_hidden, student_weight, targets, weights, teacher_hidden.detach())
+
+
+def linear_top_k_distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor | None,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+) -> tuple[Tensor, Tensor]:
+    """Return the same loss with a teacher of whom only the k best tokens of every position are known.
+
+    All other tokens count as one, "the rest": its probability is what is left of 1, for both. The divergence is then
+    at most the true one (merging tokens can only hide differences), and equal to it when k is V - 1 or more.
+
+    Args:
+        teacher_ids, teacher_log_probs: (..., k), from ``top_k_teacher`` with the same temperature.
+    """
+    _check(alpha, temperature, divergence)
+
+    def compare(student: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+        q = F.log_softmax(student / temperature, dim=-1).gather(1, ids)  # (n, k)
+        p = log_probs.to(q.dtype)
+        if ids.shape[1] < student.shape[1]:
+            p, q = (torch.cat([known, _rest(known)], dim=1) for known in (p, q))  # (n, k + 1)
+        return _divergence(p, q, divergence)
+
+    loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
+    return _chunked(loss, student_hidden, student_weight, targets, weights, teacher_ids, teacher_log_probs)
+
+
+@torch.no_grad()
+def top_k_teacher(
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    targets: Tensor,
+    *,
+    k: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the k best tokens of every position that has a target: ids and log-probabilities at T, (..., k) each.
+
+    Both are 0 elsewhere. ``vocab_size`` limits the tokens to the first ones.
+
+    Raises:
+        UserError: k is not between 1 and the number of tokens.
+    """
+    n_tokens = (teacher_hidden if teacher_weight is None else teacher_weight.T).shape[-1]
+    n_tokens = min(n_tokens, vocab_size or n_tokens)
+    if not 1 <= k <= n_tokens:
+        raise UserError(f"top_k {k}: the teacher knows {n_tokens} tokens, choose 1 to {n_tokens}")
+    rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
+    used = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])[rows]
+    dtype = product_dtype(used)
+    output = None if teacher_weight is None else teacher_weight[:n_tokens].to(dtype)
+    ids = torch.zeros(targets.numel(), k, dtype=torch.long, device=targets.device)
+    log_probs = torch.zeros(targets.numel(), k, dtype=_wide(used), device=targets.device)
+    for chunk in _chunks(len(rows), n_tokens):
+        logits = used[chunk, :n_tokens] if output is None else used[chunk].to(dtype) @ output.T
+        best = F.log_softmax(logits.to(_wide(used)) / temperature, dim=-1).topk(k, dim=-1)
+        ids[rows[chunk]], log_probs[rows[chunk]] = best.indices, best.values
+    return ids.view(*targets.shape, k), log_probs.view(*targets.shape, k)
+
+
+def hidden_distance(
+    student_hidden: Tensor, teacher_hidden: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``(sum, n_targets)`` of the squared distances between hidden states at length 1, where there are targets.
+
+    Sun et al., Patient Knowledge Distillation (2019), equation 7. Between 0 and 4 per position, whatever the scales.
+
+    Args:
+        student_hidden, teacher_hidden: (..., D) of one width; a projection brings the student's to it.
+    """
+    wide = _wide(student_hidden)
+    student, teacher = (F.normalize(t.to(wide), dim=-1) for t in (student_hidden, teacher_hidden.detach()))
+    distances = (student - teacher).square().sum(dim=-1)
+    factors = (targets != IGNORE_INDEX).to(wide)
+    return (distances * (factors if weights is None else factors * weights)).sum(), count_targets(targets, weights)
+
+
+# ---- one position ---------------------------------------------------------------------------------------------
+
+
+def _mix(student: Tensor, targets: Tensor, *teacher: Tensor, compare: Callable, alpha: float, temperature: float):
+    """Return the loss of every position, (n,), from the student's logits (n, V)."""
+    losses = 0.0
+    if alpha < 1:
+        losses = (1 - alpha) * temperature**2 * compare(student, *teacher)
+    if alpha:
+        losses = losses + alpha * F.cross_entropy(student, targets, reduction="none")
+    return losses
+
+
+def _divergence(p: Tensor, q: Tensor, kind: str) -> Tensor:
+    """Return D(p, q) of log-probabilities (n, V): (n,)."""
+    if kind == "forward":
+        return _kl(p, q)
+    if kind == "reverse":
+        return _kl(q, p)
+    if kind == "symmetric":
+        return (_kl(p, q) + _kl(q, p)) / 2
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return (_kl(p, middle) + _kl(q, middle)) / 2
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    # Both sum to 1, so - p + q adds nothing; but with it the gradient at p = q is 0 to the last bit, token by token.
+    p_exp = p.exp()
+    return (p_exp * (p - q) - p_exp + q.exp()).sum(dim=-1)
+
+
+def _rest(log_probs: Tensor) -> Tensor:
+    """Return the log of what the given probabilities (n, k) leave of 1: (n, 1)."""
+    left = 1 - log_probs.exp().sum(dim=1, keepdim=True)
+    return left.clamp(min=torch.finfo(left.dtype).tiny).log()  # rounding may leave a little less than nothing
+
+
+# ---- chunks ---------------------------------------------------------------------------------------------------
+
+
+def _chunked(loss: Callable, hidden: Tensor, weight: Tensor | None, targets: Tensor, weights, *teacher: Tensor):
+    """Return ``(loss_sum, n_targets)`` of ``loss(logits, targets, *teacher)`` over all positions with a target."""
+    rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
+    used = hidden.reshape(-1, hidden.shape[-1])[rows]
+    flat = [t.reshape(len(targets.reshape(-1)), -1)[rows] for t in teacher]
+    factors = None if weights is None else weights.reshape(-1)[rows]
+    loss_sum = _Chunked.apply(used, weight, loss, targets.reshape(-1)[rows], factors, *flat)
+    return loss_sum, count_targets(targets, weights)
+
+
+class _Chunked(torch.autograd.Function):
+    """Sums a loss over chunks of positions, and forms the gradients of each chunk at once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, loss, targets, factors, *teacher):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        dtype = product_dtype(hidden)
+        wide = torch.promote_types(dtype, torch.float32)
+        loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        short = None if weight is None else weight.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in _chunks(len(hidden), (hidden if weight is None else weight.T).shape[-1]):
+                here = hidden[chunk].to(wide if weight is None else dtype)
+                logits = (here if weight is None else here @ short.T).detach().to(wide)
+                with torch.enable_grad():
+                    logits.requires_grad_(need_hidden or need_weight)
+                    losses = loss(logits, targets[chunk], *(t[chunk] for t in teacher))  # (n,)
+                    part = (losses if factors is None else losses * factors[chunk].to(wide)).sum()
+                loss_sum += part.detach()
+                if not logits.requires_grad:
+                    continue
+                (grad_logits,) = torch.autograd.grad(part, logits)
+                grad_logits = grad_logits.to(here.dtype)
+                if need_hidden:
+                    grad_hidden[chunk] = (grad_logits if weight is None else grad_logits @ short).to(hidden.dtype)
+                if need_weight:
+                    grad_weight += (grad_logits.T @ here).to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable  # the saved gradients are constants
+    def backward(ctx, grad):
+        found = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
+        return (*found, *[None] * (len(ctx.needs_input_grad) - 2))
+
+
+def _chunks(n_rows: int, n_tokens: int):
+    length = max(1, CHUNK_NUMEL // n_tokens)
+    return (slice(start, start + length) for start in range(0, n_rows, length))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _check(alpha: float, temperature: float, divergence: str) -> None:
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha {alpha}: must lie between 0 and 1")
+    if temperature <= 0:
+        raise UserError(f"temperature {temperature}: must be positive")
+    if divergence not in DIVERGENCES:
+        raise UserError(f"divergence {divergence!r}: choose from {', '.join(DIVERGENCES)}")
