@@ -2,8 +2,13 @@
 
 from minillm.data.batches import StepBatches, collate
 from minillm.data.chat import ChatRows
+from minillm.data.pairs import JudgedRows, PairRows
+from minillm.data.reason_rows import ReasonRows
 from minillm.data.replay import ReplayRows
 from minillm.data.schema import Record, read_records
 from minillm.data.text import TextRows
 
-__all__ = ["ChatRows", "Record", "ReplayRows", "StepBatches", "TextRows", "collate", "read_records"]
+__all__ = [
+    "ChatRows", "JudgedRows", "PairRows", "ReasonRows", "Record", "ReplayRows", "StepBatches", "TextRows", "collate",
+    "read_records",
+]  # fmt: skip

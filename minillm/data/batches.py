@@ -18,28 +18,33 @@ from torch.utils.data import DataLoader, Dataset
 from minillm.data.packing import IGNORE_INDEX
 from minillm.errors import UserError
 
-PADDING = {"input_ids": 0, "targets": IGNORE_INDEX, "position_ids": 0, "document_ids": -1, "weights": 0.0}
+PADDING = {"input_ids": 0, "targets": IGNORE_INDEX, "position_ids": 0, "document_ids": -1}  # other columns: 0
 
 
-def collate(rows: list[dict[str, np.ndarray]], pad_to: int | None = None, *, n_rows: int = 0) -> dict[str, Tensor]:
+def collate(
+    rows: list[dict[str, np.ndarray]], pad_to: int | None = None, *, n_rows: int = 0, like: dict | None = None
+) -> dict[str, Tensor]:
     """Return a batch of the rows' columns, (B, T) each, right-padded.
 
     Args:
         pad_to: T; None takes the longest row (at least 1). n_rows: B when larger than ``len(rows)``; the rest
-            are rows of padding alone.
+            are rows of padding alone. like: a row with the columns to make when ``rows`` is empty.
 
-    ``weights`` is float32, every other column int64; a column is there when any row has it.
+    Numbers become float32 and int64. Further columns may have trailing dimensions: ``weights``, which are 1 in rows
+    that have none, and those that all rows have. Columns named ``other_...`` are a second row of its own length.
     """
-    length = pad_to or max([1, *(len(row["input_ids"]) for row in rows)])
-    names = [name for name in PADDING if name != "weights" or any(name in row for row in rows)]
     batch = {}
-    for name in names:
-        dtype = np.float32 if name == "weights" else np.int64
-        column = np.full((max(len(rows), n_rows), length), PADDING[name], dtype)
-        for target, row in zip(column, rows, strict=False):
-            values = row[name] if name in row else np.ones(len(row["input_ids"]), dtype)
+    examples = rows or [like or dict.fromkeys(PADDING, np.zeros(0, np.int64))]
+    kinds = {name: np.asarray(column) for row in examples for name, column in row.items()}
+    for name, kind in kinds.items():
+        columns = [row[name] if name in row else np.ones(len(row["input_ids"]), np.float32) for row in rows]
+        length = pad_to or max([1, *map(len, columns)])
+        dtype = np.float32 if kind.dtype.kind == "f" else np.int64
+        shape = (max(len(rows), n_rows), length, *kind.shape[1:])
+        whole = np.full(shape, PADDING.get(name.removeprefix("other_"), 0), dtype)
+        for target, values in zip(whole, columns, strict=False):
             target[: len(values)] = values
-        batch[name] = torch.from_numpy(column)
+        batch[name] = torch.from_numpy(whole)
     return batch
 
 
@@ -109,7 +114,8 @@ class StepBatches:
         micro_batches = []
         for begin in range(0, self.n_micro_batches * self.batch_size, self.batch_size):
             rows = [self.rows[int(number)] for number in mine[begin : begin + self.batch_size]]
-            micro_batches.append(collate(rows, self.rows.fixed_len, n_rows=self.batch_size))
+            like = None if rows else self.rows[0]
+            micro_batches.append(collate(rows, self.rows.fixed_len, n_rows=self.batch_size, like=like))
         return micro_batches
 
     def iterate(

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from minillm.data.packing import NO_LIMIT, PackedRows, Pieces, check_max_seq_len
-from minillm.data.shards import Shard, TokenStore, prepare, split_paths
+from minillm.data.shards import TokenStore, prepare, split_paths
+from minillm.data.turns import answer_turns
 from minillm.errors import UserError
 
 PACKINGS = ("best_fit", "none")
 TRAIN_ON = ("all", "last", "per_turn")
-SCAN = 1 << 24  # mask entries looked at together
 
 
 class ChatRows(PackedRows):
@@ -43,6 +43,8 @@ class ChatRows(PackedRows):
     files (see ``prepare``).
     """
 
+    kind = "chat"  # of shard
+
     def __init__(
         self,
         path: str | Path | list,
@@ -61,11 +63,11 @@ class ChatRows(PackedRows):
         if train_on not in TRAIN_ON:
             raise UserError(f"train_on {train_on!r}: allowed are {', '.join(TRAIN_ON)}")
         files = split_paths(path)
-        store = TokenStore(prepare(files, tokenizer, kind="chat", cache_dir=cache_dir, strict=strict))
+        store = TokenStore(prepare(files, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
         fixed_len = None if packing == "none" else max_seq_len
         super().__init__(store, tokenizer, files, max_seq_len=max_seq_len, fixed_len=fixed_len)
 
-        document, first, end = self._turns()
+        document, first, end = answer_turns(store)
         is_last = np.append(document[1:] != document[:-1], True)
         # Token index t is the target of pair t - 1, which is in the row when t <= T.
         reachable = first <= max_seq_len
@@ -82,7 +84,7 @@ class ChatRows(PackedRows):
             )
         self.set_pieces(pieces, packing, seed)
         self.log_prob = store.log_prob() if train_on != "last" and has_target.all() and not n_cut else None
-        settings = ["chat", max_seq_len, packing, train_on, seed, tokenizer.content_hash]
+        settings = [self.kind, max_seq_len, packing, train_on, seed, tokenizer.content_hash]
         settings += [shard.meta["sha256"] for shard in store.shards]
         self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         places = store.publish_rejected(files, lost, Path(cache_dir))
@@ -93,17 +95,6 @@ class ChatRows(PackedRows):
             targets_lost=int(wanted.sum() - self.n_targets),
             rejected_files=places,
         )
-
-    def _turns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (document, first, end) of every assistant turn: [first, end) within the document."""
-        edges = [np.zeros(0, np.int64)]
-        for shard, base in zip(self.store.shards, self.store.token_bases[:-1], strict=True):
-            edges.append(_edges(shard) + base)
-        edges = np.concatenate(edges)
-        first, end = edges[0::2], edges[1::2]
-        offsets = self.store.offsets
-        document = np.searchsorted(offsets, first, side="right") - 1
-        return document, first - offsets[document], end - offsets[document]
 
     def _explain_lost(self, documents: np.ndarray, files: list[Path], strict: bool) -> list[list[tuple]]:
         lost: list[list[tuple]] = [[] for _ in files]
@@ -144,16 +135,3 @@ def _choose(document, first, end, is_last, max_seq_len: int, train_on: str) -> t
         return Pieces(document[chosen], limits[0], kept_end[chosen] - 1, *limits), float(n_targets.sum())
     zeros = np.zeros(len(limits[0]), np.int64)
     return Pieces(document[chosen], zeros, kept_end[chosen] - 1, *limits), float(n_targets[chosen].sum())
-
-
-def _edges(shard: Shard) -> np.ndarray:
-    """Return the token indices where the mask turns on and off, alternating. A document begins with
-    <|im_start|>, which is never a target, so no turn reaches over into the next document."""
-    edges, before = [], np.zeros(1, np.uint8)
-    for start in range(0, shard.n_tokens, SCAN):
-        mask = np.concatenate([before, shard.mask[start : start + SCAN]])
-        edges.append(np.flatnonzero(mask[1:] != mask[:-1]) + start)
-        before = mask[-1:]
-    if before[0]:
-        edges.append(np.array([shard.n_tokens]))
-    return np.concatenate(edges)

@@ -369,3 +369,7 @@ def _check_replies(prompt: list[dict], sides: dict[str, list[dict]]) -> None:
         check_messages([*prompt, *reply])
         if not reply or reply[-1]["role"] != "assistant":
             raise UserError(f"{name} must end with an assistant turn")
+        if not (reply[-1].get("content") or "").strip() and not reply[-1].get("tool_calls"):
+            raise UserError(f"{name} is an empty answer: there is nothing to compare")
+    if sides.get("chosen") == sides.get("rejected", ()):
+        raise UserError("chosen and rejected are equal: neither is to be preferred")

@@ -4,16 +4,19 @@ A shard is a directory ``<cache_dir>/<key>/`` for one data file, where ``key`` h
 tokenizer's content and the settings; change any of them and another shard is made. It holds plain arrays:
 
     tokens.bin    uint16 (uint32 for vocabularies over 65,536): the documents' ids, one after the other
-    mask.bin      uint8, conversations only: 1 where the token is to be predicted
+    mask.bin      uint8, not for texts: 1 where the token is to be predicted
     offsets.bin   int64, n_documents + 1: where each document begins
     lines.bin     int64: line of each document in its file
     bytes.bin     int64: UTF-8 bytes of each document's text
     log_prob.bin  float64: exact log-probability of each document (NaN where unknown)
+    label.bin     int8, judged answers only: 1 for a good one, 0 for a bad one
     rejected.jsonl, meta.json
 
 A text is stored as <|endoftext|> tokens <|endoftext|>; a conversation as its chat encoding with every
-assistant turn marked. A shard is written under a temporary name and renamed when complete: a process that is
-killed leaves nothing that looks finished. Memory is bounded by ``CHUNK_CHARS``, whatever the file's size.
+assistant turn marked. Two kinds have two documents per record, whose last turn alone is marked: "preference"
+the chosen and the rejected reply to one prompt; "judged" a reply, and the reply to another prompt in its place.
+A shard is written under a temporary name and renamed when complete: a process that is killed leaves nothing
+that looks finished. Memory is bounded by ``CHUNK_CHARS``, whatever the file's size.
 """
 
 import contextlib
@@ -29,6 +32,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minillm.data.judged import mismatched
+from minillm.data.reasoning import parse_reasoning
 from minillm.data.rejects import publish_rejected, reject_line
 from minillm.data.schema import Record, check_file, read_records
 from minillm.errors import UserError
@@ -38,6 +43,7 @@ FORMAT = 1  # raise it when the files' meaning changes: old shards are then igno
 CHUNK_CHARS = 1 << 20  # text handed to the tokenizer at once; its working memory is about 200 times this
 CHUNK_RECORDS = 8192
 COLUMNS = {"offsets": np.int64, "lines": np.int64, "bytes": np.int64, "log_prob": np.float64}
+LABEL = {"label": np.int8}
 
 
 class Shard:
@@ -73,12 +79,13 @@ class Shard:
     @cached_property
     def mask(self) -> np.ndarray | None:
         """(n_tokens,) 1 where the token is to be predicted; None where every token is."""
-        return self._map("mask", np.uint8) if self.meta["kind"] == "chat" else None
+        return self._map("mask", np.uint8) if self.meta["kind"] != "text" else None
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name not in COLUMNS:
+        dtype = (COLUMNS | LABEL).get(name)
+        if dtype is None:
             raise AttributeError(name)
-        column = self._map(name, COLUMNS[name])
+        column = self._map(name, dtype)
         self.__dict__[name] = column
         return column
 
@@ -115,13 +122,15 @@ def prepare(path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool =
     a barrier, then let the others call it.
 
     Args:
-        path: a file, a comma-separated list, or a list. kind: "text" or "chat", the records expected.
+        path: a file, a comma-separated list, or a list.
+        kind: the records expected: "text", "chat", "reason" (chats whose last answer thinks first, see
+            ``parse_reasoning``), "preference", "judged" (which takes preferences too, as a good and a bad answer).
         strict: a bad line is fatal.
 
     Raises UserError for unreadable files, files without a usable record, an unwritable cache directory.
     """
     files = [check_file(file) for file in split_paths(path)]
-    if kind == "chat":  # a tokenizer without chat tokens is one error, not one per record
+    if kind != "text":  # a tokenizer without chat tokens is one error, not one per record
         encode_chat(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
     shards = [_prepare_one(file, tokenizer, kind, Path(cache_dir), strict) for file in files]
     for file, shard in zip(files, shards, strict=True):
@@ -186,7 +195,7 @@ def _remove_orphans(cache_dir: Path, key: str) -> None:
 
 def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, content: str) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    names = ["tokens", *COLUMNS] + (["mask"] if kind == "chat" else [])
+    names = ["tokens", *COLUMNS] + (["mask"] if kind != "text" else []) + (["label"] if kind == "judged" else [])
     counts = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0, "n_rejected": 0}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in names}
@@ -227,11 +236,23 @@ def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, cont
 
 
 def _only(kind: str, records: Iterator[Record], reject) -> Iterator[Record]:
-    for record in records:
-        if record.kind == kind:
-            yield record
-        else:
-            reject(record.line, f"a {record.kind} record, where {kind} records are expected", None)
+    wanted = (r for r in records if _is(kind, r, reject))
+    return mismatched(wanted) if kind == "judged" else wanted
+
+
+def _is(kind: str, record: Record, reject) -> bool:
+    wanted = {"judged": ("judged", "preference"), "reason": ("chat",)}.get(kind, (kind,))
+    try:
+        if record.kind not in wanted:
+            raise UserError(f"a {record.kind} record, where {wanted[0]} records are expected")
+        if kind == "reason":
+            answer = [message for message in record.messages if message["role"] == "assistant"][-1]
+            thinking = answer.get("reasoning_content")
+            parse_reasoning((f"<think>{thinking}</think>" if thinking else "") + (answer.get("content") or ""))
+    except UserError as error:
+        reject(record.line, str(error), None)
+        return False
+    return True
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -247,21 +268,34 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
+def _documents(record: Record) -> list[list[dict]]:
+    """Return the record's conversations: one, or two with different replies."""
+    replies = [reply for reply in (record.chosen, record.rejected) if reply is not None]
+    return [record.messages + reply for reply in replies] or [record.messages]
+
+
 def _texts(record: Record) -> list[str]:
-    return [record.text] if record.kind == "text" else [message.get("content") or "" for message in record.messages]
+    if record.kind == "text":
+        return [record.text]
+    return [message.get("content") or "" for messages in _documents(record) for message in messages]
 
 
 def _encode(records: list[Record], tokenizer, kind: str, reject) -> list[tuple]:
-    """Return (record, ids, mask or None, UTF-8 bytes) of each record that can be encoded."""
+    """Return (record, ids, mask or None, UTF-8 bytes) of each document of a record that can be encoded."""
 
     def encode(some: list[Record]) -> list[tuple]:
-        n_bytes = [sum(len(text.encode("utf-8")) for text in _texts(record)) for record in some]
-        if kind == "chat":
-            pairs = encode_chats(tokenizer, [record.messages for record in some], train_on="all")
-        else:
+        if kind == "text":
             eos = tokenizer.eos_token_id
-            pairs = [([eos, *ids, eos], None) for ids in tokenizer.encode_batch([r.text for r in some])]
-        return [(r, ids, mask, n) for r, (ids, mask), n in zip(some, pairs, n_bytes, strict=True)]
+            owners, texts = some, [record.text for record in some]
+            encoded = [([eos, *ids, eos], None) for ids in tokenizer.encode_batch(texts)]
+        else:
+            owners = [record for record in some for _ in _documents(record)]
+            conversations = [messages for record in some for messages in _documents(record)]
+            train_on = "last" if kind in ("preference", "judged") else "all"
+            encoded = encode_chats(tokenizer, conversations, train_on=train_on)
+            texts = ["".join(message.get("content") or "" for message in messages) for messages in conversations]
+        n_bytes = [len(text.encode("utf-8")) for text in texts]
+        return [(r, ids, mask, n) for r, (ids, mask), n in zip(owners, encoded, n_bytes, strict=True)]
 
     try:
         return encode(records)
@@ -294,8 +328,10 @@ def _append(files: dict, encoded: list[tuple], dtype: np.dtype, counts: dict) ->
         "bytes": n_bytes,
         "log_prob": [np.nan if record.log_prob is None else record.log_prob for record in records],
     }
+    if "label" in files:
+        columns["label"] = [record.label for record in records]
     for name, values in columns.items():
-        np.asarray(values, dtype=COLUMNS[name]).tofile(files[name])
+        np.asarray(values, dtype=(COLUMNS | LABEL)[name]).tofile(files[name])
     counts["n_tokens"] = int(columns["offsets"][-1])
     counts["n_documents"] += len(records)
     counts["n_bytes"] += sum(n_bytes)
@@ -307,7 +343,7 @@ class TokenStore:
     def __init__(self, shards: list[Shard]):
         self.shards = shards
         self.token_bases = np.cumsum([0] + [shard.n_tokens for shard in shards])
-        self.has_mask = shards[0].meta["kind"] == "chat"
+        self.has_mask = shards[0].meta["kind"] != "text"
         self.document_bases = np.cumsum([0] + [shard.n_documents for shard in shards])
 
     def __getstate__(self):  # offsets may be large or mapped: workers make them anew

@@ -1,0 +1,169 @@
+"""Rows of replies to be compared: a chosen and a rejected one (``PairRows``), or judged ones (``JudgedRows``).
+
+Both replies of a pair stand in one row as two documents, which never see each other, so that one forward pass gives
+the log-probabilities of both; the prompt stands there twice:
+
+    pairs           c c c c c r r r C C C R R R R R . .      c, r: chosen and rejected of one pair; C, R: of the next
+    document_ids    0 0 0 0 0 1 1 1 2 2 2 3 3 3 3 3 - -      even: chosen, odd: rejected
+
+A reply is never cut: without its end it would be another reply. What is too long is set aside with a reason.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.data.packing import PackedRows, Pieces, assemble, best_fit, check_max_seq_len
+from minillm.data.shards import TokenStore, prepare, split_paths
+from minillm.data.turns import answer_turns
+from minillm.errors import UserError
+
+PACKINGS = ("best_fit", "none")
+
+
+class _ReplyRows(PackedRows):
+    """What both kinds share: two documents per record, checked, and laid out in rows."""
+
+    kind: str
+    documents_in_a_row: int  # of one record
+
+    def __init__(
+        self,
+        path: str | Path | list,
+        tokenizer,
+        *,
+        max_seq_len: int,
+        packing: str = "best_fit",
+        cache_dir: str | Path = "out/.token_cache",
+        seed: int = 0,
+        strict: bool = False,
+    ):
+        check_max_seq_len(max_seq_len)
+        if packing not in PACKINGS:
+            raise UserError(f"packing {packing!r} for replies: allowed are {', '.join(PACKINGS)}")
+        files = split_paths(path)
+        store = TokenStore(prepare(files, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
+        row_len = self.documents_in_a_row * max_seq_len
+        fixed_len = None if packing == "none" else row_len
+        super().__init__(store, tokenizer, files, max_seq_len=row_len, fixed_len=fixed_len)
+
+        _, first, end = answer_turns(store)  # one reply per document
+        length = end - 1  # what follows a reply teaches nothing
+        kept, lost = self._check(first, length, max_seq_len, strict)
+        if not len(kept):
+            raise UserError(
+                f"no reply of {', '.join(map(str, files))} fits into --max_seq_len {max_seq_len}: raise it, or see "
+                f"{', '.join(store.publish_rejected(files, lost, Path(cache_dir)))}"
+            )
+        documents = np.stack([2 * kept, 2 * kept + 1])  # (2, records)
+        self._lay_out(documents, length, packing, seed)
+        self.n_targets, self.log_prob, self.target_bytes = float(len(kept)), None, 0
+        settings = [self.kind, max_seq_len, packing, seed, tokenizer.content_hash]
+        settings += [shard.meta["sha256"] for shard in store.shards]
+        self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        places = store.publish_rejected(files, lost, Path(cache_dir))
+        n_lost = sum(map(len, lost))
+        self.summary = self._summarise(rejected=2 * n_lost, cut=0, targets_lost=0, rejected_files=places)
+        self.summary["rejected"] -= n_lost  # a record is two documents
+
+    def _check(self, first, length, max_seq_len: int, strict: bool) -> tuple[np.ndarray, list[list[tuple]]]:
+        """Return the numbers of the records to use, and (line, reason) of the others, by file."""
+        store, lost, kept = self.store, [[] for _ in self.files], []
+        bases = store.document_bases
+        for record in range(store.n_documents // 2):
+            one, two = 2 * record, 2 * record + 1
+            longest = int(max(length[one], length[two]))
+            reason = None
+            if longest > max_seq_len:
+                reason = f"{longest + 1} tokens with one reply, --max_seq_len {max_seq_len} allows {max_seq_len + 1}"
+            elif first[one] != first[two] or not np.array_equal(self._prompt(one, first), self._prompt(two, first)):
+                reason = "the prompts before the two replies are not the same tokens"
+            if reason is None:
+                kept.append(record)
+                continue
+            file = int(np.searchsorted(bases, one, side="right")) - 1
+            line = int(store.shards[file].lines[one - bases[file]])
+            if strict:
+                raise UserError(f"{self.files[file]}, line {line}: {reason}; leave the line out")
+            lost[file].append((line, reason))
+        return np.asarray(kept, np.int64), lost
+
+    def _prompt(self, document: int, first: np.ndarray) -> np.ndarray:
+        start = self.store.offsets[document]
+        return self.store.gather("tokens", np.arange(start, start + first[document]))
+
+    def _rows_of(self, lengths: np.ndarray, packing: str, seed: int) -> np.ndarray:
+        """Decide which records share a row; return them in their order, and set where each row begins."""
+        if packing == "none":
+            self._record_starts = np.arange(len(lengths) + 1)
+            return np.arange(len(lengths))
+        order, self._record_starts = best_fit(lengths, self.max_seq_len, seed=seed)
+        return order
+
+
+def _pieces(documents: np.ndarray, length: np.ndarray) -> Pieces:
+    return Pieces(documents, np.zeros(len(documents), np.int64), length[documents])
+
+
+class PairRows(_ReplyRows):
+    """Rows of pairs, chosen and rejected in turn.
+
+    Args:
+        path: a file, a comma-separated list, or a list of files with preferences (``chosen``, ``rejected``).
+        max_seq_len: the longest conversation in pairs of tokens; a row holds two of them or more shorter ones.
+        packing: "best_fit" fills rows with pairs; "none" gives each a row of its own.
+        cache_dir, seed, strict: as for ``ChatRows``.
+
+    ``n_targets`` counts pairs. Raises UserError for bad arguments and files, and when no pair fits.
+    """
+
+    kind, documents_in_a_row = "preference", 2
+
+    def _lay_out(self, documents: np.ndarray, length: np.ndarray, packing: str, seed: int) -> None:
+        order = self._rows_of(length[documents].sum(axis=0), packing, seed)
+        self._pieces = _pieces(documents[:, order].T.reshape(-1), length)
+        self._row_starts = 2 * self._record_starts
+
+
+class JudgedRows(_ReplyRows):
+    """Rows of judged replies, for KTO: each row beside another with replies to other prompts in their place.
+
+    The columns of that other row begin with ``other_``: ``other_input_ids`` and so on. ``labels`` is 1 at every
+    position of a good reply, 0 elsewhere. Preferences count as a good reply and a bad one.
+
+    Args:
+        as for ``PairRows``; a row holds one conversation of ``max_seq_len`` or more shorter ones.
+
+    ``n_targets`` counts replies.
+    """
+
+    kind, documents_in_a_row = "judged", 1
+
+    def _lay_out(self, documents: np.ndarray, length: np.ndarray, packing: str, seed: int) -> None:
+        order = self._rows_of(length[documents].max(axis=0), packing, seed)  # so that the other row fits too
+        documents = documents[:, order]
+        self._pieces, self._others = _pieces(documents[0], length), _pieces(documents[1], length)
+        self._row_starts = self._record_starts
+        labels = np.concatenate([shard.label for shard in self.store.shards])
+        self._labels = labels[documents[0]].astype(np.int64)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        columns = super().__getitem__(row)
+        here = slice(self._row_starts[row], self._row_starts[row + 1])
+        columns["labels"] = np.repeat(self._labels[here], self._pieces.length[here])
+        others = assemble(self.store, self._others.take(here))
+        return columns | {f"other_{name}": column for name, column in others.items()}
+
+
+def count_pairs(batch: dict[str, Tensor]) -> Tensor:
+    """Return the number of pairs in a batch of ``PairRows`` (float64 scalar): the denominator of their losses."""
+    return (batch["document_ids"].amax(dim=1) + 1).sum().to(torch.float64) / 2
+
+
+def count_replies(batch: dict[str, Tensor]) -> Tensor:
+    """Return the number of judged replies in a batch of ``JudgedRows`` (float64 scalar)."""
+    return (batch["document_ids"].amax(dim=1) + 1).sum().to(torch.float64)
