@@ -57,10 +57,18 @@ class RouterStats:
         """Forget the counts and sums: a new step begins."""
         self.counts = self.sums = None
 
-    def begin(self, batch: dict[str, Tensor]) -> None:
-        """Start a micro-batch; reads ``targets`` (B, T) and ``document_ids`` (B, T) or None."""
-        targets, document_ids = batch["targets"], batch.get("document_ids")
-        self._targets = (targets != -100).sum(dim=1)  # (B,)
+    def begin(self, batch: dict[str, Tensor], *, counts: Tensor | None = None) -> None:
+        """Start a micro-batch; reads ``targets`` (B, T) and, where they are there, ``document_ids`` and ``weights``.
+
+        Args:
+            counts: (B,) what each row adds to the number that the loss is divided by (default: Σ weights of its
+                targets, as for a token loss).
+        """
+        targets, document_ids, weights = batch["targets"], batch.get("document_ids"), batch.get("weights")
+        if counts is None:
+            counted = targets != -100
+            counts = (counted if weights is None else weights * counted).sum(dim=1)
+        self._targets = counts
         self._is_token = torch.ones_like(targets, dtype=torch.bool) if document_ids is None else document_ids >= 0
         self._recorded = {}
         self._is_open = True

@@ -7,7 +7,7 @@ from minillm.training import hardware
 from minillm.training.routing import describe_parameters, trained_parameters
 
 
-def dry_run(run, loader, tokenizer, loss) -> None:
+def dry_run(run, loader, tokenizer, loss, *, prepare=lambda micro_batches, training: micro_batches) -> None:
     """Print the data report, the first batch with its targets coloured, and the memory and time expected.
 
     The cost is measured: the first update's micro-batches run forward and backward twice, the second time
@@ -15,6 +15,7 @@ def dry_run(run, loader, tokenizer, loss) -> None:
 
     Args:
         loss: the stage's, which is called as in its loop, with what the routers of experts need.
+        prepare: the stage's, as for ``Run.start``.
     """
     if not run.ranks.is_main:
         return
@@ -25,7 +26,7 @@ def dry_run(run, loader, tokenizer, loss) -> None:
     module = run.model.train()
     for _ in range(2):
         began = time.perf_counter()
-        for batch in micro_batches:
+        for batch in prepare(micro_batches, True):
             batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
             with run.autocast():
                 loss_sum, _ = loss(module, batch, run.router_stats)

@@ -1,6 +1,5 @@
-"""The arguments of ``train_lora.py``."""
+"""The arguments of ``train_lora.py``, and those of every stage that can train an adapter."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -10,19 +9,18 @@ import torch
 from minillm.errors import UserError
 from minillm.lora import LoRAConfig
 from minillm.lora.init import Init
-from minillm.training.arguments import SFTArguments
+from minillm.training.arguments import TrainArguments
 from minillm.training.command_line import require
 from minillm.training.precision import choose_dtype
+from minillm.training.replay_arguments import ReplayArguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAArguments(SFTArguments):
-    """LoRA: a few percent of new parameters learn what is new, the model stays as it is."""
+class AdapterArguments(TrainArguments):
+    """The settings of an adapter."""
 
-    from_weight: str = "full_sft"
-    """The model that is adapted: a stage name, a model directory or a .pth file."""
-    lora_name: str = "lora"
-    """Name of the adapter; it is saved in SAVE_DIR/lora/<lora_name>_<hidden_size>."""
+    lora_name: str = ""
+    """Train an adapter of this name instead of the model; it is saved in SAVE_DIR/lora/<lora_name>_<hidden_size>."""
     lora_rank: int = 8
     """Rank R: the width of the thin matrices A (R, in) and B (out, R)."""
     lora_alpha: float = 16.0
@@ -51,20 +49,6 @@ class LoRAArguments(SFTArguments):
     """LoRA+: learning rate of B as a multiple of that of A (its paper: 16)."""
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights; the adapter is float32 in any case."""
-    replay_path: str = ""
-    """Conversations of what the model knew before, mixed in so that it is not forgotten."""
-    replay_ratio: float = 0.25
-    """Share of their rows in an epoch."""
-    monitor: bool = False
-    """Watch the adapter's gradients and updates, warn, and draw them (monitor.jsonl, monitor.png)."""
-    monitor_interval: int = 0
-    """Steps between looks (0: 5 with --monitor, else none). Under torchrun, which takes --monitor for its own, give
-    this alone."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay, on matrices only."""
 
     @cached_property
     def lora_config(self) -> LoRAConfig:
@@ -91,14 +75,10 @@ class LoRAArguments(SFTArguments):
     def check(self) -> None:
         """Raise ``UserError`` for the first value out of range."""
         super().check()
-        require(bool(self.from_weight), "--from_weight is empty: name the model that is to be adapted")
-        is_name = bool(self.lora_name) and not set(self.lora_name) & set("/\\.")
-        require(is_name, f"--lora_name {self.lora_name!r}: must be a name without dots and slashes")
+        require(bool(self.from_weight), "--from_weight is empty: name the model that is to be tuned")
+        message = f"--lora_name {self.lora_name!r}: must be a name without dots and slashes"
+        require(not set(self.lora_name) & set("/\\."), message)
         require(self.loraplus_ratio > 0, f"--loraplus_ratio {self.loraplus_ratio}: must be positive")
-        require(self.monitor_interval >= 0, f"--monitor_interval {self.monitor_interval}: must not be negative")
-        require(0 < self.replay_ratio < 1, f"--replay_ratio {self.replay_ratio}: must lie between 0 and 1")
-        for path in self.replay_files:
-            require(os.path.isfile(path), f"--replay_path {path}: no such file")
         try:
             _ = self.lora_config
         except UserError as error:
@@ -116,10 +96,31 @@ class LoRAArguments(SFTArguments):
         require(not mixed, f"--base_dtype {self.base_dtype} with --dtype {self.dtype}: {message}")
         return base
 
-    @property
-    def replay_files(self) -> list[str]:
-        """Return the files of ``--replay_path``."""
-        return [part.strip() for part in self.replay_path.split(",") if part.strip()]
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAArguments(AdapterArguments, ReplayArguments):
+    """LoRA: a few percent of new parameters learn what is new, the model stays as it is."""
+
+    from_weight: str = "full_sft"
+    """The model that is adapted: a stage name, a model directory or a .pth file."""
+    lora_name: str = "lora"
+    """Name of the adapter; it is saved in SAVE_DIR/lora/<lora_name>_<hidden_size>."""
+    monitor: bool = False
+    """Watch the adapter's gradients and updates, warn, and draw them (monitor.jsonl, monitor.png)."""
+    monitor_interval: int = 0
+    """Steps between looks (0: 5 with --monitor, else none). Under torchrun, which takes --monitor for its own, give
+    this alone."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, on matrices only."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` for the first value out of range."""
+        super().check()
+        require(bool(self.lora_name), "--lora_name '': give the adapter a name")
+        require(self.monitor_interval >= 0, f"--monitor_interval {self.monitor_interval}: must not be negative")
 
 
 def _pattern(flag: str, text: str, kind: type) -> dict:

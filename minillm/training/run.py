@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from minillm.errors import UserError
 from minillm.losses import count_targets
 from minillm.model import RouterStats
-from minillm.training import checkpoint, hardware, precision
+from minillm.training import checkpoint, hardware, precision, resume
 from minillm.training.arguments import TrainArguments, as_dict
 from minillm.training.command_line import resume_command
+from minillm.training.measures import NO_MEASURES, Measures
 from minillm.training.nonfinite import compare_with_uniform, stop_for_nonfinite
 from minillm.training.outputs import WholeModel
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
@@ -130,6 +131,10 @@ class Run:
         count: Callable = count_token_targets,
         from_scratch: bool = False,
         watch=None,
+        prepare: Callable | None = None,
+        measures: Measures = NO_MEASURES,
+        unit: str = "token",
+        settings: dict | None = None,
     ) -> nn.Module:
         """Open the run directory, restore the newest checkpoint if asked, and return the module to call.
 
@@ -138,10 +143,17 @@ class Run:
             count: the loss's denominator, computable from a batch alone.
             from_scratch: weights are random, so the first loss is compared with ln V.
             watch: watches an adapter while it is trained (``minillm.training.watch.Watch``); the main rank's is used.
+            prepare: called with the micro-batches of a step and whether they are trained on, before their targets are
+                counted; returns those to use, with columns that depend on models.
+            measures: what the loss writes down beside itself, for the rows of metrics.
+            unit: what the loss counts, for people.
+            settings: of the loss; a checkpoint made with others is not gone on with.
         """
         args = self.args
         self.optimizer, self.loader, self.valid_loader = optimizer, loader, valid_loader
         self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
+        self.prepare = prepare or (lambda micro_batches, training: micro_batches)
+        self.measures, self.unit, self.settings = measures, unit, settings or {}
         self.watch = watch if watch is not None and self.ranks.is_main else NotWatched()
         self.total_steps = args.max_steps or args.epochs * loader.steps_per_epoch
         factor = schedule_factor(
@@ -188,6 +200,7 @@ class Run:
             batches = loader.iterate(self.epoch, self.step_in_epoch, num_workers=self.args.num_workers)
             began = time.perf_counter()
             for _, micro_batches in batches:
+                micro_batches = self.prepare(micro_batches, True)
                 counts = [self.count(batch) for batch in micro_batches]
                 n_tokens = sum((batch["document_ids"] >= 0).sum() for batch in micro_batches)
                 totals = self.ranks.sum(torch.stack([sum(counts), n_tokens.double()]))
@@ -275,12 +288,12 @@ class Run:
         result = evaluate_loss(self.engine.module, self.valid_loader, self)
         self.last_eval = result
         self.tracker.log(self._row("valid", result["loss"]) | result)
-        text = f"step {self.step}: validation loss {result['loss']:.4f} nats/token"
+        text = f"step {self.step}: validation loss {result['loss']:.4f} nats/{self.unit}"
         if "bits_per_byte" in result:
             text += f", {result['bits_per_byte']:.4f} bits/byte"
         if "floor" in result:
             text += f", {result['loss'] - result['floor']:.4f} above the floor"
-        self.tracker.print(text)
+        self.tracker.print(text + self.measures.text(result))
         if result["loss"] < self.best_loss:
             self.best_loss = result["loss"]
             if self.ranks.is_main:
@@ -297,66 +310,15 @@ class Run:
                 self.directory / "checkpoints",
                 self.step,
                 lambda path: self.output.write_checkpoint(self.model, path, tokenizer=self.tokenizer),
-                self._state(rng_states),
+                resume.state_of(self, rng_states),
                 keep_last=self.args.keep_last,
             )
         self.ranks.barrier()
 
     # ---- inside ----------------------------------------------------------------------------------------------
 
-    _COUNTERS = ("step", "epoch", "step_in_epoch", "tokens", "seconds", "skipped_steps", "best_loss", "_eval_step")
-
-    def _identity(self) -> dict:
-        """What must be the same for a checkpoint to be gone on with: it decides the data order and the schedule."""
-        return {
-            "data": self.loader.rows.data_hash,
-            "seed": self.args.seed,
-            "rows_per_step": self.rows_per_step,
-            "max_seq_len": self.args.max_seq_len,
-            "total_steps": self.total_steps,
-            "learning_rate": self.args.learning_rate,
-            "lr_scheduler": self.args.lr_scheduler,
-            **self.balance.settings(),
-            **self.output.settings(),
-        }
-
-    def _state(self, rng_states: list[dict]) -> dict:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.engine.scaler.state_dict(),
-            "rng": rng_states,
-            "counters": {name: getattr(self, name) for name in self._COUNTERS},
-            "window": self._window,
-            "experts": self.balance.state(),
-            "watch": self.watch.state(),
-            "identity": self._identity(),
-            "tracker_run_id": self.tracker.run_id,
-        }
-
     def _resume(self) -> str | None:
-        directory = self.directory / "checkpoints"
-        quiet = None if self.ranks.is_main else (lambda line: None)
-        path = checkpoint.newest_checkpoint(directory, report=quiet or (lambda line: print(line, file=sys.stderr)))
-        if path is None:
-            raise UserError(f"--from_resume: no intact checkpoint under {directory}; start without it")
-        state = checkpoint.load_state(path)
-        was, now = state["identity"], self._identity()
-        different = [f"{key}: {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]]
-        if different:
-            raise UserError(f"--from_resume: {path} was made with other settings ({'; '.join(different)})")
-        self.output.read_checkpoint(self.model, path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.engine.scaler.load_state_dict(state["scaler"])
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
-        self._restored, self._save_step = state["window"], self.step
-        self.balance.load_state(state.get("experts"))  # checkpoints of dense models may lack it
-        self.watch.load_state(state.get("watch"))
-        if len(state["rng"]) == self.ranks.world_size:
-            checkpoint.set_rng_state(state["rng"][self.ranks.rank])
-        if self.ranks.is_main:
-            print(f"resumed from {path} (step {self.step} of {self.total_steps})")
-        return state["tracker_run_id"]
+        return resume.restore(self)
 
     def _advance(self, loss_sum: float, applied: bool) -> None:
         elapsed = time.perf_counter() - self._began
@@ -385,7 +347,10 @@ class Run:
             row["mfu"] = round(tokens_per_s * self._flops_per_token / self._peak_flops / self.ranks.world_size, 4)
         if self.engine.scaler.is_enabled():
             row |= {"loss_scale": self.engine.scaler.get_scale(), "skipped_steps": self.skipped_steps}
-        self.tracker.log(row | self.balance.row())
+        measured = self.measures.row(self.ranks)
+        for note in self.measures.notes(measured):
+            self.tracker.print(f"step {self.step}: {note}")
+        self.tracker.log(row | self.balance.row() | measured)
         memory = hardware.memory_bytes(self.device) / 2**30
         shown_loss = "skipped" if loss is None else f"{loss:.4f}"
         shown = {"loss": shown_loss, "tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}

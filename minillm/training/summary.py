@@ -52,7 +52,7 @@ def write_summary(run, samples: list[tuple[str, str]]) -> None:
     rows = read_metrics(run.directory / "metrics.jsonl")
     picture = run.directory / "summary.png"
     try:
-        draw_curves(rows, picture, title=run.directory.name)
+        draw_curves(rows, picture, title=run.directory.name, unit=run.unit)
     except ImportError:
         picture = None
         run.tracker.print("no summary.png: drawing needs matplotlib: pip install matplotlib")
@@ -61,11 +61,12 @@ def write_summary(run, samples: list[tuple[str, str]]) -> None:
     (run.directory / "README.md").write_text(_model_card(run, facts, samples, picture), encoding="utf-8")
 
 
-def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
+def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token") -> None:
     """Draw loss (training, validation, entropy floor), learning rate and gradient norm against the step.
 
     Rows of a mixture of experts add two pictures below: how busy each sparse layer's busiest expert is, in units of
-    its fair share (1: all alike), and the entropy of the load in units of ln E (1: all alike).
+    its fair share (1: all alike), and the entropy of the load in units of ln E (1: all alike). Rows of preference
+    tuning add its figures below.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -79,8 +80,9 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
     loads = [(row["step"], row["expert_share"]) for row in train if row.get("expert_share")]
-    figure = plt.figure(figsize=(14, 8 if loads else 4))
-    grid = figure.add_gridspec(2 if loads else 1, 4)
+    is_preference = any("accuracy" in row for row in rows)
+    figure = plt.figure(figsize=(14, 4 + 4 * bool(loads) + 4 * is_preference))
+    grid = figure.add_gridspec(1 + bool(loads) + is_preference, 4)
     loss_axis, lr_axis, norm_axis = (figure.add_subplot(grid[0, columns]) for columns in (slice(2), 2, 3))
     loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7fa7d6", label="training")
     if valid:
@@ -89,7 +91,7 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
         floor = valid[-1].get("floor")
         if floor is not None:
             loss_axis.axhline(floor, color="#3b7d3b", linestyle="--", label=f"entropy floor {floor:.3f}")
-    loss_axis.set(title=f"{title}: loss", xlabel="step", ylabel="nats per token")
+    loss_axis.set(title=f"{title}: loss", xlabel="step", ylabel=f"nats per {unit}")
     losses = [row["loss"] for row in rows if row["loss"]]
     if losses and max(losses) > 3 * min(losses) > 0:  # or the first steps would flatten all that follows
         loss_axis.set_yscale("log")
@@ -105,6 +107,8 @@ def draw_curves(rows: list[dict], path: Path, *, title: str) -> None:
     norm_axis.set(title="gradient norm (before clipping)", xlabel="step")
     if loads:
         _draw_loads(figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:]), loads)
+    if is_preference:
+        _draw_preference([figure.add_subplot(grid[-1, column]) for column in range(4)], train, valid)
     for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -126,6 +130,26 @@ def _draw_loads(busiest_axis, entropy_axis, loads: list[tuple[int, list[list[flo
     busiest_axis.legend(fontsize="small", ncols=2, title="sparse layers, from below")
 
 
+def _draw_preference(axes: list, train: list[dict], valid: list[dict]) -> None:
+    """Draw what preference tuning writes down: lines are training, dots validation."""
+    panels = (
+        ("share of replies on the right side", ("accuracy",)),
+        ("rewards", ("reward_chosen", "reward_rejected", "reward_good", "reward_bad")),
+        ("log-probability of a reply, nats", ("log_prob_chosen", "log_prob_rejected", "log_prob_good", "log_prob_bad")),
+        ("distance from the reference, nats per reply", ("kl",)),
+    )
+    for axis, (title, names) in zip(axes, panels, strict=True):
+        for name in names:
+            color = "#b3402a" if name.endswith(("rejected", "bad")) else "#2f5fa8"
+            for rows, style in ((train, "-"), (valid, "o")):
+                points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=color, label=name if style == "-" else None)
+        axis.set(title=title, xlabel="step")
+        if len(axis.get_legend_handles_labels()[1]) > 1:
+            axis.legend(fontsize="small")
+
+
 def summary_facts(run) -> dict[str, str]:
     """Return the run's facts as (name, text), in the order in which they are shown."""
     facts = {
@@ -139,9 +163,12 @@ def summary_facts(run) -> dict[str, str]:
     if run.skipped_steps:
         facts["skipped steps (float16 overflow)"] = str(run.skipped_steps)
     names = {
-        "loss": "validation loss (nats/token)",
+        "loss": f"validation loss (nats/{run.unit})",
         "bits_per_byte": "bits per byte",
         "floor": "entropy floor (nats/token)",
+        "accuracy": "pairs with the chosen reply ahead" if run.unit == "pair" else "replies on the right side",
+        "margin": "margin of the rewards",
+        "kl": "distance from the reference (nats/reply)",
     }
     return facts | {text: f"{run.last_eval[key]:.4f}" for key, text in names.items() if key in run.last_eval}
 

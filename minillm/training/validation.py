@@ -7,7 +7,7 @@ import torch
 
 @torch.no_grad()
 def evaluate_loss(module, loader, run) -> dict:
-    """Return ``loss`` (nats per target) over all rows of ``loader``, and what else the rows allow.
+    """Return ``loss`` (nats per target) over all rows of ``loader``, the run's measures, and what else they allow.
 
     Sums and counts are added over micro-batches and ranks before the one division. With the bytes of the
     targets known, ``bits_per_byte`` = Σ loss / ln 2 / bytes, which compares across tokenizers. With the exact
@@ -16,8 +16,9 @@ def evaluate_loss(module, loader, run) -> dict:
     was_training = module.training
     module.eval()
     totals = torch.zeros(2, dtype=run.sum_dtype, device=run.device)  # Σ loss, Σ targets
+    of_training = run.measures.exchange(None)
     for _, micro_batches in loader.iterate(0, 0, num_workers=0):
-        for batch in micro_batches:
+        for batch in run.prepare(micro_batches, False):
             batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
             with run.autocast():
                 loss_sum, n_targets = run.loss(module, batch)
@@ -29,4 +30,6 @@ def evaluate_loss(module, loader, run) -> dict:
         result["bits_per_byte"] = loss_sum / math.log(2) / loader.rows.target_bytes
     if loader.rows.log_prob is not None:
         result["floor"] = -loader.rows.log_prob / max(n_targets, 1e-12)
+    result |= run.measures.row(run.ranks)
+    run.measures.exchange(of_training)
     return result

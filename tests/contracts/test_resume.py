@@ -57,6 +57,14 @@ def data(tmp_path_factory) -> Path:
         for n, text in enumerate(texts)
     ]
     lines = {"text.jsonl": [{"text": t} for t in texts], "chat.jsonl": [{"conversations": c} for c in chats]}
+    lines["pairs.jsonl"] = [
+        {"prompt": chat[0]["content"], "chosen": chat[1]["content"], "rejected": f"{chat[1]['content']} 河"}
+        for chat in chats
+    ]
+    lines["reason.jsonl"] = [
+        {"messages": [chat[0], {"role": "assistant", "content": f"<think>\n{chat[0]['content']}\n"
+         f"</think>\n<answer>\n{chat[1]['content']}\n</answer>"}]} for chat in chats
+    ]  # fmt: skip
     for name, records in lines.items():
         (directory / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     tokenizer = train_bpe(iter(texts), vocab_size=290)
@@ -67,14 +75,23 @@ def data(tmp_path_factory) -> Path:
     return directory
 
 
+DATA = {"train_pretrain": "text.jsonl", "train_dpo": "pairs.jsonl", "train_reason": "reason.jsonl"}
+
+
 def command(stage: str, data: Path, out: Path) -> list[str]:
     flags = {
-        "data_path": data / ("text.jsonl" if stage == "train_pretrain" else "chat.jsonl"),
+        "data_path": data / DATA.get(stage, "chat.jsonl"),
         "tokenizer_path": data / "tokenizer", "cache_dir": data / "cache", "save_dir": out, "from_weight": "",
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "max_seq_len": 24, "batch_size": 2, "accumulation_steps": 2, "max_steps": 9, "save_interval": 2,
         "log_interval": 1, "learning_rate": 0.01, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
+    if stage in ("train_dpo", "train_reason"):
+        flags |= {"from_weight": data / "base", "max_seq_len": 40}
+    if stage == "train_dpo":
+        flags |= {"learning_rate": 1e-3, "log_interval": 4}  # figures are counted over several steps
+    if stage == "train_distill":
+        flags |= {"teacher": data / "base", "hidden_weight": 0.3, "on_policy": 0.5, "max_new_tokens": 4}
     if stage == "train_lora":  # dropout draws from torch's generator, PiSSA changes the weights beneath
         flags |= {"from_weight": data / "base", "lora_dropout": 0.2, "lora_init": "pissa", "lora_rank": 3, "monitor": 1}
         flags |= {"replay_path": data / "chat.jsonl", "monitor_interval": 2}
@@ -123,15 +140,18 @@ def assert_same(a, b, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.mark.parametrize("stage", ["train_pretrain", "train_sft", "train_lora"])
+STAGES = ["train_pretrain", "train_sft", "train_lora", "train_dpo", "train_distill", "train_reason"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_equals_uninterrupted(stage, data, tmp_path):
     whole = run([str(ROOT / f"{stage}.py"), *command(stage, data, tmp_path / "whole")])
     assert whole.returncode == 0, whole.stderr
     expected = outcome(tmp_path / "whole")
-    assert [row["step"] for row in expected["rows"]] == list(range(1, 10))
+    assert [row["step"] for row in expected["rows"]] == ([4, 8, 9] if stage == "train_dpo" else list(range(1, 10)))
     assert bool(expected["watched"]) == (stage == "train_lora")
-    # Every run of killing takes seconds: the stages share the loop, so each moment is tried in one of two of them.
-    moments = [m for n, m in enumerate(MOMENTS) if (n % 2 == 0) == (stage == "train_pretrain")]
+    # Every run of killing takes seconds: the stages share the loop, so each moment is tried in some of them.
+    moments = list(MOMENTS)[STAGES.index(stage) % 2 :: 2 if stage in STAGES[:3] else 4]
     for number, moment in enumerate(moments):
         out = tmp_path / f"killed{number}"
         arguments = command(stage, data, out)

@@ -88,3 +88,43 @@ def test_two_processes_train_the_adapter_of_one(launch_lora):
     for name, weight in wanted.items():
         assert ((ours[name] - weight).norm() / weight.norm()).item() < 1e-4, name
     assert any("magnitude" in name for name in wanted)
+
+
+@pytest.fixture
+def launch_kto(torchrun, world, flags):
+    """The same for train_dpo.py with KTO, whose baseline is a mean over all ranks."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Transformer(ModelConfig(vocab_size=world.tokenizer.vocab_size, **shape))
+    save_model(model, world.folder / "base", tokenizer=world.tokenizer)
+    texts = [f"{'the little fox ' * (1 + n % 3)}saw {n}" for n in range(20)]
+    records = [{"prompt": t, "chosen": f"{t} and an old dog", "rejected": "apples"} for t in texts]
+    pairs = world.write(world.folder / "pairs.jsonl", records)
+
+    def launch(n_processes: int, *, batch_size: int) -> Path:
+        out = world.folder / f"out{n_processes}"
+        output = torchrun(
+            n_processes, str(ROOT / "train_dpo.py"), *flags(world), "--save_dir", str(out), "--loss_type", "kto",
+            "--from_weight", str(world.folder / "base"), "--data_path", str(pairs), "--valid_path", str(pairs),
+            "--max_seq_len", "90", "--batch_size", str(batch_size), "--global_batch_size", "4", "--max_steps", "5",
+            "--save_interval", "2", "--log_interval", "2", "--learning_rate", "1e-3",
+        )  # fmt: skip
+        assert output.count("saved ") == 1
+        return out / "rlhf_32"
+
+    return launch
+
+
+def test_two_processes_judge_as_one(launch_kto):
+    two, one = launch_kto(2, batch_size=1), launch_kto(1, batch_size=4)
+    rows = [
+        [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        for directory in (two, one)
+    ]
+    assert rows[1][-1]["reward_good"] > rows[1][-1]["reward_bad"]
+    for ours, wanted in zip(*rows, strict=True):
+        for name in ("loss", "accuracy", "reward_good", "reward_bad", "baseline", "kl", "length"):
+            assert ours[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), (ours["step"], name)
+    ours, wanted = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
+    for name, weight in wanted.items():
+        assert ((ours[name] - weight).norm() / weight.norm()).item() < 1e-4, name

@@ -6,7 +6,8 @@ import inspect
 import pytest
 
 from minillm.errors import UserError
-from minillm.training.arguments import EvalArguments, PretrainArguments, SFTArguments, TrainArguments, as_dict
+from minillm.evaluation.arguments import EvalArguments
+from minillm.training.arguments import PretrainArguments, SFTArguments, TrainArguments, as_dict
 
 FLAGS = {
     "save_dir", "data_path", "valid_path", "tokenizer_path", "from_weight", "from_resume", "epochs", "max_steps",

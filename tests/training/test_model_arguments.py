@@ -6,7 +6,8 @@ import pytest
 
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
-from minillm.training.arguments import EvalArguments, PretrainArguments
+from minillm.evaluation.arguments import EvalArguments
+from minillm.training.arguments import PretrainArguments
 from minillm.training.command_line import parse
 from minillm.training.model_arguments import EXPERT_FLAGS, ModelArguments
 from minillm.training.weights import preset_config

@@ -49,6 +49,7 @@ def run(tmp_path, monkeypatch):
         last_eval={"loss": 1.5, "n_targets": 9.0, "bits_per_byte": 0.75, "floor": FLOOR},
         tracker=SimpleNamespace(print=printed.append),
         printed=printed,
+        unit="token",
     )
 
 
@@ -217,3 +218,23 @@ def test_the_git_revision_is_one_or_none(monkeypatch):
 
     monkeypatch.setattr(summary.subprocess, "run", no_git)
     assert summary.git_revision() is None
+
+
+def test_preference_tuning_has_its_figures_below(run, drawn):
+    rows = [{"step": s, "split": split, "loss": 1 / s, "lr": 1e-3, "grad_norm": 1.0, "accuracy": s / 4, "kl": 0.1 * s,
+             "reward_chosen": s, "reward_rejected": -s, "log_prob_chosen": -9, "log_prob_rejected": None}
+            for s in (1, 2, 3) for split in ("train", "valid")]  # fmt: skip
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.unit, run.last_eval = "pair", {"loss": 0.6, "accuracy": 0.75}
+    summary.write_summary(run, [])
+    (figure,) = drawn
+    loss, _, _, accuracy, rewards, log_probs, distance = figure.axes
+    assert loss.get_ylabel() == "nats per pair"
+    assert lines_of(accuracy)["accuracy"] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert lines_of(rewards)["reward_rejected"] == [(1, -1), (2, -2), (3, -3)]
+    assert set(lines_of(log_probs)) >= {"log_prob_chosen"}
+    assert "log_prob_rejected" not in lines_of(log_probs)
+    assert len(distance.get_lines()) == 2  # a line of training, dots of validation
+    card = (run.directory / "README.md").read_text()
+    assert "| validation loss (nats/pair) | 0.6000 |" in card
+    assert "| pairs with the chosen reply ahead | 0.7500 |" in card

@@ -12,6 +12,7 @@ from minillm.data import StepBatches
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.training import precision
+from minillm.training.measures import Measures
 from minillm.training.parallel import Ranks
 from minillm.training.validation import evaluate_loss
 
@@ -66,6 +67,7 @@ def sparse_model():
 def run():
     cpu = torch.device("cpu")
     fields = {"device": cpu, "sum_dtype": torch.float64, "loss": causal_lm_loss, "ranks": Ranks()}
+    fields |= {"measures": Measures(), "prepare": lambda micro_batches, training: micro_batches}
     return SimpleNamespace(**fields, autocast=lambda: precision.autocast(cpu, torch.float32))
 
 

@@ -1,0 +1,84 @@
+"""The reference of preference tuning: the model as it was, which must not move while the policy does.
+
+Three ways to have it: a frozen copy (twice the weights in memory), the same model with its adapter off (no memory at
+all), or its log-probabilities computed beforehand and kept on disk (no memory, and one forward pass for all epochs).
+"""
+
+import contextlib
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minillm.lora import disable_lora
+from minillm.losses import linear_log_probs
+from minillm.training.column_cache import cached_columns, weights_hash
+
+COLUMN = "reference_log_probs"
+
+
+def reply_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=None, *, prefix: str = "") -> Tensor:
+    """Return the log-probability of every target of a batch, (B, T) in float32 at least; 0 where there is none.
+
+    Args:
+        prefix: ``other_`` for the second rows of judged replies.
+    """
+    return model(
+        batch[prefix + "input_ids"],
+        position_ids=batch[prefix + "position_ids"],
+        document_ids=batch[prefix + "document_ids"],
+        head=partial(linear_log_probs, targets=batch[prefix + "targets"]),
+        router_stats=router_stats,
+    )
+
+
+class Reference:
+    """The model before it is tuned. Make it before the model gets an adapter.
+
+    Args:
+        kind: "copy", "adapter" or "cached".
+    """
+
+    def __init__(self, kind: str, model: nn.Module, run):
+        self.kind, self.run = kind, run
+        self.model = copy.deepcopy(model) if kind == "copy" else model
+        if kind == "copy":
+            # It stays in training mode, as the policy, so that both take the same way through the same kernels and
+            # are bit-equal at first; there is no dropout in the model.
+            self.model.to(run.device).requires_grad_(False).train()
+
+    def add_to(self, rows, *, batch_size: int):
+        """Return ``rows`` with a column of the reference's log-probabilities, if this kind has them on disk."""
+        if self.kind != "cached":
+            return rows
+        args = self.run.args
+        self.model.to(self.run.device).train()
+        return self.run.ranks.main_first(
+            lambda: cached_columns(
+                rows,
+                Path(args.reference_cache or Path(args.save_dir) / ".reference_cache"),
+                identity={
+                    "weights": weights_hash(self.model),
+                    "dtype": str(self.run.dtype).removeprefix("torch."),
+                },
+                compute=self.columns,
+                bytes_per_position=4,
+                flag="--reference_cache",
+                batch_size=batch_size,
+                must_fit=bool(args.reference_cache),
+            )
+        )
+
+    @torch.no_grad()
+    def columns(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the log-probabilities of a batch's targets, and of those of its other rows where it has such."""
+        on_device = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
+        prefixes = ["", "other_"] if "other_input_ids" in batch else [""]
+        with self.run.autocast(), self._as_it_was():
+            return {prefix + COLUMN: reply_log_probs(self.model, on_device, prefix=prefix) for prefix in prefixes}
+
+    def _as_it_was(self):
+        return disable_lora(self.model) if self.kind == "adapter" else contextlib.nullcontext()
+

@@ -1,0 +1,97 @@
+"""White-box distillation: a student learns a teacher's whole distribution over the next token.
+
+    python train_distill.py --teacher out/full_sft_768 --data_path chats.jsonl --hidden_size 512
+    python train_distill.py --teacher out/full_sft_768 --data_path chats.jsonl --top_k 64      # teacher's best on disk
+    python train_distill.py --teacher out/full_sft_768 --data_path chats.jsonl --on_policy 0.5   # GKD
+    torchrun --nproc_per_node 2 train_distill.py --teacher out/full_sft_768 --data_path chats.jsonl
+
+Texts ({"text"}) and conversations are both learnt from. Without the teacher's weights, or with another tokenizer, let
+it write answers and train on them with train_sft.py: black-box distillation.
+Reads top to bottom: arguments, run, models, data, optimizer, the loop, save.
+"""
+
+from minillm.data import StepBatches
+from minillm.data.report import open_rows
+from minillm.inference import generate
+from minillm.losses import causal_lm_loss
+from minillm.tokenizer import load_tokenizer
+from minillm.training.command_line import parse, script
+from minillm.training.distill import DistillLoss, StudentAlone, add_projection
+from minillm.training.distill_arguments import DistillArguments
+from minillm.training.dry_run import dry_run
+from minillm.training.on_policy import OnPolicy
+from minillm.training.optim import adamw
+from minillm.training.run import Run
+from minillm.training.teacher import Teacher
+from minillm.training.weights import create_model, find_tokenizer
+
+
+@script
+def main(argv: list[str] | None = None):
+    args = parse(DistillArguments, argv)
+    with Run(args, stage="distill", output=StudentAlone()) as run:
+        # Models: the student, and the teacher, which is frozen
+        tokenizer = load_tokenizer(find_tokenizer(args))
+        teacher = Teacher(run, tokenizer)
+        model = create_model(args, tokenizer)
+        if args.hidden_weight:
+            add_projection(model, teacher.model.config.hidden_size, seed=args.seed)
+
+        # Data: texts or conversations, packed into rows of max_seq_len
+        def rows(files: list[str]):
+            return run.ranks.main_first(
+                lambda: open_rows(
+                    files,
+                    tokenizer,
+                    max_seq_len=args.max_seq_len,
+                    packing=args.packing,
+                    seed=args.seed,
+                    cache_dir=args.token_cache,
+                    strict=args.strict,
+                )
+            )
+
+        train_rows = rows(args.data_files)
+        if args.top_k:
+            train_rows = teacher.add_to(train_rows, vocab_size=model.config.vocab_size)
+            teacher.model = None  # what it has to say is on disk
+        loader = StepBatches(train_rows, **run.batching())
+        valid_loader = None
+        if args.valid_files:
+            valid_loader = StepBatches(rows(args.valid_files), **run.batching(), shuffle=False)
+
+        # Optimizer: of the student
+        module = run.wrap(model)
+        distill_loss = DistillLoss(run, teacher)
+        if args.dry_run:
+            return dry_run(run, loader, tokenizer, distill_loss)
+        optimizer = adamw(
+            module,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
+        model = run.start(
+            optimizer,
+            loader,
+            valid_loader=valid_loader,
+            tokenizer=tokenizer,
+            loss=causal_lm_loss,  # validation: plain cross-entropy, which compares with every other stage
+            prepare=OnPolicy(run, tokenizer, generate) if args.on_policy else None,
+            settings=distill_loss.settings(),
+        )
+
+        # The loop: one step = one optimizer update
+        for micro_batches in run.steps(loader):
+            for batch in micro_batches:
+                with run.autocast():
+                    loss_sum, n_targets = distill_loss(model, batch, run.router_stats)
+                run.backward(loss_sum)
+            run.update()
+
+        # Save
+        return run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Preference tuning (DPO and its relatives): teach a model which of two replies people prefer.
+
+    python train_dpo.py --data_path pairs.jsonl --valid_path pairs_valid.jsonl
+    python train_dpo.py --data_path pairs.jsonl --lora_name polite            # LoRA-DPO: one model in memory
+    python train_dpo.py --data_path judged.jsonl --loss_type kto
+    torchrun --nproc_per_node 2 train_dpo.py --data_path pairs.jsonl --from_weight full_sft
+
+Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
+"""
+
+import torch
+
+from minillm.data import JudgedRows, PairRows, StepBatches
+from minillm.inference.samples import sample_answers
+from minillm.lora import apply_lora
+from minillm.tokenizer import load_tokenizer
+from minillm.training.command_line import parse, script
+from minillm.training.dry_run import dry_run
+from minillm.training.optim import adamw
+from minillm.training.outputs import AdapterAlone
+from minillm.training.preference import PreferenceLoss
+from minillm.training.preference_arguments import PreferenceArguments
+from minillm.training.reference import Reference
+from minillm.training.run import Run
+from minillm.training.weights import create_model, find_tokenizer
+
+
+@script
+def main(argv: list[str] | None = None):
+    args = parse(PreferenceArguments, argv)
+    with Run(args, stage="rlhf", output=AdapterAlone(args) if args.lora_name else None) as run:
+        # Model: the fine-tuned one, and the reference: what it is now
+        tokenizer = load_tokenizer(find_tokenizer(args))
+        base_dtype = args.choose_base_dtype(run.device, run.dtype) if args.lora_name else torch.float32
+        model = create_model(args, tokenizer, dtype=base_dtype)
+        reference = Reference(args.reference_kind, model, run) if args.reference_kind else None
+
+        # Data: two replies to each prompt, side by side in a row (judged ones alone)
+        def rows(files: list[str]) -> PairRows | JudgedRows:
+            kind = JudgedRows if args.loss_type == "kto" else PairRows
+            found = run.ranks.main_first(
+                lambda: kind(
+                    files,
+                    tokenizer,
+                    max_seq_len=args.max_seq_len,
+                    packing=args.packing,
+                    seed=args.seed,
+                    cache_dir=args.token_cache,
+                    strict=args.strict,
+                )
+            )
+            return found if reference is None else reference.add_to(found, batch_size=args.batch_size)
+
+        train_rows = rows(args.data_files)
+        loader = StepBatches(train_rows, **run.batching())
+        valid_loader = None
+        if args.valid_files:
+            valid_loader = StepBatches(rows(args.valid_files), **run.batching(), shuffle=False)
+
+        # Optimizer: of the model, or of an adapter alone
+        if args.lora_name:
+            apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(args.seed))
+        module = run.wrap(model)
+        preference_loss = PreferenceLoss(run, reference)
+        if args.dry_run:
+            return dry_run(run, loader, tokenizer, preference_loss, prepare=preference_loss.prepare)
+        optimizer = adamw(
+            module,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            loraplus_ratio=args.loraplus_ratio,
+        )
+        model = run.start(
+            optimizer,
+            loader,
+            valid_loader=valid_loader,
+            tokenizer=tokenizer,
+            loss=preference_loss,
+            count=preference_loss.count,
+            prepare=preference_loss.prepare,
+            measures=preference_loss.measures,
+            unit=preference_loss.unit,
+            settings=preference_loss.settings(),
+        )
+
+        # The loop: one step = one optimizer update
+        for micro_batches in run.steps(loader):
+            for batch in micro_batches:
+                with run.autocast():
+                    loss_sum, n_targets = preference_loss(model, batch, run.router_stats)
+                run.backward(loss_sum)
+            run.update()
+
+        # Save
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Reasoning distillation: teach a model that answers to think first, on a larger model's written thoughts.
+
+    python train_reason.py --data_path thoughts.jsonl --replay_path chats.jsonl
+    python train_reason.py --data_path thoughts.jsonl --from_weight full_sft
+    python eval_model.py --model_mode 3
+
+Every record's last answer has the form <think>…</think><answer>…</answer>, and those tags weigh more than other
+tokens (DeepSeek-R1, 2025, section 4.1: small models learn more from thoughts of a large one than by finding their own).
+Plain answers of a larger model need no stage of their own: learning from them is train_sft.py on a file of them, which
+is called black-box distillation (Kim and Rush, Sequence-level knowledge distillation, 2016, section 3.2).
+
+Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
+"""
+
+from minillm.data import ChatRows, ReasonRows, ReplayRows, StepBatches
+from minillm.inference.samples import sample_answers
+from minillm.losses import causal_lm_loss
+from minillm.tokenizer import load_tokenizer
+from minillm.training.command_line import parse, script
+from minillm.training.dry_run import dry_run
+from minillm.training.optim import adamw
+from minillm.training.reason_arguments import ReasonArguments
+from minillm.training.run import Run
+from minillm.training.weights import create_model, find_tokenizer
+
+
+@script
+def main(argv: list[str] | None = None):
+    args = parse(ReasonArguments, argv)
+    with Run(args, stage="reason") as run:
+        # Model: the one that --from_weight names
+        tokenizer = load_tokenizer(find_tokenizer(args))
+        model = create_model(args, tokenizer)
+
+        # Data: conversations with their answers as targets, packed into rows of max_seq_len
+        def rows(kind: type[ChatRows], files: list[str], **more) -> ChatRows:
+            settings = {
+                "max_seq_len": args.max_seq_len,
+                "packing": args.packing,
+                "train_on": args.train_on,
+                "seed": args.seed,
+                "cache_dir": args.token_cache,
+                "strict": args.strict,
+            }
+            return run.ranks.main_first(lambda: kind(files, tokenizer, **settings, **more))
+
+        train_rows = rows(ReasonRows, args.data_files, tag_weight=args.tag_weight)
+        if args.replay_path:
+            train_rows = ReplayRows(train_rows, rows(ChatRows, args.replay_files), share=args.replay_ratio)
+        loader = StepBatches(train_rows, **run.batching())
+        valid_loader = None
+        if args.valid_files:  # all tokens weigh the same there: nats per token, as in every other stage
+            valid_rows = rows(ReasonRows, args.valid_files, tag_weight=1.0)
+            valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
+
+        # Optimizer
+        module = run.wrap(model)
+        if args.dry_run:
+            return dry_run(run, loader, tokenizer, causal_lm_loss)
+        optimizer = adamw(
+            module,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
+        model = run.start(
+            optimizer,
+            loader,
+            valid_loader=valid_loader,
+            tokenizer=tokenizer,
+            loss=causal_lm_loss,
+        )
+
+        # The loop: one step = one optimizer update
+        for micro_batches in run.steps(loader):
+            for batch in micro_batches:
+                with run.autocast():
+                    loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
+                run.backward(loss_sum)
+            run.update()
+
+        # Save
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+
+
+if __name__ == "__main__":
+    main()
