@@ -5,6 +5,9 @@
     python eval_model.py --prompts questions.txt --output answers.json
     python eval_model.py --perplexity valid.jsonl --task_file tasks.jsonl
     python eval_model.py --task_file chats.jsonl --text_metrics   # loss, BLEU and ROUGE of answers too
+    python eval_model.py --model_mode 2 --pairs_file pairs.jsonl     # which reply of a pair is more probable
+    python eval_model.py --model_mode 3                      # chat with out/reason_*, its thinking dimmed
+    python eval_model.py --model_mode 3 --task_file problems.jsonl --n_samples 8   # with thinking and without, pass@k
     python eval_model.py --lora_name cooking                 # out/full_sft_* with the adapter out/lora/cooking_*
     python eval_model.py --rope_scaling yarn:4 --rope_original_len 512   # 2,048 tokens with a model trained on 512
 
@@ -12,7 +15,6 @@ Without a file to work on it opens a chat (a completion prompt in mode 0); /clea
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -22,20 +24,28 @@ import torch
 
 from minillm.data import read_records
 from minillm.errors import UserError
-from minillm.evaluation import answer_loss, bleu, exact_match, perplexity, rouge
+from minillm.evaluation import (
+    answer_loss,
+    bleu,
+    evaluate_reasoning,
+    exact_match,
+    like_chosen,
+    open_model,
+    perplexity,
+    preference_accuracy,
+    read_answer,
+    rouge,
+)
+from minillm.evaluation.arguments import EvalArguments
+from minillm.evaluation.sample_answers import write_whole
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import chat, speed
-from minillm.model.hf import load_model
-from minillm.tokenizer import check_messages, encode_chat, load_tokenizer
-from minillm.training.arguments import EvalArguments
+from minillm.inference.thinking import ThinkingView
+from minillm.tokenizer import check_messages, encode_chat
+from minillm.tokenizer.chat_format import chat_format
 from minillm.training.command_line import parse, script
-from minillm.training.hardware import keep_freed_memory
-from minillm.training.outputs import add_adapters
-from minillm.training.precision import choose_device, choose_dtype
-from minillm.training.routing import describe_parameters
-from minillm.training.weights import check_tokenizer, find_weights, preset_config, pth_config, scale_positions
 
-STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
+WAYS = {"thinking": "thinking first", "direct": "answering at once", "sampled": "thinking first, several answers each"}
 
 
 @script
@@ -57,18 +67,24 @@ def main(argv: list[str] | None = None) -> None:
     results: dict = {"weights": str(weights), "model_mode": args.model_mode, "lora_name": args.lora_name}
     if args.perplexity:
         results["perplexity"] = measure_perplexity(args, model, tokenizer)
-    if args.task_file:
+    if args.task_file and args.model_mode == 3:
+        results["reasoning"] = measure_reasoning(args, model, tokenizer, sampling)
+    elif args.task_file:
         results |= measure_tasks(args, model, tokenizer)
+    if args.pairs_file:
+        results["preference"] = measure_preference(args, model, tokenizer)
     if prompts:
         results["prompts"] = answer_prompts(args, model, tokenizer, prompts, options)
         results["sampling"] = sampling | {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if args.output:
-        write_json(results, Path(args.output))
-    if args.perplexity or args.task_file or args.prompts:
+        write_whole(Path(args.output), json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+    if args.perplexity or args.task_file or args.pairs_file or args.prompts:
         return
     if not sys.stdin.isatty():
         print("no terminal: chat skipped")
         return
+    if args.model_mode == 3:
+        options |= {"thinking": args.thinking, "opened": chat_format(tokenizer).opens_with}
     chat(
         model,
         lambda turns: encode_prompt(args, tokenizer, turns),
@@ -77,38 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-# ---- the model -----------------------------------------------------------------------------------
-
-
-def open_model(args: EvalArguments):
-    """Return model (evaluation mode, on its device), tokenizer and the path of the weights."""
-    name = args.from_weight or STAGES[args.model_mode]
-    is_stage = "/" not in name and not Path(name).exists()
-    runs = [path.parent for path in Path(args.save_dir).glob(f"{name}_*/config.json")] if is_stage else []
-    sparse = [path for path in runs if path.name.endswith("_moe")]
-    runs = sparse if args.has_experts else [path for path in runs if path not in sparse] or sparse
-    if args.hidden_size is None and len(runs) == 1:
-        path = runs[0]  # the only width there is: no need to name it
-    else:
-        width = preset_config(args).hidden_size
-        path = find_weights(name, save_dir=args.save_dir, hidden_size=width, has_experts=args.has_experts)
-    folder = path if path.is_dir() else path.parent
-    default = folder if (folder / "tokenizer.json").is_file() else Path(args.save_dir) / "tokenizer"
-    tokenizer = load_tokenizer(args.tokenizer_path or default)
-    device = choose_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    dtype = choose_dtype(args.dtype, device)
-    config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
-    # An adapter is added in float32: what it changes is smaller than a bfloat16's last digit.
-    model = load_model(path, device=device, dtype=torch.float32 if args.lora_name else dtype, config=config).eval()
-    check_tokenizer(tokenizer, model, path)
-    model.config = scale_positions(model.config, args)
-    adapters = add_adapters(model, args.lora_name, save_dir=args.save_dir) if args.lora_name else []
-    model.to(dtype)
-    shown = " + ".join(map(str, [path, *adapters]))
-    print(f"{shown}: parameters {describe_parameters(model)}; {device}, {dtype}")
-    return model, tokenizer, path
+# ---- the prompt ----------------------------------------------------------------------------------
 
 
 def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> list[int]:
@@ -138,6 +123,37 @@ def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
     print(f"\nperplexity of {args.perplexity}\n{result.table()}")
     print(speed(result.n_targets, time.perf_counter() - start))
     return result.as_dict()
+
+
+def measure_reasoning(args: EvalArguments, model, tokenizer, sampling: dict) -> dict:
+    """Measure --task_file with thinking, without, and with --n_samples answers each; print and return the figures."""
+    records, found = list(read_records(args.task_file)), {}
+    ways = {"thinking": {}, "direct": {"think": False}}
+    if args.n_samples > 1:
+        generator = torch.Generator().manual_seed(args.seed)
+        ways["sampled"] = sampling | {"n_samples": args.n_samples, "generator": generator}
+    limits = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        score = evaluate_reasoning(model, tokenizer, records, **limits, **way)
+        print(f"\n{args.task_file}, {WAYS[name]}\n{score.table()}")
+        print(f"[{len(score.answers) * score.n_samples:,} answers in {time.perf_counter() - start:.1f} s]")
+        found[name] = score.as_dict()
+    return found
+
+
+def measure_preference(args: EvalArguments, model, tokenizer) -> dict:
+    """Measure --pairs_file, print the figures, and return them as they go into --output."""
+    records = list(read_records(args.pairs_file))
+    score = preference_accuracy(model, tokenizer, records, batch_size=args.batch_size)
+    print(f"\npreferences of {args.pairs_file}\n{score.table()}")
+    if not args.answer_pairs:
+        return score.as_dict()
+    limits = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    answers = like_chosen(model, tokenizer, records, **limits)
+    share = sum(answer.like_chosen for answer in answers) / len(answers)
+    print(f"{share:.1%} of {len(answers):,} free answers are more like the chosen reply than the rejected one")
+    return score.as_dict() | {"like_chosen": share, "answers": [asdict(answer) for answer in answers]}
 
 
 def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
@@ -199,30 +215,23 @@ def parse_prompt(record: dict) -> str | list[dict]:
 def answer_prompts(args: EvalArguments, model, tokenizer, prompts, options: dict) -> list[dict]:
     """Answer --prompts in batches, print the answers as they come, and return them."""
     encoded = [encode_prompt(args, tokenizer, prompt) for prompt in prompts]
+    opened = chat_format(tokenizer).opens_with if args.model_mode == 3 else ""  # of an answer, by the prompt
     answers, n_tokens, start = [], 0, time.perf_counter()
     for first in range(0, len(prompts), args.batch_size):
         batch = slice(first, first + args.batch_size)
         for prompt, done in zip(prompts[batch], complete(model, encoded[batch], **options), strict=True):
-            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            print(f"\n> {shown}\n{done.text}")
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            shown, said = done.text, {"answer": done.text}
+            if args.model_mode == 3:
+                view = ThinkingView(args.thinking, opened=opened)
+                shown = view.push(done.text) + view.finish()
+                said = read_answer(opened + done.text)._asdict() | {"text": opened + done.text}
+            print(f"\n> {asked}\n{shown}")
             n_tokens += len(done.ids)
-            outcome = {"answer": done.text, "finish_reason": done.finish_reason, "n_tokens": len(done.ids)}
-            answers.append({"prompt": prompt} | outcome)
+            outcome = {"finish_reason": done.finish_reason, "n_tokens": len(done.ids)}
+            answers.append({"prompt": prompt} | said | outcome)
     print(speed(n_tokens, time.perf_counter() - start))
     return answers
-
-
-def write_json(results: dict, path: Path) -> None:
-    """Write ``results`` under a temporary name, then rename: the file is whole or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"--output {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

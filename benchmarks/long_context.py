@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from benchmarks.common import format_table, write_json
 from minillm.data import read_records
 from minillm.errors import UserError
+from minillm.evaluation.arguments import EvalArguments
 from minillm.model import Transformer
 from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
-from minillm.training.arguments import EvalArguments
 from minillm.training.command_line import parse, require, script
 from minillm.training.weights import check_tokenizer, scale_positions
 

@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
 
+from demo_world.arguments import DemoDataArguments  # noqa: E402
 from demo_world.grammar import Draw, Source  # noqa: E402
 from demo_world.identity import identity_records  # noqa: E402
 from demo_world.items import COUNT_LENGTHS, HELD_OUT_ONE_IN, SORT_LENGTHS, Items  # noqa: E402
@@ -27,7 +28,6 @@ from demo_world.tasks import OPEN_TASKS, TASKS, Tasks, reason_records  # noqa: E
 from demo_world.world import make_world  # noqa: E402
 
 from minillm.errors import UserError  # noqa: E402
-from minillm.training.arguments import DemoDataArguments  # noqa: E402
 from minillm.training.command_line import parse, script  # noqa: E402
 
 

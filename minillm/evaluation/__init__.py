@@ -1,19 +1,18 @@
-"""Measuring a trained model: how well it predicts, how often its answers are right, how like a reference they are."""
+"""Measuring a trained model: how well it predicts, how often its answers are right, how like a reference they are.
+
+Answers that come with their reasoning and replies that people compare have measures of their own.
+"""
 
 from minillm.evaluation.answer_loss import AnswerLoss, answer_loss
 from minillm.evaluation.exact_match import ExactMatch, exact_match
+from minillm.evaluation.open_model import open_model
 from minillm.evaluation.perplexity import Perplexity, perplexity
+from minillm.evaluation.preference import PreferenceScore, like_chosen, preference_accuracy
+from minillm.evaluation.reasoning import ReasoningScore, evaluate_reasoning, pass_at_k, read_answer
 from minillm.evaluation.text_metrics import Bleu, Rouge, bleu, rouge
 
 __all__ = [
-    "AnswerLoss",
-    "Bleu",
-    "ExactMatch",
-    "Perplexity",
-    "Rouge",
-    "answer_loss",
-    "bleu",
-    "exact_match",
-    "perplexity",
-    "rouge",
-]
+    "AnswerLoss", "Bleu", "ExactMatch", "Perplexity", "PreferenceScore", "ReasoningScore", "Rouge", "answer_loss",
+    "bleu", "evaluate_reasoning", "exact_match", "like_chosen", "open_model", "pass_at_k", "perplexity",
+    "preference_accuracy", "read_answer", "rouge",
+]  # fmt: skip

@@ -57,15 +57,15 @@ def answer_loss(model, tokenizer, records: Iterable[dict | Record], *, batch_siz
     loss_sums, counts = [], []
     device = next(model.parameters()).device
     for first in range(0, len(encoded), batch_size):
-        batch = {name: rows.to(device) for name, rows in _padded(encoded[first : first + batch_size]).items()}
+        batch = {name: rows.to(device) for name, rows in padded(encoded[first : first + batch_size]).items()}
         loss_sum, n_targets = causal_lm_loss(model, batch)
         loss_sums.append(loss_sum.item())
         counts.append(int(n_targets))
     return AnswerLoss(loss_sum=math.fsum(loss_sums), n_targets=sum(counts))
 
 
-def _padded(encoded: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    """Return conversations as one batch, (B, T) each, padded at the end."""
+def padded(encoded: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    """Return conversations, as ids and answer mask, as one batch: columns of (B, T) each, padded at the end."""
     width = max(len(ids) for ids, _ in encoded) - 1
     batch = {
         "input_ids": torch.zeros(len(encoded), width, dtype=torch.long),

@@ -7,10 +7,18 @@ from collections.abc import Callable
 
 from minillm.errors import UserError
 from minillm.inference.generate import stream
+from minillm.inference.thinking import ThinkingView, without_thinking
 
 
 def chat(
-    model, encode: Callable[[list[dict]], list[int]], *, history_turns: int, max_new_tokens: int, **options
+    model,
+    encode: Callable[[list[dict]], list[int]],
+    *,
+    history_turns: int,
+    max_new_tokens: int,
+    thinking: str | None = None,
+    opened: str = "",
+    **options,
 ) -> None:
     """Read questions and stream answers until /exit, end of input, or Ctrl-C at the prompt.
 
@@ -20,6 +28,9 @@ def chat(
         encode: turns a list of messages, the last one the question, into prompt ids.
         history_turns: earlier questions with their answers that the model still sees. The oldest are
             forgotten when the conversation no longer fits into the model's positions.
+        thinking: how a ``ThinkingView`` shows the thinking of a reasoning model, which it does not see again with the
+            next question (``without_thinking``). None: answers are shown and kept as they are.
+        opened: what the prompt has already of a reasoned answer.
         options: of :func:`~minillm.inference.generate.stream`.
     """
     with contextlib.suppress(ImportError):
@@ -44,14 +55,16 @@ def chat(
                 while kept and len(ids) + max_new_tokens > model.config.max_position_embeddings:
                     kept = kept[1:]
                     ids = encode([*(turn for pair in kept for turn in pair), asked])
-                answer = _say(stream(model, ids, max_new_tokens=max_new_tokens, **options))
+                view = ThinkingView(thinking, opened=opened) if thinking else None
+                answer = _say(stream(model, ids, max_new_tokens=max_new_tokens, **options), view)
             except UserError as error:  # a question too long, say: the conversation goes on as it was
                 print(f"error: {error}", file=sys.stderr)
                 continue
+            answer = without_thinking(opened + answer) if thinking else answer
             history = [*kept, (asked, {"role": "assistant", "content": answer})]
 
 
-def _say(pieces) -> str:
+def _say(pieces, view: ThinkingView | None) -> str:
     """Print the pieces as they come, then the speed; return the answer."""
     shown: list[str] = []
     start = time.perf_counter()
@@ -63,10 +76,10 @@ def _say(pieces) -> str:
             except StopIteration as end:
                 done = end.value
             else:
-                print(shown[-1], end="", flush=True)
+                print(view.push(shown[-1]) if view else shown[-1], end="", flush=True)
     except KeyboardInterrupt:
         pieces.close()
-    print()
+    print(view.finish() if view else "")
     if done is not None:
         print(speed(len(done.ids), time.perf_counter() - start))
     return "".join(shown)

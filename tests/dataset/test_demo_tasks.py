@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "dataset"))
 
 import make_demo
 from demo_world import grammar, items, tasks, world
-
-from minillm.training.arguments import DemoDataArguments
+from demo_world.arguments import DemoDataArguments
 
 SMALL = {
     "n_pretrain": 20_000, "n_valid": 600, "n_addition": 3000, "n_sorting": 3000, "n_counting": 3000,

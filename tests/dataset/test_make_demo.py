@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "dataset"))
 
 import make_demo
 from demo_world import grammar, items, world
+from demo_world.arguments import DemoDataArguments
 
 from minillm.errors import UserError
-from minillm.training.arguments import DemoDataArguments
 
 SMALL = {
     "n_pretrain": 12_000, "n_valid": 600, "n_addition": 3000, "n_sorting": 3000, "n_counting": 3000,

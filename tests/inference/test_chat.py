@@ -124,3 +124,39 @@ def test_options_reach_the_stream(talk):
 def test_the_speed_line():
     assert speed(1500, 2.0) == "[1,500 tokens in 2.0 s, 750 tokens/s]"
     assert speed(0, 0.0).startswith("[0 tokens in 0.0 s, 0 ")
+
+
+REASONED = "<think>\n1 < 2\n\nso\n</think>\n<answer>\na </b> c\n</answer>\n"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Let the output be a terminal, or with False none."""
+    return lambda is_one=True: monkeypatch.setattr("sys.stdout.isatty", lambda: is_one, raising=False)
+
+
+def test_a_reasoning_chat_shows_and_remembers_the_answer(talk):
+    def answer():
+        yield from ["<think>", "\nhm", "\n</think>", "\n<answer>\n", "8", "\n</answer>"]
+
+    done = talk("one", "two", answer=answer, thinking="hide")
+    assert contents(done.seen[1]) == ["one", "<think>\n\n</think>\n<answer>\n8\n</answer>", "two"]
+    assert done.out.splitlines()[1] == "8"
+    assert done.out.splitlines()[2].startswith("[3 tokens")
+    assert "a <\n[3 tokens" in talk("one", answer=lambda: ["a", " <"], thinking="dim").out
+    plain = talk("one", "two", answer=answer, thinking="plain")
+    assert "\nhm\n8\n[3 tokens" in plain.out
+    opened = talk("one", "two", answer=lambda: ["hm</think>8"], thinking="hide", opened="<think>\n")
+    assert contents(opened.seen[1])[1] == "<think>\n\n</think>8"
+
+
+def test_ctrl_c_while_it_thinks_leaves_no_colour_behind(talk, terminal):
+    def interrupted():
+        yield from ["<think>", "a long", " way"]
+        raise KeyboardInterrupt
+
+    terminal()
+    done = talk("one", "two", answer=interrupted, thinking="dim")
+    assert done.out.count(DIM) == done.out.count(PLAIN) > 0
+    assert contents(done.seen[1])[1] == "<think>\n\n</think>"

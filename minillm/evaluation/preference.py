@@ -1,0 +1,174 @@
+"""Does a model give the chosen reply of a pair the higher probability?
+
+By whole replies, as preference training compares them, long ones lose: every token costs. So the same is counted per
+token too (Meng et al., SimPO, 2024, section 2.2, whose reward is the mean per token).
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from functools import partial
+
+import torch
+
+from minillm.data.schema import Record
+from minillm.errors import UserError
+from minillm.evaluation.answer_loss import padded
+from minillm.inference import complete
+from minillm.losses import linear_log_probs
+from minillm.tokenizer import encode_chats
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """The log-probabilities of a pair's replies, nats, and their lengths in tokens, the end of the turn among them."""
+
+    chosen: float
+    rejected: float
+    n_chosen: int
+    n_rejected: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceScore:
+    """The outcome of a whole file of preferences."""
+
+    pairs: list[PairScore]
+    """In the order of the records."""
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of pairs whose chosen reply has the higher log-probability, 0 to 1."""
+        return self._mean(lambda pair: pair.chosen > pair.rejected)
+
+    @property
+    def accuracy_per_token(self) -> float:
+        """Return the share of pairs whose chosen reply has the higher log-probability per token, 0 to 1."""
+        return self._mean(lambda pair: pair.chosen / pair.n_chosen > pair.rejected / pair.n_rejected)
+
+    @property
+    def mean_margin(self) -> float:
+        """Return the mean of log p(chosen) − log p(rejected), nats."""
+        return self._mean(lambda pair: pair.chosen - pair.rejected)
+
+    def as_dict(self, *, pairs: bool = True) -> dict:
+        """Return the figures, and every pair if wanted, as plain values for JSON."""
+        names = ("accuracy", "accuracy_per_token", "mean_margin")
+        values = {"n": len(self.pairs)} | {name: getattr(self, name) for name in names}
+        for side in ("chosen", "rejected"):
+            values[f"mean_log_prob_{side}"] = self._mean(lambda pair, side=side: getattr(pair, side))
+            values[f"mean_tokens_{side}"] = self._mean(lambda pair, side=side: getattr(pair, f"n_{side}"))
+        return values | ({"pairs": [asdict(pair) for pair in self.pairs]} if pairs else {})
+
+    def table(self) -> str:
+        """Return the figures for people: the shares, then a line per side."""
+        values = self.as_dict(pairs=False)
+        lines = [
+            f"the chosen reply is more probable in {self.accuracy:.1%} of {len(self.pairs):,} pairs, per token in "
+            f"{self.accuracy_per_token:.1%}",
+            f"{'reply':<10} {'log-prob, nats':>15} {'tokens':>8}",
+        ]
+        for side in ("chosen", "rejected"):
+            log_prob, n_tokens = values[f"mean_log_prob_{side}"], values[f"mean_tokens_{side}"]
+            lines.append(f"{side:<10} {log_prob:>15.3f} {n_tokens:>8.1f}")
+        return "\n".join([*lines, f"{'margin':<10} {self.mean_margin:>15.3f}"])
+
+    def _mean(self, of) -> float:
+        return sum(map(of, self.pairs)) / len(self.pairs)
+
+
+@torch.inference_mode()
+def preference_accuracy(model, tokenizer, records: Iterable[Record], *, batch_size: int = 16) -> PreferenceScore:
+    """Return how the log-probabilities of the chosen and the rejected replies compare under ``model`` alone.
+
+    Each reply's last assistant turn is scored, given what stands before it. There is no reference model here: this
+    is the ranking of the model itself, not the implicit reward of DPO.
+
+    Args:
+        records: preferences from ``read_records``.
+        batch_size: replies per forward pass; it changes nothing but speed and memory.
+
+    Raises:
+        UserError: no records; one that is no preference, or that is longer than the model reads.
+    """
+    conversations = []
+    for number, record in enumerate(records):
+        if record.kind != "preference":
+            raise UserError(
+                f"record {number} (line {record.line}) is a {record.kind} record: give preferences, with chosen and "
+                "rejected"
+            )
+        conversations += [[*record.messages, *reply] for reply in (record.chosen, record.rejected)]
+    if not conversations:
+        raise UserError("no records to compare replies of")
+    encoded = encode_chats(tokenizer, conversations, train_on="last")
+    limit = model.config.max_position_embeddings
+    for place, (ids, _) in enumerate(encoded):
+        if len(ids) - 1 > limit:
+            side = ("chosen", "rejected")[place % 2]
+            raise UserError(
+                f"record {place // 2} has {len(ids)} tokens with its {side} reply and the model reads {limit}: shorten "
+                "or remove it"
+            )
+    order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))  # batches of similar lengths
+    sums: dict[int, float] = {}
+    device = next(model.parameters()).device
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        batch = {name: rows.to(device) for name, rows in padded([encoded[place] for place in places]).items()}
+        head = partial(linear_log_probs, targets=batch["targets"])
+        log_probs = model(batch["input_ids"], document_ids=batch["document_ids"], head=head)  # (B, T)
+        # On the CPU: float64 does not exist on every device.
+        sums |= zip(places, log_probs.cpu().double().sum(1).tolist(), strict=True)
+    lengths = [sum(mask) for _, mask in encoded]
+    return PreferenceScore(
+        pairs=[
+            PairScore(chosen=sums[one], rejected=sums[one + 1], n_chosen=lengths[one], n_rejected=lengths[one + 1])
+            for one in range(0, len(encoded), 2)
+        ]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeAnswer:
+    """What the model says to the prompt of a pair."""
+
+    answer: str
+    like_chosen: bool
+    """Whether it is more like the chosen reply than like the rejected one."""
+
+
+def like_chosen(
+    model, tokenizer, records: Iterable[Record], *, max_new_tokens: int = 64, batch_size: int = 64
+) -> list[FreeAnswer]:
+    """Return the model's greedy answers to the prompts of pairs, and which reply each is more like.
+
+    Likeness is the share of equal characters in the longest common blocks (``difflib``, Ratcliff and Obershelp's
+    measure): a matter of style and length rather than of truth.
+
+    Args:
+        records: preferences from ``read_records``.
+        max_new_tokens: longest answer. batch_size: prompts answered together.
+    """
+    records = list(records)
+    prompts = [ids for ids, _ in encode_chats(tokenizer, [r.messages for r in records], add_generation_prompt=True)]
+    answers = []
+    for first in range(0, len(prompts), batch_size):
+        done = complete(
+            model,
+            prompts[first : first + batch_size],
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            eos_token_id=tokenizer.end_ids,
+            tokenizer=tokenizer,
+        )
+        answers += [each.text.strip() for each in done]
+    found = []
+    for record, answer in zip(records, answers, strict=True):
+        chosen, rejected = (_likeness(answer, reply[-1]["content"]) for reply in (record.chosen, record.rejected))
+        found.append(FreeAnswer(answer=answer, like_chosen=chosen > rejected))
+    return found
+
+
+def _likeness(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other, autojunk=False).ratio()

@@ -1,0 +1,187 @@
+"""Rejection sampling: a reasoning model's own answers that proved right, as new training data.
+
+    python -m minillm.evaluation.sample_answers --from_weight reason --data_path problems.jsonl --output kept.jsonl
+    python train_reason.py --from_weight full_sft --data_path kept.jsonl
+
+Several answers are drawn for each problem, and those that have the form and end in the right answer are kept, each text
+once: different ways to one answer teach more than one way twice (Yuan et al., Scaling Relationship on Learning
+Mathematical Reasoning, 2023, section 3.3, where this is called rejection sampling fine-tuning; DeepSeek-R1, 2025,
+section 2.3.3).
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from minillm.data.schema import Record, read_records
+from minillm.errors import UserError
+from minillm.evaluation.arguments import OpenArguments
+from minillm.evaluation.exact_match import task_fields
+from minillm.evaluation.open_model import open_model
+from minillm.evaluation.reasoning import evaluate_reasoning, final_answer
+from minillm.inference import SamplingOptions
+from minillm.training.command_line import parse, require, script
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(OpenArguments):
+    """Draw answers to problems and keep the right ones as training data."""
+
+    data_path: str
+    """Problems: conversations with the right answer as final, or in the last turn's form."""
+    output: str
+    """The new training file, .jsonl; one that is there already is replaced."""
+    n_samples: int = 8
+    """Answers drawn per problem."""
+    keep: int = 4
+    """Most answers kept per problem, the first ones (0: all)."""
+    from_weight: str = "reason"
+    """The model that answers: a stage name, a model directory or a .pth file."""
+    temperature: float = 0.8
+    """Logits are divided by this; 0 is greedy, for one answer per problem alone."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens that reach this probability together (1: all)."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    batch_size: int = 64
+    """Answers written together."""
+    seed: int = 42
+    """Seed of the sampling: the same seed gives the same file."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` for the first value out of range, or a file that cannot be read or written."""
+        super().check()
+        least = {"n_samples": 1, "keep": 0, "num_threads": 0, "max_new_tokens": 1, "batch_size": 1}
+        for name, limit in least.items():
+            value = getattr(self, name)
+            require(value >= limit, f"--{name} {value}: must be at least {limit}")
+        greedy = SamplingOptions(temperature=self.temperature, top_p=self.top_p).greedy
+        drawn = f"--n_samples {self.n_samples} at --temperature {self.temperature}"
+        require(self.n_samples == 1 or not greedy, f"{drawn}: all would be equal; raise it, say to 0.8")
+        require(bool(self.from_weight), "--from_weight is empty: name the model that answers")
+        require(os.path.isfile(self.data_path), f"--data_path {self.data_path}: no such file")
+        folder = os.path.dirname(os.path.abspath(self.output))
+        writable = os.path.isdir(folder) and os.access(folder, os.W_OK) and not os.path.isdir(self.output)
+        is_other = os.path.realpath(self.output) != os.path.realpath(self.data_path)
+        usable = writable and is_other and self.output.endswith(".jsonl")
+        message = "name another .jsonl file than the problems', in a folder that you may write to"
+        require(usable, f"--output {self.output}: cannot be written; {message}")
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    args = parse(SampleArguments, argv)
+    problems = read_problems(args.data_path)  # complains now, not after the weights are read
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    model, tokenizer, _ = open_model(args)
+    rows, counts = sample_answers(
+        model,
+        tokenizer,
+        problems,
+        n_samples=args.n_samples,
+        keep=args.keep,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        generator=torch.Generator().manual_seed(args.seed),
+        report=report_tenths(),
+    )
+    print("\n".join(f"{name.replace('_', ' '):<20} {value:>9,}" for name, value in counts.items()))
+    print(f"{'mean accuracy':<20} {counts['correct'] / counts['answers']:>9.1%}")
+    if not rows:
+        raise UserError(
+            f"none of {counts['answers']} answers to {args.data_path} is right and has the form, so {args.output} is "
+            "not written: draw more (--n_samples), or train the model further first"
+        )
+    write_whole(Path(args.output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_problems(path: str) -> list[Record]:
+    """Return the problems of a file with ``final`` filled in where it stood in the last turn alone.
+
+    Raises:
+        UserError: a record, named by its line, is no conversation or tells no right answer; no record is usable.
+    """
+    problems = []
+    for number, record in enumerate(read_records(path)):
+        try:
+            turns, extra = task_fields(number, record)
+            problems.append(replace(record, extra=extra | {"final": final_answer(turns[-1]["content"], extra)}))
+        except UserError as error:
+            raise UserError(f"{path}, line {record.line}: no right answer ({error}); add it as final") from None
+    return problems
+
+
+def sample_answers(
+    model, tokenizer, problems: Sequence[Record], *, n_samples: int, keep: int = 0, **settings
+) -> tuple[list[dict], dict[str, int]]:
+    """Return the records to train on, in the order of the problems, and what was counted on the way.
+
+    A record has the problem's turns with a kept answer as the last one (``conversations``), its other keys, and
+    ``n_samples``, ``n_correct`` and ``n_well_formed``, which tell how hard the problem was.
+
+    Args:
+        problems: as from ``read_problems``.
+        n_samples: answers per problem. keep: most of them that are kept, the first ones drawn; 0: all.
+        settings: of ``evaluate_reasoning``.
+
+    Raises:
+        UserError: as ``evaluate_reasoning``.
+    """
+    score = evaluate_reasoning(model, tokenizer, problems, n_samples=n_samples, **settings)
+    rows, n_solved, n_good, n_distinct = [], 0, 0, 0
+    for problem, answer in zip(problems, score.answers, strict=True):
+        right = zip(answer.texts, answer.correct, answer.well_formed, strict=True)
+        good = [text.strip() for text, correct, well_formed in right if correct and well_formed]
+        distinct = list(dict.fromkeys(good))
+        n_solved, n_good, n_distinct = n_solved + bool(good), n_good + len(good), n_distinct + len(distinct)
+        found = {"n_samples": n_samples, "n_correct": sum(answer.correct), "n_well_formed": sum(answer.well_formed)}
+        for text in distinct[: keep or None]:
+            turns = [*problem.messages[:-1], {"role": "assistant", "content": text}]
+            rows.append(problem.extra | {"conversations": turns} | found)
+    counts = {
+        "problems": len(problems),
+        "solved": n_solved,
+        "answers": len(problems) * n_samples,
+        "well_formed": sum(sum(answer.well_formed) for answer in score.answers),
+        "correct": sum(sum(answer.correct) for answer in score.answers),
+        "duplicates": n_good - n_distinct,
+        "kept": len(rows),
+    }
+    return rows, counts
+
+
+def report_tenths() -> Callable[[int, int], None]:
+    """Return a function of (answers there are, answers there will be) that prints a line at each tenth of the way."""
+    printed = 0
+
+    def report(n_done: int, n: int) -> None:
+        nonlocal printed
+        if 10 * n_done // n > printed:
+            printed = 10 * n_done // n
+            print(f"[{n_done:,} of {n:,} answers]", flush=True)
+
+    return report
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` under a temporary name, then rename: the file is whole or not there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
