@@ -1,0 +1,275 @@
+"""Distillation against formulas written out in numpy: all divergences, by chunks, by the teacher's best tokens."""
+
+import importlib
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minillm.errors import UserError
+from minillm.losses import (
+    IGNORE_INDEX,
+    distill_loss,
+    hidden_distance,
+    linear_distill_loss,
+    linear_top_k_distill_loss,
+    top_k_teacher,
+)
+
+module = importlib.import_module("minillm.losses.distill")
+B, T, V, D, DT = 3, 5, 11, 8, 6  # DT: the teacher's width
+DIVERGENCES = module.DIVERGENCES
+SETTINGS = [(alpha, temperature) for alpha in (0.0, 0.3, 1.0) for temperature in (1.0, 2.5)]
+
+
+@pytest.fixture
+def case():
+    """Hidden states and output layers of both, ragged targets (a row without any), weights; float64."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    targets = torch.randint(0, V, (B, T), generator=generator)
+    targets[0, :3] = targets[2] = IGNORE_INDEX
+    found = {"student_hidden": draw(B, T, D), "student_weight": draw(V, D), "teacher_hidden": draw(B, T, DT)}
+    found |= {"teacher_weight": draw(V + 2, DT), "targets": targets}  # two rows of padding in the teacher's embedding
+    return found | {"weights": torch.rand(B, T, generator=generator, dtype=torch.float64)}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_NUMEL", 3 * V)  # seven targets: chunks of 3, 3 and 1
+
+
+def softmax(logits):
+    exps = [math.exp(x - max(logits)) for x in logits]
+    return [x / sum(exps) for x in exps]
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def divergence_of(p, q, name):
+    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    return {
+        "forward": kl(p, q),
+        "reverse": kl(q, p),
+        "symmetric": (kl(p, q) + kl(q, p)) / 2,
+        "js": (kl(p, m) + kl(q, m)) / 2,
+    }[name]
+
+
+def by_hand(case, name, alpha, temperature, *, k=None):
+    """One position after the other in Python floats; with k, only the teacher's k best tokens apart."""
+    student = (case["student_hidden"] @ case["student_weight"].T).numpy()
+    teacher = (case["teacher_hidden"] @ case["teacher_weight"].T).numpy()[..., :V]
+    total = count = 0.0
+    for row, column in np.ndindex(B, T):
+        target = int(case["targets"][row, column])
+        if target == IGNORE_INDEX:
+            continue
+        z, weight = student[row, column].tolist(), float(case["weights"][row, column])
+        p, q = (softmax([x / temperature for x in logits]) for logits in (teacher[row, column].tolist(), z))
+        if k is not None and k < V:
+            best = sorted(range(V), key=lambda i: -p[i])[:k]
+            p, q = ([each[i] for i in best] + [1 - sum(each[i] for i in best)] for each in (p, q))
+        value = alpha * -math.log(softmax(z)[target]) + (1 - alpha) * temperature**2 * divergence_of(p, q, name)
+        total, count = total + weight * value, count + weight
+    return total, count
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_value_is_the_formula(case, divergence, alpha, temperature):
+    settings = {"alpha": alpha, "temperature": temperature, "divergence": divergence}
+    expected, count = by_hand(case, divergence, alpha, temperature)
+    loss_sum, n_targets = linear_distill_loss(**case, **settings)
+    assert loss_sum.item() == pytest.approx(expected, rel=1e-12)
+    assert n_targets.item() == pytest.approx(count, rel=1e-12)
+    assert n_targets.dtype == torch.float64
+    student, teacher = (case[f"{who}_hidden"] @ case[f"{who}_weight"].T for who in ("student", "teacher"))
+    whole, _ = distill_loss(student, teacher, case["targets"], case["weights"], **settings)
+    assert whole.item() == pytest.approx(expected, rel=1e-12)
+    short = {name: value.float() if value.is_floating_point() else value for name, value in case.items()}
+    loss_sum, _ = linear_distill_loss(**short, **settings)
+    assert loss_sum.dtype == torch.float32
+    assert loss_sum.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 2.0), (0.3, 1.0)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("loss", ["linear", "logits", "top_k"])
+def test_gradcheck(case, loss, divergence, alpha, temperature):
+    settings = {"alpha": alpha, "temperature": temperature, "divergence": divergence}
+    targets, weights = case["targets"], case["weights"]
+    hidden, weight = (case[name].requires_grad_() for name in ("student_hidden", "student_weight"))
+    teacher = {name: case[name] for name in ("teacher_hidden", "teacher_weight")}
+    if loss == "linear":
+        assert torch.autograd.gradcheck(
+            lambda h, w: linear_distill_loss(h, w, **teacher, targets=targets, weights=weights, **settings)[0],
+            (hidden, weight),
+        )
+    elif loss == "logits":
+        logits, theirs = (hidden @ weight.T).detach().requires_grad_(), case["teacher_hidden"] @ case["teacher_weight"].T
+        assert torch.autograd.gradcheck(
+            lambda z: distill_loss(z, theirs, targets, weights, **settings)[0], (logits,)
+        )
+    else:
+        best = top_k_teacher(**teacher, targets=targets, k=4, temperature=temperature, vocab_size=V)
+        assert torch.autograd.gradcheck(
+            lambda h, w: linear_top_k_distill_loss(h, w, *best, targets, weights, **settings)[0], (hidden, weight)
+        )
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_by_chunks_are_those_of_whole_logits(case, divergence, double):
+    """The whole side is ordinary autograd on the logits of both."""
+    bound, dtype = (1e-12, torch.float64) if double else (2e-6, torch.float32)
+    case = {name: value.to(dtype) if value.is_floating_point() else value for name, value in case.items()}
+    hidden, weight = (case[name].requires_grad_() for name in ("student_hidden", "student_weight"))
+    loss_sum, _ = linear_distill_loss(**case, alpha=0.4, temperature=2.0, divergence=divergence)
+    ours = torch.autograd.grad(loss_sum, (hidden, weight))
+    z = hidden @ weight.T
+    p = F.log_softmax((case["teacher_hidden"] @ case["teacher_weight"].T)[..., :V] / 2, -1)
+    q = F.log_softmax(z / 2, -1)
+    m = ((p.exp() + q.exp()) / 2).log()
+    one, other = ((a.exp() * (a - b)).sum(-1) for a, b in ((p, q), (q, p)))
+    js = ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2
+    found = {"forward": one, "reverse": other, "symmetric": (one + other) / 2, "js": js}[divergence]
+    ce = F.cross_entropy(z.flatten(0, 1), case["targets"].flatten(), reduction="none").view(B, T)
+    counted = case["targets"] != IGNORE_INDEX
+    expected = ((0.4 * ce + 0.6 * 4 * found) * case["weights"])[counted].sum()
+    assert abs(loss_sum - expected).item() / abs(expected).item() < bound
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert ((mine - theirs).norm() / theirs.norm()).item() < bound
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_distilled_into_itself_has_no_gradient(divergence, dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, D, requires_grad=True), (3 * torch.randn(V, D)).requires_grad_()
+    targets = torch.randint(0, V, (40,))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss_sum, _ = linear_distill_loss(hidden, weight, hidden, weight, targets, divergence=divergence)
+    assert abs(loss_sum.item()) <= 1e-6
+    assert divergence == "js" or loss_sum.item() == 0
+    for gradient in torch.autograd.grad(loss_sum, (hidden, weight)):
+        assert gradient.norm().item() <= 1e-7
+
+
+def test_the_teacher_gets_no_gradient(case):
+    for name in ("teacher_hidden", "teacher_weight", "student_hidden"):
+        case[name].requires_grad_()
+    loss_sum, _ = linear_distill_loss(**case)
+    loss_sum.backward()
+    assert case["teacher_hidden"].grad is None
+    assert case["teacher_weight"].grad is None
+    assert case["student_hidden"].grad.norm() > 0
+    assert case["student_weight"].grad is None  # which asked for none
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_pieces_add_up(case, divergence):
+    whole, n_whole = linear_distill_loss(**case, divergence=divergence, alpha=0.2)
+    parts = []
+    for row in range(B):
+        piece = {name: v if name.endswith("_weight") else v[row : row + 1] for name, v in case.items()}
+        parts.append(linear_distill_loss(**piece, divergence=divergence, alpha=0.2))
+    assert sum(p[0] for p in parts).item() == pytest.approx(whole.item(), rel=1e-12)
+    assert sum(p[1] for p in parts).item() == pytest.approx(n_whole.item(), rel=1e-12)
+    assert (parts[2][0].item(), parts[2][1].item()) == (0, 0)  # a row without targets
+
+
+@pytest.mark.parametrize("loss", ["linear", "top_k"])
+def test_without_targets_all_is_exactly_nothing(case, loss):
+    case["targets"][:] = IGNORE_INDEX
+    case["student_hidden"][:] = float("inf")  # what stands there must not matter
+    hidden, weight = (case[name].requires_grad_() for name in ("student_hidden", "student_weight"))
+    if loss == "linear":
+        loss_sum, n_targets = linear_distill_loss(**case)
+    else:
+        teacher = {name: case.pop(name) for name in ("teacher_hidden", "teacher_weight")}
+        ids, log_probs = top_k_teacher(**teacher, targets=case["targets"], k=2)
+        loss_sum, n_targets = linear_top_k_distill_loss(teacher_ids=ids, teacher_log_probs=log_probs, **case)
+    assert (loss_sum.item(), n_targets.item()) == (0, 0)
+    for gradient in torch.autograd.grad(loss_sum, (hidden, weight)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 4, V - 1, V])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_best_tokens_with_the_rest_as_one(case, divergence, k):
+    """Equal to the formula over k + 1 kinds of token; exact from V - 1 on, else a lower bound."""
+    teacher = {name: case[name] for name in ("teacher_hidden", "teacher_weight")}
+    student = {name: value for name, value in case.items() if not name.startswith("teacher")}
+    ids, log_probs = top_k_teacher(**teacher, targets=case["targets"], k=k, temperature=1.5, vocab_size=V)
+    assert ids.shape == log_probs.shape == (B, T, k)
+    settings = {"alpha": 0.2, "temperature": 1.5, "divergence": divergence}
+    found, _ = linear_top_k_distill_loss(teacher_ids=ids, teacher_log_probs=log_probs, **student, **settings)
+    assert found.item() == pytest.approx(by_hand(case, divergence, 0.2, 1.5, k=k)[0], rel=1e-9)
+    whole, _ = linear_distill_loss(**case, **settings)
+    if k >= V - 1:
+        assert found.item() == pytest.approx(whole.item(), rel=1e-9)
+    else:
+        assert found.item() < whole.item()
+
+
+def test_autocast_multiplies_in_its_dtype(case):
+    case = {name: value.float() if value.is_floating_point() else value for name, value in case.items()}
+    plain, _ = linear_distill_loss(**case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        short, _ = linear_distill_loss(**case)
+    assert short.dtype == torch.float32
+    assert short.item() != plain.item()
+    assert short.item() == pytest.approx(plain.item(), rel=3e-2)
+
+
+def test_hidden_states_are_compared_at_length_1(case):
+    student, teacher = case["student_hidden"], torch.randn(B, T, D, dtype=torch.float64)
+    expected = count = 0.0
+    for row, column in np.ndindex(B, T):
+        if case["targets"][row, column] != IGNORE_INDEX:
+            one, other = (h[row, column] / h[row, column].norm() for h in (student, teacher))
+            weight = case["weights"][row, column].item()
+            expected, count = expected + weight * (one - other).square().sum().item(), count + weight
+    found, n_targets = hidden_distance(student, teacher, case["targets"], case["weights"])
+    assert (found.item(), n_targets.item()) == pytest.approx((expected, count), rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda h: hidden_distance(h, teacher, case["targets"])[0], (student.requires_grad_(),)
+    )
+    assert hidden_distance(3 * teacher, teacher, case["targets"])[0].item() < 1e-12
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_trl_agrees(case, beta, temperature):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    student, teacher = (case[f"{who}_hidden"] @ case[f"{who}_weight"].T for who in ("student", "teacher"))
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(
+        student, teacher[..., :V], labels=case["targets"], beta=beta, temperature=temperature, reduction="sum"
+    )
+    name = {0.0: "forward", 0.5: "js", 1.0: "reverse"}[beta]
+    ours, _ = distill_loss(student, teacher, case["targets"], divergence=name, temperature=temperature)
+    assert ours.item() == pytest.approx(theirs.item() * temperature**2, rel=1e-10)  # which has no T² of its own
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"alpha": 1.5}, "alpha"), ({"temperature": 0.0}, "temperature"), ({"divergence": "l2"}, "l2")],
+)
+def test_settings_out_of_range_are_refused(case, settings, word):
+    with pytest.raises(UserError, match=word):
+        linear_distill_loss(**case, **settings)
+
+
+def test_vocabularies_must_fit(case):
+    with pytest.raises(UserError, match="knows 5 tokens, the student 11"):
+        linear_distill_loss(**(case | {"teacher_weight": case["teacher_weight"][:5]}))
+    for k in (0, V + 3):
+        with pytest.raises(UserError, match=f"top_k {k}"):
+            top_k_teacher(case["teacher_hidden"], case["teacher_weight"], case["targets"], k=k)
