@@ -2,6 +2,7 @@
 
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,25 @@ def turns(names: list[str], round_index: int) -> list[str]:
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """Return the median of the rounds' own ratios: what slows a whole round down leaves its ratio alone."""
     return median(above / below for above, below in zip(numerators, denominators, strict=True))
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes of tensors that ``step`` holds at once, above what lay there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    totals = [event["args"] for event in events]
+    start = totals[0]["Total Allocated"] - totals[0]["Bytes"]
+    return max(args["Total Allocated"] for args in totals) - start
 
 
 def format_table(rows: list[list[str]]) -> str:

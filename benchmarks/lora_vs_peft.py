@@ -12,9 +12,7 @@ there before it: what the allocator reports, on a CPU through torch's profiler.
 
 import copy
 import dataclasses
-import json
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
-from benchmarks.common import Side, format_table, median_ratio, turns, write_json
+from benchmarks.common import Side, format_table, median_ratio, peak_bytes, turns, write_json
 from minillm.config import ModelConfig
 from minillm.errors import UserError, missing_package
 from minillm.lora import apply_lora
@@ -150,25 +148,6 @@ def make_sides(family: str, shape: str, dropout: float, args: Arguments) -> tupl
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes of tensors that ``step`` holds at once, above what lay there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "trace.json"
-        recorded.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
-    totals = [event["args"] for event in events]
-    start = totals[0]["Total Allocated"] - totals[0]["Bytes"]
-    return max(args["Total Allocated"] for args in totals) - start
 
 
 def compare(family: str, shape: str, dtype_name: str, dropout: float, args: Arguments) -> dict:

@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.losses.cross_entropy import CHUNK_NUMEL, IGNORE_INDEX, product_dtype
+from minillm.losses.cross_entropy import IGNORE_INDEX, product_dtype
+
+# Logits of one chunk (16 MiB in float32). Smaller than the cross-entropy's, because the backward pass makes them while
+# the activations of the whole model are there.
+CHUNK_NUMEL = 4 * 1024 * 1024
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor | None, targets: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ class _LinearLogProbs(torch.autograd.Function):
         for chunk, short_hidden, log_probs in _chunks(hidden, short):
             grad_logits = log_probs.exp_().neg_()  # (n, V): one_hot - softmax, in place
             grad_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(targets[chunk, None], dtype=grad.dtype))
-            grad_logits = (grad_logits * grad[chunk, None]).to(ctx.dtype)
+            grad_logits = grad_logits.mul_(grad[chunk, None]).to(ctx.dtype)
             if need_hidden:
                 grad_hidden[chunk] = (grad_logits @ short).to(hidden.dtype)
             if need_weight:
@@ -96,5 +100,6 @@ def _chunks(hidden: Tensor, weight: Tensor):
         for start in range(0, len(hidden), length):
             chunk = slice(start, start + length)
             here = hidden[chunk].to(weight.dtype)
-            logits = (here @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
-            yield chunk, here, F.log_softmax(logits, dim=-1)
+            log_probs = (here @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))  # still logits here
+            log_probs = F.log_softmax(log_probs, dim=-1)
+            yield chunk, here, log_probs

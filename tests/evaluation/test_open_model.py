@@ -91,6 +91,12 @@ def test_the_tokenizer_beside_the_weights_else_that_of_the_directory(arguments, 
     assert open_model(there)[1].content_hash == open_model(arguments())[1].content_hash
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(arguments, tmp_path):
+    train_bpe(iter(["the cat sat on the mat"] * 9), vocab_size=275).save(tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        open_model(arguments(tokenizer_path=str(tmp_path)))
+
+
 def test_missing_weights_are_an_error_that_lists_what_there_is(arguments):
     with pytest.raises(UserError, match=r"no weights 'rlhf'.*full_sft_32, reason_32, reason_64"):
         open_model(arguments(model_mode=2))

@@ -219,6 +219,14 @@ def test_samples_depend_on_the_seed_and_not_on_the_batches(model, tokenizer):
     assert all(len(set(each)) == 1 for each in texts(1, 5, top_k=1))  # sampling options reach the model
 
 
+def test_one_position_must_be_left_for_the_answer(model, tokenizer):
+    n_more = 63 - len(encode_chat(tokenizer, problem("", "b")["conversations"][:1], add_generation_prompt=True)[0])
+    (answer,) = evaluate_reasoning(model, tokenizer, [problem("x" * n_more, "b")], **LIMITS).answers
+    assert answer.n_tokens == [1]
+    with pytest.raises(UserError, match="record 0 has 64 tokens"):
+        evaluate_reasoning(model, tokenizer, [problem("x" * (n_more + 1), "b")], **LIMITS)
+
+
 def test_bad_records_and_numbers_are_named(model, tokenizer):
     for records, more, words in [
         ([], {}, "no records"),

@@ -112,7 +112,8 @@ def test_gradcheck(case, loss, divergence, alpha, temperature):
             (hidden, weight),
         )
     elif loss == "logits":
-        logits, theirs = (hidden @ weight.T).detach().requires_grad_(), case["teacher_hidden"] @ case["teacher_weight"].T
+        logits = (hidden @ weight.T).detach().requires_grad_()
+        theirs = case["teacher_hidden"] @ case["teacher_weight"].T
         assert torch.autograd.gradcheck(
             lambda z: distill_loss(z, theirs, targets, weights, **settings)[0], (logits,)
         )

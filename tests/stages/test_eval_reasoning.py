@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +169,17 @@ def test_prompts_are_answered_in_parts(run, say, tmp_path, monkeypatch, thinking
     say("<think>hm")
     (answer,) = run(*argv)[3]["prompts"]
     assert (answer["thinking"], answer["well_formed"]) == ("hm", False)
+
+
+def test_what_the_prompt_has_opened_belongs_to_the_answer(run, say, tmp_path, monkeypatch):
+    """Some templates begin the thinking themselves."""
+    monkeypatch.setattr(eval_model, "chat_format", lambda tokenizer: SimpleNamespace(opens_with="<think>\n"))
+    (tmp_path / "prompts.txt").write_text("q\n")
+    say(form(8, "hm").removeprefix("<think>\n"))
+    _, shown, _, results = run("--model_mode", 3, "--prompts", tmp_path / "prompts.txt", "--thinking", "hide")
+    assert "> q\n8\n" in shown
+    (answer,) = results["prompts"]
+    assert (answer["text"], answer["thinking"], answer["well_formed"]) == (form(8, "hm"), "hm", True)
 
 
 def test_the_chat_hides_the_thinking_and_forgets_it(run, say, monkeypatch):
