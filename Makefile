@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= out/demo
 DATA := dataset/demo
+RESULTS = $(DEMO)/results
+EVAL = python eval_model.py --save_dir $(DEMO) --preset demo
+STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 700 --learning_rate 4e-3  # as in configs/demo/distill.yaml
 
 .PHONY: demo demo-run test lint bench clean
 
@@ -30,18 +33,39 @@ demo-run:
 	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
 	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO) \
 	    --data_path $(DATA)/sft_train.jsonl --valid_path $(DATA)/sft_valid.jsonl $(TRAIN_FLAGS)
-	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 0 --perplexity $(DATA)/pretrain_valid.jsonl
-	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --task_file $(DATA)/sft_test.jsonl
+	mkdir -p $(RESULTS)
+	$(EVAL) --model_mode 0 --perplexity $(DATA)/pretrain_valid.jsonl
+	$(EVAL) --from_weight pretrain --max_new_tokens 32 --task_file $(DATA)/sft_test.jsonl --output $(RESULTS)/pretrain.json
+	$(EVAL) --task_file $(DATA)/sft_test.jsonl --pairs_file $(DATA)/dpo_test.jsonl --answer_pairs \
+	    --output $(RESULTS)/full_sft.json
 	python train_lora.py --config configs/demo/lora.yaml --save_dir $(DEMO) --data_path $(DATA)/identity_train.jsonl \
 	    --valid_path $(DATA)/identity_test.jsonl --replay_path $(DATA)/sft_train.jsonl $(TRAIN_FLAGS)
 	python train_lora.py --config configs/demo/lora.yaml --save_dir $(DEMO) --data_path $(DATA)/identity_train.jsonl \
 	    --valid_path $(DATA)/identity_test.jsonl --replay_path "" --lora_name identity_alone $(TRAIN_FLAGS)
+	$(EVAL) --task_file $(DATA)/identity_test.jsonl --output $(RESULTS)/full_sft_identity_test.json
 	for name in identity identity_alone; do for file in identity_test sft_test; do \
-	    python eval_model.py --save_dir $(DEMO) --preset demo --lora_name $$name --task_file $(DATA)/$$file.jsonl || exit 1; \
+	    $(EVAL) --lora_name $$name --task_file $(DATA)/$$file.jsonl --output $(RESULTS)/$${name}_$$file.json || exit 1; \
 	done; done
+	python train_dpo.py --config configs/demo/dpo.yaml --save_dir $(DEMO) --data_path $(DATA)/dpo_train.jsonl \
+	    --valid_path $(DATA)/dpo_test.jsonl $(TRAIN_FLAGS)
+	$(EVAL) --model_mode 2 --task_file $(DATA)/sft_test.jsonl --pairs_file $(DATA)/dpo_test.jsonl --answer_pairs \
+	    --output $(RESULTS)/rlhf.json
+	python train_pretrain.py --config configs/demo/pretrain.yaml --save_dir $(DEMO) $(STUDENT) \
+	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
+	python train_distill.py --config configs/demo/distill.yaml --save_dir $(DEMO) \
+	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
+	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO)/direct --from_weight $(DEMO)/rlhf_128 --epochs 2 \
+	    --data_path $(DATA)/direct_train.jsonl --valid_path "" $(TRAIN_FLAGS)
+	python train_reason.py --config configs/demo/reason.yaml --save_dir $(DEMO) --data_path $(DATA)/reason_train.jsonl \
+	    --valid_path $(DATA)/reason_test.jsonl --replay_path $(DATA)/sft_train.jsonl $(TRAIN_FLAGS)
+	$(EVAL) --from_weight $(DEMO)/direct/full_sft_128 --model_mode 3 --task_file $(DATA)/reason_test.jsonl \
+	    --max_new_tokens 96 --output $(RESULTS)/direct.json
+	$(EVAL) --model_mode 3 --task_file $(DATA)/reason_test.jsonl --max_new_tokens 96 --output $(RESULTS)/reason.json
+	$(EVAL) --from_weight reason --task_file $(DATA)/sft_test.jsonl --output $(RESULTS)/reason_sft_test.json
 	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html" \
-	    " $(DEMO)/lora/identity_128/summary.html"
-	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 1 --temperature 0
+	    " $(DEMO)/lora/identity_128/summary.html  $(DEMO)/rlhf_128/summary.html  $(DEMO)/reason_128/summary.html"
+	python dataset/demo_table.py --save_dir $(DEMO)
+	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 3 --temperature 0
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -60,6 +84,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/lora_vs_peft.py
 	$(BIN)/python benchmarks/lora_init.py
 	$(BIN)/python benchmarks/lora_sweep.py
+	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/stages.py
 
 clean:
 	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info

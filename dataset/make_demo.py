@@ -24,7 +24,7 @@ from demo_world.arguments import DemoDataArguments  # noqa: E402
 from demo_world.grammar import Draw, Source  # noqa: E402
 from demo_world.identity import identity_records  # noqa: E402
 from demo_world.items import COUNT_LENGTHS, HELD_OUT_ONE_IN, SORT_LENGTHS, Items  # noqa: E402
-from demo_world.tasks import OPEN_TASKS, TASKS, Tasks, reason_records  # noqa: E402
+from demo_world.tasks import OPEN_TASKS, TASKS, Tasks, reason_records, without_reasons  # noqa: E402
 from demo_world.world import make_world  # noqa: E402
 
 from minillm.errors import UserError  # noqa: E402
@@ -63,6 +63,7 @@ def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
     files["reason_train"], files["reason_test"] = reason_records(
         args.n_reason, args.n_reason_test, stream("reason")
     )
+    files["direct_train"] = without_reasons(files["reason_train"])
     meta = {
         "seed": args.seed,
         "records": {name: len(records) for name, records in files.items()},

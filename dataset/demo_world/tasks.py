@@ -275,3 +275,11 @@ def reason_records(
             {"conversations": conversation(f"mod:{problem}", answer), "task": "reason", "final": final}
         )
     return records[n_test:], records[:n_test]
+
+
+def without_reasons(records: list[dict]) -> list[dict]:
+    """Return the same problems with the answer alone, for a model that is to answer at once."""
+    return [
+        record | {"conversations": conversation(record["conversations"][0]["content"], record["final"])}
+        for record in records
+    ]

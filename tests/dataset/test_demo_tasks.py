@@ -89,6 +89,15 @@ def test_multi_turn_answers_follow_from_the_first_turn(demo):
             assert said == expected.replace(str(a), str(a + b))
 
 
+def test_direct_answers_are_to_the_same_problems(demo):
+    files = demo[0]
+    for reasoned, direct in zip(files["reason_train"], files["direct_train"], strict=True):
+        question, answer = direct["conversations"]
+        assert question == reasoned["conversations"][0]
+        assert answer == {"role": "assistant", "content": reasoned["final"]}
+        assert direct["final"] == reasoned["final"]
+
+
 def test_reasoning_steps_are_right_and_lead_to_final(demo):
     for record in demo[0]["reason_train"] + demo[0]["reason_test"]:
         start, rest = re.fullmatch(r"mod:(\d)(.+)", last_prompt(record)).groups()

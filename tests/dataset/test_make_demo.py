@@ -53,6 +53,7 @@ def test_script_writes_every_file_and_nothing_else(tmp_path):
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     make_demo.main([*flags, f"--out_dir={tmp_path / 'a' / 'b'}"])
     stages = ("pretrain_train", "pretrain_valid", "sft_train", "sft_valid", "sft_test")
+    stages += ("direct_train",)
     stages += tuple(f"{name}_{part}" for name in ("identity", "dpo", "reason") for part in ("train", "test"))
     written = {path.name for path in (tmp_path / "a" / "b").iterdir()}
     assert written == {f"{name}.jsonl" for name in stages} | {"meta.json"}

@@ -30,7 +30,7 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "chat skipped" in done.stdout
-    for name in ("pretrain_128", "full_sft_128"):
+    for name in ("pretrain_128", "full_sft_128", "rlhf_128", "distill_64", "pretrain_64", "reason_128"):
         directory = tmp_path / "out" / name
         assert {"config.json", "model.safetensors", "tokenizer.json", "run.yaml", "summary.html", "summary.png"} <= {
             file.name for file in directory.iterdir()
@@ -40,9 +40,13 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path):
         assert [row["step"] for row in rows if row["split"] == "valid"] == [3, 6]
     floor = [row for row in rows if "floor" in row]
     assert not floor  # only texts know their probability; conversations do not
+    table = done.stdout[done.stdout.index("\nstage ") :].splitlines()[1:13]
+    stages = [line.split()[0] for line in table]
+    assert stages == ["stage", "pretrain", "full_sft", *2 * ["lora"], *3 * ["dpo"], "distill", *3 * ["reason"]]
+    assert sum(line.count("%") for line in table) == 17  # losses have none, and the form has no before
     for name in ("identity", "identity_alone"):
         directory = tmp_path / "out" / "lora" / f"{name}_128"
         written = {path.name for path in directory.iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors", "summary.html"} <= written
         assert f"out/full_sft_128 + {directory}: parameters" in done.stdout
-    assert done.stdout.count("\nidentity ") == 2 * 8  # groups of the held-out questions, with either adapter
+    assert done.stdout.count("\nidentity ") == 3 * 8  # groups of the held-out questions: without, and with adapters
