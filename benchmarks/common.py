@@ -1,12 +1,14 @@
 """What the benchmarks share: sides that take turns in one process, ratios by round, the table, the JSON."""
 
+import contextlib
+import io
 import json
 import platform
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,30 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     totals = [event["args"] for event in events]
     start = totals[0]["Total Allocated"] - totals[0]["Bytes"]
     return max(args["Total Allocated"] for args in totals) - start
+
+
+def call_script(main: Callable, flags: dict[str, object]) -> None:
+    """Call a script's ``main`` with flags (None: left out), quietly; UserError with what it said when it fails."""
+    argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main(argv)
+    except SystemExit as stopped:
+        raise UserError(f"{main.__module__}.py {' '.join(argv)} ended: {said.getvalue()[-800:]}") from stopped
+
+
+def over_seeds(trials: list[dict], key: str) -> tuple[float, float] | None:
+    """Return mean and standard deviation (0 for one seed) of a figure; None where a run diverged."""
+    if any(trial.get("diverged") for trial in trials):
+        return None
+    values = [trial[key] for trial in trials]
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def shown(value: tuple[float, float] | None, form: str = ".4f") -> str:
+    """Return mean ± deviation as text."""
+    return "diverged" if value is None else f"{value[0]:{form}} ± {value[1]:{form}}"
 
 
 def format_table(rows: list[list[str]]) -> str:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import torch
 
-from benchmarks.common import format_table, write_json
-from benchmarks.lora_trials import over_seeds, run_trial, shown
+from benchmarks.common import format_table, over_seeds, shown, write_json
+from benchmarks.lora_trials import run_trial
 from minillm.data import read_records
 from minillm.evaluation import bleu, exact_match, rouge
 from minillm.lora.init import Init

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
-from benchmarks.common import format_table, write_json
-from benchmarks.lora_trials import over_seeds, run_trial, shown
+from benchmarks.common import format_table, over_seeds, shown, write_json
+from benchmarks.lora_trials import run_trial
 from minillm.training.command_line import parse, require, script
 from minillm.training.hardware import keep_freed_memory
 

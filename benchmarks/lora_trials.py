@@ -1,16 +1,15 @@
 """What the LoRA studies share: one run of train_lora.py with its figures, and the spread over seeds."""
 
-import contextlib
-import io
 import math
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
 import torch
 
 import train_lora
+from benchmarks.common import call_script
 from minillm.data import read_records
 from minillm.errors import UserError
 from minillm.evaluation import exact_match
@@ -33,16 +32,13 @@ def run_trial(base: str, flags: dict[str, object], *, tests: dict[str, str], eva
     """
     with tempfile.TemporaryDirectory() as directory:
         given = {"from_weight": base, "save_dir": directory, "lora_name": "trial", "save_interval": 0, **flags}
-        argv = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-        said = io.StringIO()
         began = time.perf_counter()
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                train_lora.main(argv)
-        except SystemExit as stopped:
-            if "finite" in said.getvalue():
+            call_script(train_lora.main, given)
+        except UserError as error:
+            if "finite" in str(error):
                 return {"diverged": True}
-            raise UserError(f"train_lora.py {' '.join(argv)} ended: {said.getvalue()[-800:]}") from stopped
+            raise
         (saved,) = (Path(directory) / "lora").glob("trial_*")
         rows = read_metrics(saved / "metrics.jsonl")
         losses = {split: [row["loss"] for row in rows if row["split"] == split] for split in ("train", "valid")}
@@ -65,16 +61,3 @@ def run_trial(base: str, flags: dict[str, object], *, tests: dict[str, str], eva
                 answers = exact_match(model, tokenizer, list(read_records(path)), max_new_tokens=64, batch_size=64)
                 result[name] = answers.accuracy
             return result | (evaluate(model, tokenizer) if evaluate else {})
-
-
-def over_seeds(trials: list[dict], key: str) -> tuple[float, float] | None:
-    """Return mean and standard deviation (0 for one seed) of a figure; None where a run diverged."""
-    if any(trial.get("diverged") for trial in trials):
-        return None
-    values = [trial[key] for trial in trials]
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
-
-
-def shown(value: tuple[float, float] | None, form: str = ".4f") -> str:
-    """Return mean ± deviation as text."""
-    return "diverged" if value is None else f"{value[0]:{form}} ± {value[1]:{form}}"

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import lora_init, lora_sweep, lora_trials, lora_vs_peft
+from benchmarks import common, lora_init, lora_sweep, lora_trials, lora_vs_peft
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.model import Transformer
@@ -61,15 +61,15 @@ def test_a_run_that_diverges_is_a_result(world):
     flags = {"data_path": folder / "train.jsonl", "max_steps": 6, "learning_rate": 1e30, "grad_clip": 0}
     trial = lora_trials.run_trial(str(folder / "base"), flags | {"max_seq_len": 64}, tests={})
     assert trial["diverged"]
-    assert lora_trials.over_seeds([trial], "loss") is None
-    assert lora_trials.shown(None) == "diverged"
+    assert common.over_seeds([trial], "loss") is None
+    assert common.shown(None) == "diverged"
     with pytest.raises(UserError, match="no layer is called nothing"):
         lora_trials.run_trial(str(folder / "base"), flags | {"target_modules": "nothing"}, tests={})
 
 
 def test_mean_and_spread():
-    assert lora_trials.over_seeds([{"loss": 1.0}, {"loss": 3.0}], "loss") == (2.0, pytest.approx(math.sqrt(2)))
-    assert lora_trials.shown((2.0, 0.5), ".1f") == "2.0 ± 0.5"
+    assert common.over_seeds([{"loss": 1.0}, {"loss": 3.0}], "loss") == (2.0, pytest.approx(math.sqrt(2)))
+    assert common.shown((2.0, 0.5), ".1f") == "2.0 ± 0.5"
 
 
 def test_initialisations_are_compared_at_their_best_rates(world, capsys):

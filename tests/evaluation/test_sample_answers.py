@@ -139,7 +139,8 @@ def test_the_file_is_training_data_and_the_seed_decides_it(run, say, tmp_path):
     files = []
     for seed in (1, 1, 2):
         files.append(tmp_path / f"kept{len(files)}.jsonl")
-        code, shown, err = run("--data_path", data, "--output", files[-1], "--seed", seed, "--n_samples", 6)
+        argv = ("--data_path", data, "--output", files[-1], "--seed", seed, "--n_samples", 6, "--batch_size", 5)
+        code, shown, err = run(*argv)
         assert (code, err) == (0, "")
     first, again, other = (path.read_bytes() for path in files)
     assert first == again != other
@@ -153,7 +154,8 @@ def test_the_file_is_training_data_and_the_seed_decides_it(run, say, tmp_path):
     assert counts["problems"] == "20"
     assert counts["answers"] == "120"
     assert counts["mean accuracy"] == f"{int(counts['correct']) / 120:.1%}"
-    assert [line for line in shown.splitlines() if line[:1] == "["] == ["[64 of 120 answers]", "[120 of 120 answers]"]
+    tenths = [f"[{-(-n // 5) * 5} of 120 answers]" for n in range(12, 121, 12)]  # after whole batches
+    assert [line for line in shown.splitlines() if line[:1] == "["] == tenths
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
