@@ -7,7 +7,7 @@ DEMO ?= out/demo
 DATA := dataset/demo
 RESULTS = $(DEMO)/results
 EVAL = python eval_model.py --save_dir $(DEMO) --preset demo
-STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 700 --learning_rate 4e-3  # as in configs/demo/distill.yaml
+STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 400 --learning_rate 5e-3  # as in configs/demo/distill.yaml
 
 .PHONY: demo demo-run test lint bench clean
 
@@ -54,7 +54,7 @@ demo-run:
 	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
 	python train_distill.py --config configs/demo/distill.yaml --save_dir $(DEMO) \
 	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
-	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO)/direct --from_weight $(DEMO)/rlhf_128 --epochs 2 \
+	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO)/direct --from_weight $(DEMO)/rlhf_128 --epochs 1 \
 	    --data_path $(DATA)/direct_train.jsonl --valid_path "" $(TRAIN_FLAGS)
 	python train_reason.py --config configs/demo/reason.yaml --save_dir $(DEMO) --data_path $(DATA)/reason_train.jsonl \
 	    --valid_path $(DATA)/reason_test.jsonl --replay_path $(DATA)/sft_train.jsonl $(TRAIN_FLAGS)

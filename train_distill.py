@@ -13,6 +13,7 @@ Reads top to bottom: arguments, run, models, data, optimizer, the loop, save.
 from minillm.data import StepBatches
 from minillm.data.report import open_rows
 from minillm.inference import generate
+from minillm.inference.samples import sample_answers, sample_completions
 from minillm.losses import causal_lm_loss
 from minillm.tokenizer import load_tokenizer
 from minillm.training.command_line import parse, script
@@ -90,7 +91,8 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish()
+        sample = sample_answers if train_rows.store.has_mask else sample_completions
+        return run.finish(samples=lambda: sample(run.model, tokenizer, args.valid_files or args.data_files))
 
 
 if __name__ == "__main__":

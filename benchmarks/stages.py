@@ -35,7 +35,7 @@ from minillm.training.tracking import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 PARTS = ("dpo", "distill", "reason")
-STUDENT = {"hidden_size": 64, "num_hidden_layers": 5, "max_steps": 700, "learning_rate": 4e-3}
+STUDENT = {"hidden_size": 64, "num_hidden_layers": 5, "max_steps": 400, "learning_rate": 5e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def run_seed(args: Arguments, seed: int, directory: str) -> dict[str, dict[str, 
         teacher = f"{args.demo}/pretrain_128"
         found["student, teacher"] = bench.gap(bench.train(train_distill.main, "distill", *texts, teacher=teacher))
     if "reason" in parts:
-        direct = bench.train(train_sft.main, "sft", "direct_train", "", from_weight=base, epochs=2)
+        direct = bench.train(train_sft.main, "sft", "direct_train", "", from_weight=base, epochs=1)
         found["answering at once"] = bench.reasoning(direct)
         for weight in args.tag_weights.split(","):
             replay = {"replay_path": f"{args.data}/sft_train.jsonl", "tag_weight": float(weight)}

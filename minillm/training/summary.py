@@ -136,7 +136,7 @@ def _draw_preference(axes: list, train: list[dict], valid: list[dict]) -> None:
         ("share of replies on the right side", ("accuracy",)),
         ("rewards", ("reward_chosen", "reward_rejected", "reward_good", "reward_bad")),
         ("log-probability of a reply, nats", ("log_prob_chosen", "log_prob_rejected", "log_prob_good", "log_prob_bad")),
-        ("distance from the reference, nats per reply", ("kl",)),
+        ("distance from the reference, nats", ("kl",)),
     )
     for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:

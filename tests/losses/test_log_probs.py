@@ -143,6 +143,18 @@ def test_under_autocast(problem):
         assert difference(gradient, reference) < 0.02  # as above
 
 
+def test_a_backward_pass_under_autocast_keeps_the_forward_passs_dtype(problem):
+    """Autocast would make the second logits in bfloat16, and their softmax not that of the values."""
+    hidden, weight, targets, factors = problem
+    inputs, factors = leaves(torch.float32, hidden, weight), factors.float()
+    wanted = torch.autograd.grad((factors * linear_log_probs(*inputs, targets)).sum(), inputs)
+    total = (factors * linear_log_probs(*inputs, targets)).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(total, inputs)
+    for gradient, reference in zip(gradients, wanted, strict=True):
+        assert torch.equal(gradient, reference)
+
+
 def test_logits_of_short_dtypes_are_widened():
     logits = torch.zeros(1, 1, 1000, dtype=torch.bfloat16)
     found = linear_log_probs(logits, None, torch.tensor([[7]]))
