@@ -65,7 +65,7 @@ demo-run:
 	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html" \
 	    " $(DEMO)/lora/identity_128/summary.html  $(DEMO)/rlhf_128/summary.html  $(DEMO)/reason_128/summary.html"
 	python dataset/demo_table.py --save_dir $(DEMO)
-	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 3 --temperature 0
+	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 3 --temperature 0 --history_turns 0
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ class DistillLoss:
     def settings(self) -> dict:
         """Return what must be the same for a run to be gone on with."""
         names = ("teacher", "alpha", "temperature", "divergence", "top_k", "hidden_weight", "on_policy", "from_weight")
-        return {name: getattr(self.run.args, name) for name in names}
+        return {name: getattr(self.run.args, name) for name in names} | {"teacher's weights": self.teacher.hash}
 
     def __call__(self, model, batch: dict[str, Tensor], router_stats=None) -> tuple[Tensor, Tensor]:
         """Return ``(loss_sum, n_targets)``: per target alpha CE + (1 - alpha) T² divergence + the hidden states' part.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minillm.data.pairs import count_pairs, count_replies
 from minillm.losses import dpo_loss, kto_baseline, kto_loss, sequence_log_probs
+from minillm.training.column_cache import weights_hash
 from minillm.training.measures import Measures
 from minillm.training.reference import COLUMN, Reference, reply_log_probs
 
@@ -46,10 +47,11 @@ class PreferenceLoss:
         self._has_fallen = False
 
     def settings(self) -> dict:
-        """Return what must be the same for a run to be gone on with."""
+        """Return what must be the same for a run to be gone on with; to be called before anything is trained."""
         names = ("loss_type", "beta", "label_smoothing", "gamma", "sft_weight", "desirable_weight",
                  "undesirable_weight", "from_weight")  # fmt: skip
-        return {name: getattr(self.run.args, name) for name in names}
+        weights = weights_hash(self.reference.model) if self.reference else ""
+        return {name: getattr(self.run.args, name) for name in names} | {"reference's weights": weights}
 
     @torch.no_grad()
     def prepare(self, micro_batches: list[dict[str, Tensor]], training: bool) -> list[dict[str, Tensor]]:

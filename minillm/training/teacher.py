@@ -10,11 +10,14 @@ from minillm.losses import top_k_teacher
 from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
 from minillm.training.column_cache import cached_columns, weights_hash
-from minillm.training.weights import find_weights, pth_config
+from minillm.training.weights import pth_config
 
 
 class Teacher:
     """A frozen model that says how likely every next token is.
+
+    Attributes:
+        hash: of its weights.
 
     Raises:
         UserError: there are no such weights, or they were trained with another tokenizer: equal ids would mean
@@ -35,6 +38,7 @@ class Teacher:
                     f"let the teacher write texts and train on them with train_sft.py"
                 )
         self.model = load_model(path, device=run.device, dtype=torch.float32, config=config).requires_grad_(False)
+        self.hash = weights_hash(self.model)
         # In training mode, as the student: both take the same way through the same kernels, and there is no dropout.
         self.model.train()
         if self.model.config.vocab_size < tokenizer.vocab_size:
@@ -79,7 +83,7 @@ class Teacher:
                 rows,
                 Path(args.teacher_cache or Path(args.save_dir) / ".teacher_cache"),
                 identity={
-                    "teacher": weights_hash(self.model),
+                    "teacher": self.hash,
                     "top_k": args.top_k,
                     "temperature": args.temperature,
                     "vocab_size": vocab_size,
@@ -97,7 +101,12 @@ class Teacher:
 
 def _find(name: str, save_dir: str) -> Path:
     """Return what ``--teacher`` means; a stage name comes with its width, since the flags describe the student."""
-    in_save_dir = Path(save_dir) / name
-    if not Path(name).exists() and (in_save_dir / "config.json").is_file():
-        return in_save_dir
-    return find_weights(name, save_dir=save_dir, hidden_size=0)
+    places = Path(name), Path(save_dir) / name
+    for path in places:
+        if (path.is_file() and path.suffix == ".pth") or (path / "config.json").is_file():
+            return path
+    found = sorted(path.parent.name for path in Path(save_dir).glob("*/config.json"))
+    raise UserError(
+        f"no teacher '{name}': neither {places[0]} nor {places[1]} holds a model; in {save_dir}/ there are: "
+        f"{', '.join(found) or 'none'} (give a directory, or a stage with its width, such as full_sft_768)"
+    )

@@ -19,6 +19,8 @@ def test_the_loss_is_part_of_what_must_be_the_same(tmp_path):
         train(arguments(tmp_path, beta=0.5, loss_type="ipo", from_resume=True, **settings))
     assert "beta: 0.3 then, 0.5 now" in str(error.value)
     assert "loss_type: sigmoid then, ipo now" in str(error.value)
+    with pytest.raises(UserError, match="reference's weights"):  # a model trained anew in the same place
+        train(arguments(tmp_path, from_resume=True, **settings), double=True)
 
 
 def test_figures_go_on_amid_a_window(tmp_path):
