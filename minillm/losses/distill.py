@@ -121,15 +121,20 @@ def linear_top_k_distill_loss(
     at most the true one (merging tokens can only hide differences), and equal to it when k is V - 1 or more.
 
     Args:
-        teacher_ids, teacher_log_probs: (..., k), from ``top_k_teacher`` with the same temperature.
+        teacher_ids, teacher_log_probs: (..., k), from ``top_k_teacher`` with the same temperature. Numbers kept as
+            float16 are to come as float16: their dtype says how small a rest can be told from none.
     """
     _check(alpha, temperature, divergence)
 
     def compare(student: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
-        q = F.log_softmax(student / temperature, dim=-1).gather(1, ids)  # (n, k)
-        p = log_probs.to(q.dtype)
+        everything = F.log_softmax(student / temperature, dim=-1)  # (n, V)
+        p, q = log_probs.to(student.dtype), everything.gather(1, ids)  # (n, k)
         if ids.shape[1] < student.shape[1]:
-            p, q = (torch.cat([known, _rest(known)], dim=1) for known in (p, q))  # (n, k + 1)
+            # Summed over its own tokens, the student's rest is exact however small; of the teacher's only 1 - Σ p is
+            # known, and less than one rounding of it is noise, which log would blow up to any size.
+            left = (1 - p.exp().sum(dim=1, keepdim=True)).clamp(min=torch.finfo(log_probs.dtype).eps)  # (n, 1)
+            p = torch.cat([p, left.log()], dim=1)  # (n, k + 1)
+            q = torch.cat([q, everything.scatter(1, ids, -math.inf).logsumexp(dim=1, keepdim=True)], dim=1)
         return _divergence(p, q, divergence)
 
     loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
@@ -218,12 +223,6 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p_exp * (p - q) - p_exp + q.exp()).sum(dim=-1)
 
 
-def _rest(log_probs: Tensor) -> Tensor:
-    """Return the log of what the given probabilities (n, k) leave of 1: (n, 1)."""
-    left = 1 - log_probs.exp().sum(dim=1, keepdim=True)
-    return left.clamp(min=torch.finfo(left.dtype).tiny).log()  # rounding may leave a little less than nothing
-
-
 # ---- chunks ---------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +230,7 @@ def _chunked(loss: Callable, hidden: Tensor, weight: Tensor | None, targets: Ten
     """Return ``(loss_sum, n_targets)`` of ``loss(logits, targets, *teacher)`` over all positions with a target."""
     rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
     used = hidden.reshape(-1, hidden.shape[-1])[rows]
-    flat = [t.reshape(len(targets.reshape(-1)), -1)[rows] for t in teacher]
+    flat = [t.reshape(-1, t.shape[-1])[rows] for t in teacher]
     factors = None if weights is None else weights.reshape(-1)[rows]
     loss_sum = _Chunked.apply(used, weight, loss, targets.reshape(-1)[rows], factors, *flat)
     return loss_sum, count_targets(targets, weights)

@@ -21,7 +21,13 @@ from tests.contracts.harness import CONFIG, arguments, gradients_of_steps, large
 
 
 def partition_invariance(
-    directory: Path, *, double: bool, bound: float, global_batch_size: int = 12, config: ModelConfig = CONFIG
+    directory: Path,
+    *,
+    double: bool,
+    bound: float,
+    global_batch_size: int = 12,
+    config: ModelConfig = CONFIG,
+    weighted: bool = False,
 ) -> None:
     """Any micro-batch × accumulation gives the same gradients, in the last, partial step too."""
 
@@ -33,7 +39,7 @@ def partition_invariance(
             learning_rate=1e-30,  # every step at the same weights
             weight_decay=0.0,
         )
-        return gradients_of_steps(args, double=double, config=config)
+        return gradients_of_steps(args, double=double, config=config, weighted=weighted)
 
     whole = gradients(global_batch_size)
     assert len(whole) == 3

@@ -49,7 +49,11 @@ LORA = {"rank": 3, "alpha": 5, "use_dora": True, "init": "gaussian"}
 
 
 class RaggedRows:
-    """``n_rows`` rows of 1 to ``max_len`` tokens in 1 to 3 documents; every fifth row has no target at all."""
+    """``n_rows`` rows of 1 to ``max_len`` tokens in 1 to 3 documents; every fifth row has no target at all.
+
+    Args:
+        weighted: targets weigh 1 or 10, as those of reasoning do.
+    """
 
     fixed_len = None
     data_hash = "ragged"
@@ -57,7 +61,7 @@ class RaggedRows:
     target_bytes = 0
     log_prob = None
 
-    def __init__(self, n_rows: int = 33, max_len: int = 19, seed: int = 0):
+    def __init__(self, n_rows: int = 33, max_len: int = 19, seed: int = 0, *, weighted: bool = False):
         rng = np.random.default_rng(seed)
         self.rows = []
         for index in range(n_rows):
@@ -78,6 +82,8 @@ class RaggedRows:
                     "document_ids": documents,
                 }
             )
+            if weighted and index % 2:  # the others are replayed rows, which have no weights
+                self.rows[-1]["weights"] = np.where(rng.random(length) < 0.2, 10, 1).astype(np.float32)
         self.lengths = np.array([len(row["targets"]) for row in self.rows])
         self.n_targets = float(sum((row["targets"] != -100).sum() for row in self.rows))
 
@@ -119,6 +125,7 @@ def train(
     n_rows: int = 33,
     config: ModelConfig = CONFIG,
     lora: bool = False,
+    weighted: bool = False,
     prepare: Callable[[Run], None] = lambda run: None,
     before_update: Callable[[Run], None] = lambda run: None,
     finish: bool = False,
@@ -126,7 +133,7 @@ def train(
     """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
 
     Args:
-        lora: train an adapter of the settings ``LORA`` alone.
+        lora: train an adapter of the settings ``LORA`` alone. weighted: see ``RaggedRows``.
         prepare: called with the run before the loop. before_update: called before every ``run.update()``.
         finish: save a checkpoint and the model at the end, as the scripts do.
     """
@@ -134,7 +141,7 @@ def train(
         model = tiny_model(double=double, dropout=dropout, config=config)
         if lora:
             apply_lora(model, generator=torch.Generator().manual_seed(1), **LORA)
-        loader = StepBatches(RaggedRows(n_rows), **run.batching())
+        loader = StepBatches(RaggedRows(n_rows, weighted=weighted), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         model = run.start(optimizer, loader, tokenizer=None, loss=causal_lm_loss)
         prepare(run)
