@@ -156,8 +156,9 @@ def top_k_teacher(
     Both are 0 elsewhere. ``vocab_size`` limits the tokens to the first ones.
 
     Raises:
-        UserError: k is not between 1 and the number of tokens.
+        UserError: k is not between 1 and the number of tokens; a temperature out of range.
     """
+    _check(temperature=temperature)
     n_tokens = (teacher_hidden if teacher_weight is None else teacher_weight.T).shape[-1]
     n_tokens = min(n_tokens, vocab_size or n_tokens)
     if not 1 <= k <= n_tokens:
@@ -213,8 +214,11 @@ def _divergence(p: Tensor, q: Tensor, kind: str) -> Tensor:
         return _kl(q, p)
     if kind == "symmetric":
         return (_kl(p, q) + _kl(q, p)) / 2
-    middle = torch.logaddexp(p, q) - math.log(2)
-    return (_kl(p, middle) + _kl(q, middle)) / 2
+    # From the gap of the two logarithms, log(high / m) keeps all its digits however small it is, and is 0 at p = q.
+    low, high = torch.minimum(p, q), torch.maximum(p, q)
+    gap = low - high
+    above = -torch.log1p(torch.expm1(gap) / 2)  # log(high / m)
+    return (high.exp() * above + low.exp() * (above + gap)).sum(dim=-1) / 2
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -284,10 +288,10 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _check(alpha: float, temperature: float, divergence: str) -> None:
+def _check(alpha: float = 0.0, temperature: float = 1.0, divergence: str = "forward") -> None:
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: must lie between 0 and 1")
-    if temperature <= 0:
-        raise UserError(f"temperature {temperature}: must be positive")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature {temperature}: must be positive and finite")
     if divergence not in DIVERGENCES:
         raise UserError(f"divergence {divergence!r}: choose from {', '.join(DIVERGENCES)}")
