@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= out/demo
 DATA := dataset/demo
 RESULTS = $(DEMO)/results
-EVAL = python eval_model.py --save_dir $(DEMO) --preset demo
+EVAL = python eval_model.py --save_dir $(DEMO) --preset demo --max_new_tokens 96
 STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 400 --learning_rate 5e-3  # as in configs/demo/distill.yaml
 
 .PHONY: demo demo-run test lint bench clean
@@ -59,8 +59,8 @@ demo-run:
 	python train_reason.py --config configs/demo/reason.yaml --save_dir $(DEMO) --data_path $(DATA)/reason_train.jsonl \
 	    --valid_path $(DATA)/reason_test.jsonl --replay_path $(DATA)/sft_train.jsonl $(TRAIN_FLAGS)
 	$(EVAL) --from_weight $(DEMO)/direct/full_sft_128 --model_mode 3 --task_file $(DATA)/reason_test.jsonl \
-	    --max_new_tokens 96 --output $(RESULTS)/direct.json
-	$(EVAL) --model_mode 3 --task_file $(DATA)/reason_test.jsonl --max_new_tokens 96 --output $(RESULTS)/reason.json
+	    --output $(RESULTS)/direct.json
+	$(EVAL) --model_mode 3 --task_file $(DATA)/reason_test.jsonl --output $(RESULTS)/reason.json
 	$(EVAL) --from_weight reason --task_file $(DATA)/sft_test.jsonl --output $(RESULTS)/reason_sft_test.json
 	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html" \
 	    " $(DEMO)/lora/identity_128/summary.html  $(DEMO)/rlhf_128/summary.html  $(DEMO)/reason_128/summary.html"

@@ -96,7 +96,7 @@ def test_bfloat16_is_as_close_as_a_product_of_that_dtype():
 
 @pytest.mark.parametrize("seq_len, expected", [(9, True), (MAX_SEQ_LEN + 1, False), (1, False)])
 def test_where_it_is_used(tools, monkeypatch, seq_len, expected):
-    """In training on a CPU, up to a length; never under no_grad, in eval mode or when switched off."""
+    """In training on a CPU, up to a length, with gradients and without; never in eval mode or when switched off."""
     calls = []
     module = "minillm.model.attention.block_attention"
     monkeypatch.setattr(module, lambda *args: calls.append(1) or block_attention(*args))
@@ -105,8 +105,10 @@ def test_where_it_is_used(tools, monkeypatch, seq_len, expected):
     model(tokens)
     assert (len(calls) == model.config.num_hidden_layers) == expected
     calls.clear()
-    with torch.no_grad():
+    with torch.no_grad():  # a frozen copy of what is trained gives the same bits
         model(tokens)
+    assert (len(calls) == model.config.num_hidden_layers) == expected
+    calls.clear()
     model.eval()(tokens)
     model.train().block_attention = False
     model(tokens)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SIZES = {
     "pretrain": 3000, "valid": 60, "addition": 60, "sorting": 60, "counting": 60, "translation": 60, "facts": 60,
@@ -14,6 +16,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(720)
 def test_demo_runs_from_raw_text_to_chat(tmp_path):
     sizes = " ".join(f"--n_{name} {size}" for name, size in SIZES.items())
     training = "--max_steps 6 --batch_size 4 --eval_interval 3 --save_interval 3 --log_interval 2 --dtype float32"
@@ -26,7 +29,7 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=700,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "chat skipped" in done.stdout
