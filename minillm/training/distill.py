@@ -47,6 +47,8 @@ class DistillLoss:
         }
         if "teacher_ids" in batch:
             taught = {name: batch[name] for name in TEACHER_COLUMNS}
+            # As they lie on disk: the loss takes from the dtype how well "the rest" of the probability is known.
+            taught["teacher_log_probs"] = taught["teacher_log_probs"].half()
         else:
             taught = self.teacher.outputs(batch)
 
