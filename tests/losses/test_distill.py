@@ -183,6 +183,38 @@ def test_the_teacher_gets_no_gradient(case):
     assert case["student_weight"].grad is None  # which asked for none
 
 
+def test_logits_exist_for_one_chunk_at_a_time(case, monkeypatch):
+    """No softmax has more rows than a chunk, and positions without a target are in none."""
+    rows, log_softmax = [], F.log_softmax
+    monkeypatch.setattr(module.F, "log_softmax", lambda x, dim: rows.append(len(x)) or log_softmax(x, dim=dim))
+    n = int((case["targets"] != IGNORE_INDEX).sum())
+    linear_distill_loss(**case)
+    assert (sum(rows), max(rows)) == (2 * n, 3)  # of both models
+    rows.clear()
+    top_k_teacher(case["teacher_hidden"], case["teacher_weight"], case["targets"], k=2)
+    assert (sum(rows), max(rows)) == (n, 2)  # its vocabulary is larger
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "weight"])
+def test_only_the_needed_gradient_is_formed(case, frozen):
+    inputs = [case.pop(name).requires_grad_() for name in ("student_hidden", "student_weight")]
+    both = torch.autograd.grad(linear_distill_loss(*inputs, **case)[0], inputs)
+    inputs[frozen] = inputs[frozen].detach()
+    loss_sum, _ = linear_distill_loss(*inputs, **case)
+    kept = loss_sum.grad_fn.saved_tensors
+    assert [saved is None for saved in kept] == [frozen == 0, frozen == 1]
+    assert torch.equal(torch.autograd.grad(loss_sum, inputs[1 - frozen])[0], both[1 - frozen])
+
+
+def test_a_second_derivative_is_refused(case):
+    """The gradient is formed in the forward pass, as a constant: its own derivative would silently be wrong."""
+    hidden = case["student_hidden"].requires_grad_()
+    loss_sum, _ = linear_distill_loss(**case)
+    (gradient,) = torch.autograd.grad(loss_sum.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_pieces_add_up(case, divergence):
     whole, n_whole = linear_distill_loss(**case, divergence=divergence, alpha=0.2)
