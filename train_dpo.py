@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None):
                     strict=args.strict,
                 )
             )
-            return found if reference is None else reference.add_to(found, batch_size=args.batch_size)
+            return found if reference is None else reference.add_to(found)
 
         train_rows = rows(args.data_files)
         loader = StepBatches(train_rows, **run.batching())

@@ -161,9 +161,14 @@ class JudgedRows(_ReplyRows):
 
 def count_pairs(batch: dict[str, Tensor]) -> Tensor:
     """Return the number of pairs in a batch of ``PairRows`` (float64 scalar): the denominator of their losses."""
-    return (batch["document_ids"].amax(dim=1) + 1).sum().to(torch.float64) / 2
+    return count_replies(batch) / 2
 
 
 def count_replies(batch: dict[str, Tensor]) -> Tensor:
     """Return the number of judged replies in a batch of ``JudgedRows`` (float64 scalar)."""
-    return (batch["document_ids"].amax(dim=1) + 1).sum().to(torch.float64)
+    return count_documents(batch["document_ids"]).sum().to(torch.float64)
+
+
+def count_documents(document_ids: Tensor) -> Tensor:
+    """Return the number of documents of each row, (B,), from ``document_ids`` (B, T)."""
+    return document_ids.amax(dim=1) + 1

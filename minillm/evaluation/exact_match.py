@@ -117,20 +117,8 @@ def exact_match(
     fields = [task_fields(number, record) for number, record in enumerate(records)]
     if not fields:
         raise UserError("no records to measure exact match on")
-    prompts = encode_chats(tokenizer, [turns[:-1] for turns, _ in fields], add_generation_prompt=True)
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number][0]))
-    texts: dict[int, str] = {}
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        completions = complete(
-            model,
-            [prompts[number][0] for number in batch],
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            eos_token_id=(tokenizer.im_end_id, tokenizer.eos_token_id),
-            tokenizer=tokenizer,
-        )
-        texts |= {number: done.text.strip() for number, done in zip(batch, completions, strict=True)}
+    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    texts = greedy_answers(model, tokenizer, [turns[:-1] for turns, _ in fields], **limits)
     answers = []
     for number, (turns, extra) in enumerate(fields):
         expected = turns[-1]["content"].strip()
@@ -145,6 +133,27 @@ def exact_match(
             )
         )
     return ExactMatch(answers=answers)
+
+
+def greedy_answers(
+    model, tokenizer, conversations: list[list[dict]], *, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Return the greedy answer to each conversation, without special tokens, stripped; see ``exact_match``."""
+    prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    texts: dict[int, str] = {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        completions = complete(
+            model,
+            [prompts[number] for number in batch],
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            eos_token_id=tokenizer.end_ids,
+            tokenizer=tokenizer,
+        )
+        texts |= {number: done.text.strip() for number, done in zip(batch, completions, strict=True)}
+    return [texts[number] for number in range(len(prompts))]
 
 
 def task_fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:

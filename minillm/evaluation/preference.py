@@ -14,7 +14,7 @@ import torch
 from minillm.data.schema import Record
 from minillm.errors import UserError
 from minillm.evaluation.answer_loss import padded
-from minillm.inference import complete
+from minillm.evaluation.exact_match import greedy_answers
 from minillm.losses import linear_log_probs
 from minillm.tokenizer import encode_chats
 
@@ -151,18 +151,8 @@ def like_chosen(
         max_new_tokens: longest answer. batch_size: prompts answered together.
     """
     records = list(records)
-    prompts = [ids for ids, _ in encode_chats(tokenizer, [r.messages for r in records], add_generation_prompt=True)]
-    answers = []
-    for first in range(0, len(prompts), batch_size):
-        done = complete(
-            model,
-            prompts[first : first + batch_size],
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            eos_token_id=tokenizer.end_ids,
-            tokenizer=tokenizer,
-        )
-        answers += [each.text.strip() for each in done]
+    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    answers = greedy_answers(model, tokenizer, [record.messages for record in records], **limits)
     found = []
     for record, answer in zip(records, answers, strict=True):
         chosen, rejected = (_likeness(answer, reply[-1]["content"]) for reply in (record.chosen, record.rejected))

@@ -26,7 +26,7 @@ from minillm.errors import UserError
 NEEDS_REFERENCE = frozenset({"sigmoid", "robust", "ipo", "hinge", "kto"})
 NEEDS_LENGTHS = frozenset({"ipo", "simpo", "orpo"})
 LOSS_TYPES = ("sigmoid", "robust", "ipo", "hinge", "simpo", "orpo")  # of pairs
-SMOOTHED = frozenset({"sigmoid", "robust", "simpo"})
+SMOOTHED = ("sigmoid", "robust", "simpo")
 
 
 def dpo_loss(
@@ -137,7 +137,7 @@ def _check(loss_type, beta, label_smoothing, gamma, sft_weight, references, leng
     if not 0 <= label_smoothing < 0.5:
         raise UserError(f"label_smoothing {label_smoothing}: must be 0 to below 0.5")
     if label_smoothing and loss_type not in SMOOTHED:
-        raise UserError(f"label_smoothing {label_smoothing}: goes with {', '.join(sorted(SMOOTHED))}, not {loss_type}")
+        raise UserError(f"label_smoothing {label_smoothing}: goes with {', '.join(SMOOTHED)}, not {loss_type}")
     if gamma and loss_type != "simpo":
         raise UserError(f"gamma {gamma}: goes with simpo, not {loss_type}")
     if gamma < 0 or sft_weight < 0:

@@ -14,7 +14,6 @@ from minillm.training.outputs import WholeModel
 from minillm.training.teacher import Teacher
 
 PROJECTION = "hidden_projection"
-TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs")
 
 
 class DistillLoss:
@@ -46,9 +45,8 @@ class DistillLoss:
             "divergence": args.divergence,
         }
         if "teacher_ids" in batch:
-            taught = {name: batch[name] for name in TEACHER_COLUMNS}
-            # As they lie on disk: the loss takes from the dtype how well "the rest" of the probability is known.
-            taught["teacher_log_probs"] = taught["teacher_log_probs"].half()
+            # In float16, as they lie on disk: the dtype tells the loss how well "the rest" of the probability is known.
+            taught = {"teacher_ids": batch["teacher_ids"], "teacher_log_probs": batch["teacher_log_probs"].half()}
         else:
             taught = self.teacher.outputs(batch)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.losses.distill import DIVERGENCES
 from minillm.training.arguments import TrainArguments
 from minillm.training.command_line import require
 
@@ -20,7 +21,7 @@ class DistillArguments(TrainArguments):
     """Weight of the cross-entropy with the data; 1 - alpha is that of the divergence from the teacher."""
     temperature: float = 1.0
     """Both distributions are softened by it; the divergence is multiplied by its square."""
-    divergence: Literal["forward", "reverse", "symmetric", "js"] = "forward"
+    divergence: Literal[DIVERGENCES] = "forward"
     """forward KL(teacher || student) covers all that the teacher does, reverse keeps to what it does most, symmetric is
     their mean, js the Jensen-Shannon divergence."""
     top_k: int = 0

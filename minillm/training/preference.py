@@ -6,9 +6,8 @@ Legend: B rows, T positions, P pairs.
 import torch
 from torch import Tensor
 
-from minillm.data.pairs import count_pairs, count_replies
+from minillm.data.pairs import count_documents, count_pairs, count_replies
 from minillm.losses import dpo_loss, kto_baseline, kto_loss, sequence_log_probs
-from minillm.training.column_cache import weights_hash
 from minillm.training.measures import Measures
 from minillm.training.reference import COLUMN, Reference, reply_log_probs
 
@@ -47,10 +46,10 @@ class PreferenceLoss:
         self._has_fallen = False
 
     def settings(self) -> dict:
-        """Return what must be the same for a run to be gone on with; to be called before anything is trained."""
+        """Return what must be the same for a run to be gone on with."""
         names = ("loss_type", "beta", "label_smoothing", "gamma", "sft_weight", "desirable_weight",
                  "undesirable_weight", "from_weight")  # fmt: skip
-        weights = weights_hash(self.reference.model) if self.reference else ""
+        weights = self.reference.hash if self.reference else ""
         return {name: getattr(self.run.args, name) for name in names} | {"reference's weights": weights}
 
     @torch.no_grad()
@@ -71,7 +70,7 @@ class PreferenceLoss:
             batch = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
             with self.run.autocast():
                 policy = reply_log_probs(self.run.model, batch, prefix="other_")
-            n = (batch["other_document_ids"].amax(dim=1) + 1).sum()
+            n = count_documents(batch["other_document_ids"]).sum()
             total += torch.stack([(policy - batch["other_" + COLUMN]).sum().to(total), n.to(total)])
         baseline = kto_baseline(*self.run.ranks.sum(total))
         return [batch | {"baseline": baseline} for batch in micro_batches]
@@ -79,8 +78,7 @@ class PreferenceLoss:
     def __call__(self, model, batch: dict[str, Tensor], router_stats=None) -> tuple[Tensor, Tensor]:
         """Return ``(loss_sum, n)``: summed over the pairs, or judged replies, of a batch, and their number."""
         if router_stats is not None:
-            n_documents = batch["document_ids"].amax(dim=1) + 1
-            router_stats.begin(batch, counts=n_documents / (1 if self.is_kto else 2))
+            router_stats.begin(batch, counts=count_documents(batch["document_ids"]) / (1 if self.is_kto else 2))
         log_probs = reply_log_probs(model, batch, router_stats)  # (B, T)
         where = batch["targets"], batch["document_ids"]
         sums, lengths = sequence_log_probs(log_probs, *where)  # (B, documents of the fullest row)
@@ -120,7 +118,7 @@ class PreferenceLoss:
 
     def _kto(self, batch, sums, lengths, reference, divergence) -> tuple[Tensor, Tensor]:
         args, is_reply = self.run.args, lengths > 0
-        good = sequence_log_probs(batch["labels"].to(sums.dtype), *(batch["targets"], batch["document_ids"]))[0] > 0
+        good = sequence_log_probs(batch["labels"].to(sums.dtype), batch["targets"], batch["document_ids"])[0] > 0
         policy, ref, labels = sums[is_reply], reference[is_reply], good[is_reply]
         loss_sum, n_replies = kto_loss(
             policy,

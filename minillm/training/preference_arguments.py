@@ -1,14 +1,11 @@
 """The arguments of ``train_dpo.py``."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from minillm.losses.preference import NEEDS_REFERENCE
+from minillm.losses.preference import LOSS_TYPES, NEEDS_REFERENCE, SMOOTHED
 from minillm.training.command_line import require
 from minillm.training.lora_arguments import AdapterArguments
-
-LossType = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
-SMOOTHED = ("sigmoid", "robust", "simpo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +14,7 @@ class PreferenceArguments(AdapterArguments):
 
     from_weight: str = "full_sft"
     """The model that is tuned, and its own reference: a stage name, a model directory or a .pth file."""
-    loss_type: LossType = "sigmoid"
+    loss_type: Literal[(*LOSS_TYPES, "kto")] = "sigmoid"
     """sigmoid (DPO; with label_smoothing cDPO), robust, ipo, hinge, simpo and orpo (without a reference), kto (judged
     replies: prompt, completion, label; pairs count as a good and a bad one)."""
     beta: float = 0.1
@@ -74,6 +71,3 @@ class PreferenceArguments(AdapterArguments):
         require(self.reference != "adapter" or bool(self.lora_name), "--reference adapter: goes with --lora_name")
         cached = self.reference == "cached" or not self.reference_cache
         require(cached, f"--reference_cache {self.reference_cache}: goes with --reference cached")
-
-
-assert set(get_args(LossType)) >= NEEDS_REFERENCE

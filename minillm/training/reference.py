@@ -39,17 +39,20 @@ class Reference:
 
     Args:
         kind: "copy", "adapter" or "cached".
+
+    Attributes:
+        hash: of its weights.
     """
 
     def __init__(self, kind: str, model: nn.Module, run):
-        self.kind, self.run = kind, run
+        self.kind, self.run, self.hash = kind, run, weights_hash(model)
         self.model = copy.deepcopy(model) if kind == "copy" else model
         if kind == "copy":
             # It stays in training mode, as the policy, so that both take the same way through the same kernels and
             # are bit-equal at first; there is no dropout in the model.
             self.model.to(run.device).requires_grad_(False).train()
 
-    def add_to(self, rows, *, batch_size: int):
+    def add_to(self, rows):
         """Return ``rows`` with a column of the reference's log-probabilities, if this kind has them on disk."""
         if self.kind != "cached":
             return rows
@@ -60,13 +63,13 @@ class Reference:
                 rows,
                 Path(args.reference_cache or Path(args.save_dir) / ".reference_cache"),
                 identity={
-                    "weights": weights_hash(self.model),
+                    "weights": self.hash,
                     "dtype": str(self.run.dtype).removeprefix("torch."),
                 },
                 compute=self.columns,
                 bytes_per_position=4,
                 flag="--reference_cache",
-                batch_size=batch_size,
+                batch_size=args.batch_size,
                 must_fit=bool(args.reference_cache),
             )
         )

@@ -124,7 +124,7 @@ def test_bad_records_are_named(model, tokenizer):
 
 
 def test_free_answers_are_like_one_reply_or_the_other(model, tokenizer, monkeypatch):
-    module = importlib.import_module("minillm.evaluation.preference")
+    module = importlib.import_module("minillm.evaluation.exact_match")
     said = iter(["the cat sat", " c\n", "no", "xyz"])
     asked = []
 

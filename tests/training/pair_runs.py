@@ -74,7 +74,7 @@ def train(args: PreferenceArguments, *, double: bool = False, before_update=lamb
         model = tiny_model(double=double, config=config)
         reference = Reference(args.reference_kind, model, run) if args.reference_kind else None
         rows = RaggedPairs(judged=args.loss_type == "kto")
-        rows = rows if reference is None else reference.add_to(rows, batch_size=3)
+        rows = rows if reference is None else reference.add_to(rows)
         if args.lora_name:
             apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(1))
         loader = StepBatches(rows, **run.batching())
