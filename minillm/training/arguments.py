@@ -5,12 +5,13 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.errors import UserError
 from minillm.training.command_line import require
-from minillm.training.model_arguments import ModelArguments
+from minillm.training.scale_arguments import ScaleArguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments(ModelArguments):
+class TrainArguments(ScaleArguments):
     """What every training stage shares."""
 
     data_path: str
@@ -23,8 +24,6 @@ class TrainArguments(ModelArguments):
     """Tokenizer directory (default: the one of --from_weight, else SAVE_DIR/tokenizer)."""
     from_weight: str = ""
     """Start from these weights: a stage name, a model directory or a .pth file."""
-    from_resume: bool = False
-    """Go on from the newest intact checkpoint of this run's directory."""
     cache_dir: str = ""
     """Where tokenised data is kept (default: SAVE_DIR/.token_cache)."""
     strict: bool = False
@@ -86,10 +85,6 @@ class TrainArguments(ModelArguments):
     """Steps between lines in metrics.jsonl."""
     eval_interval: int = 0
     """Steps between validations (0: only at the end)."""
-    save_interval: int = 100
-    """Steps between checkpoints (0: only at the end)."""
-    keep_last: int = 2
-    """Checkpoints kept."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the exported weights (checkpoints are always float32)."""
     use_wandb: bool = False
@@ -107,8 +102,7 @@ class TrainArguments(ModelArguments):
             "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1, "global_batch_size": 0,
             "max_seq_len": 1, "warmup_ratio": 0, "min_lr_ratio": 0, "decay_ratio": 0, "weight_decay": 0,
             "grad_clip": 0, "num_workers": 0, "num_threads": 0, "log_interval": 1, "eval_interval": 0,
-            "save_interval": 0, "keep_last": 1, "router_aux_loss_coef": 0, "router_z_loss_coef": 0,
-            "router_bias_update_speed": 0,
+            "router_aux_loss_coef": 0, "router_z_loss_coef": 0, "router_bias_update_speed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -125,6 +119,22 @@ class TrainArguments(ModelArguments):
         require(bool(self.data_files), "--data_path names no file: give at least one")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
+
+    def rows_per_step(self, world_size: int) -> int:
+        """Return the rows of one update over all ranks.
+
+        Raises:
+            UserError: ``--global_batch_size`` is no multiple of what one micro-batch of all ranks takes.
+        """
+        per_micro_step = self.batch_size * world_size
+        if not self.global_batch_size:
+            return per_micro_step * self.accumulation_steps
+        if self.global_batch_size % per_micro_step:
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} is not a multiple of batch_size x ranks = "
+                f"{self.batch_size} x {world_size}; choose one that is, or another --batch_size"
+            )
+        return self.global_batch_size
 
     @property
     def data_files(self) -> list[str]:

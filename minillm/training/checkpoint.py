@@ -6,6 +6,7 @@ temporary name, synced to disk, and renamed once; so a kill or a full disk leave
 Loading takes the newest one whose files match its manifest, and names those that do not.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,22 +24,30 @@ STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
 
 
-def save_checkpoint(directory: Path, step: int, write_model: Callable[[Path], None], state: dict, *, keep_last: int):
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    write_model: Callable[[Path], None],
+    state: dict,
+    *,
+    keep_last: int,
+    n_bytes: int = 0,
+) -> Path:
     """Write ``directory/step-%08d`` and remove all but the newest ``keep_last``; return its path.
 
     Args:
         write_model: writes the model's files into the directory it is given.
         state: tensors and plain values only (it is read back with ``weights_only=True``).
+        n_bytes: what all of it will take, about.
 
     Raises:
-        UserError: the disk is full or not writable; the message says how much was being written.
+        UserError: the disk is full or not writable; the message says how much is needed and how much is free.
     """
     final = directory / f"step-{step:08d}"
-    temporary = directory / f".{final.name}.tmp-{os.getpid()}"
+    temporary = temporary_path(directory, step)
     try:
-        for leftover in directory.glob(".step-*.tmp-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        if not temporary.is_dir():  # ranks that write together have made it before
+            make_room(directory, step, n_bytes=n_bytes)
         write_model(temporary)
         with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
             torch.save(state, file)
@@ -53,14 +62,52 @@ def save_checkpoint(directory: Path, step: int, write_model: Callable[[Path], No
         _sync(directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(directory).free if directory.exists() else 0
-        raise UserError(
-            f"cannot write the checkpoint {final}: {error.strerror or error}; {free / 2**20:.0f} MiB are free there, "
-            f"older checkpoints are untouched; free some space and go on with --from_resume"
-        ) from error
+        raise _no_room(directory, final, error, n_bytes) from error
     for old in list_checkpoints(directory)[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def temporary_path(directory: Path, step: int) -> Path:
+    """Return where a checkpoint is written until it is whole. A run's directory is locked, so there is but one."""
+    return directory / f".step-{step:08d}.tmp"
+
+
+def make_room(directory: Path, step: int, *, n_bytes: int = 0) -> None:
+    """Make the directory of ``temporary_path``, without what a process left there that was killed while it wrote.
+
+    Raises:
+        UserError: less than ``n_bytes`` are free; nothing has been written then.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".step-*.tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if shutil.disk_usage(directory).free < n_bytes:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise _no_room(directory, directory / f"step-{step:08d}", error, n_bytes)
+    temporary_path(directory, step).mkdir()
+
+
+def _no_room(directory: Path, final: Path, error: OSError, n_bytes: int) -> UserError:
+    free = shutil.disk_usage(directory).free if directory.exists() else 0
+    return UserError(
+        f"cannot write the checkpoint {final}: {error.strerror or error}; it needs about {n_bytes / 2**20:.1f} MiB, "
+        f"{free / 2**20:.1f} MiB are free there, older checkpoints are untouched; free some space and go on with "
+        f"--from_resume"
+    )
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Move the checkpoints of an earlier run out of the way of a new one; return where to, or None if there are none.
+
+    So a forgotten ``--from_resume`` loses nothing. What was set aside before them is removed.
+    """
+    if not list_checkpoints(directory):
+        return None
+    aside = directory.with_name(f"{directory.name}.earlier")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(directory, aside)
+    return aside
 
 
 def newest_checkpoint(directory: Path, *, report: Callable[[str], None] = print) -> Path | None:

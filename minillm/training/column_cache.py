@@ -10,7 +10,6 @@ It is written under a temporary name and renamed when it is whole.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillm.data.batches import collate
+from minillm.data.shards import read_sealed, write_sealed
 from minillm.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,7 @@ class WithColumns:
 
     def __init__(self, rows, cache: Path):
         self.rows, self.cache = rows, cache
-        self.columns = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))["columns"]
+        self.columns = read_sealed(cache / MANIFEST)["columns"]
 
     def __getattr__(self, name: str):
         if name.startswith("__") or name == "rows":  # asked for while it is unpickled
@@ -112,7 +112,7 @@ def cached_columns(
         columns = _write(rows, partial, compute, batch_size, flag)
         sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
         content = {"identity": identity, "columns": columns, "sizes": sizes}
-        (partial / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+        write_sealed(partial / MANIFEST, content)
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
     except OSError as error:
@@ -137,7 +137,7 @@ def weights_hash(model: nn.Module) -> str:
 
 def _read_manifest(place: Path) -> dict | None:
     try:
-        return json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        return read_sealed(place / MANIFEST)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -76,14 +76,14 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _from_yaml(cls: type[Arguments], path: str) -> Arguments:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--config {path}: no such file")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
+    except Exception as error:  # beside YAMLError whatever a value of a wrong form leads its library into
+        raise UserError(f"--config {path}: not valid YAML ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")
     known = get_type_hints(cls)
@@ -100,23 +100,25 @@ def _from_yaml(cls: type[Arguments], path: str) -> Arguments:
 
 def _to_type(where: str, value, kind):
     """YAML reads ``1e-3`` as a string and ``1`` as an integer: bring a value to its field's type, or refuse it."""
-    choices = getattr(kind, "__args__", ())
-    if kind in (int, float) or (choices and type(None) in choices and value is not None):
-        plain = kind if kind in (int, float) else next(k for k in choices if k is not type(None))
-        if plain in (int, float):
-            try:
-                converted = plain(value)
-            except (TypeError, ValueError, OverflowError):
-                raise UserError(f"{where}: {value!r} is not of type {plain.__name__}") from None
-            if isinstance(value, bool) or (plain is int and converted != float(value)):
-                raise UserError(f"{where}: {value!r} is not of type {plain.__name__}")
-            return converted
+    if type(None) in get_args(kind):  # int | None, say
+        if value is None:
+            return None
+        kind = next(choice for choice in get_args(kind) if choice is not type(None))
+    if kind in (int, float):
+        try:
+            converted = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            converted = None
+        is_cut = kind is int and isinstance(value, float) and converted != value
+        if converted is None or isinstance(value, bool) or is_cut:
+            raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
+        return converted
     if kind is bool and not isinstance(value, bool):
         raise UserError(f"{where}: {value!r} is not true or false")
     if kind is str and not isinstance(value, str):
         raise UserError(f"{where}: {value!r} is not a string (quote it)")
-    if getattr(kind, "__origin__", None) is Literal and value not in choices:
-        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}")
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(kind)))}")
     return value
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minillm.data.batches import collate
 from minillm.data.packing import IGNORE_INDEX, best_fit
+from minillm.errors import UserError
 
 
 class OnPolicy:
@@ -27,6 +28,8 @@ class OnPolicy:
 
     def __init__(self, run, tokenizer, generate):
         self.run, self.tokenizer, self.generate = run, tokenizer, generate
+        if run.engine.is_sharded:  # ranks answer for different times, and a rank's weights come from all of them
+            raise UserError(f"--on_policy with --parallel {run.args.parallel}: use ddp, or DeepSpeed's stages 1 and 2")
 
     def __call__(self, micro_batches: list[dict[str, Tensor]], training: bool) -> list[dict[str, Tensor]]:
         """Return what to train on: the micro-batches of the data, or the student's answers, marked ``on_policy``."""

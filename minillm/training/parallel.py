@@ -1,10 +1,11 @@
 """Ranks, and the engine that turns local gradients into global ones.
 
-``Engine`` is the small face between ``Run`` and whatever averages the gradients: one process, DDP, or another
-engine with the same five methods. Every engine *averages* over ranks, which is why ``Run`` multiplies the loss
-by the number of ranks before it divides by the global count of targets.
+``Engine`` is the small face between ``Run`` and whatever averages the gradients. It has three bodies: here one process
+or DDP, FSDP2 in ``fsdp.py``, DeepSpeed's ZeRO in ``zero.py``. Every engine *averages* over ranks, which is why ``Run``
+multiplies the loss by the number of ranks before it divides by the global count of targets.
 """
 
+import datetime
 import os
 from collections.abc import Iterator
 
@@ -29,14 +30,26 @@ class Ranks:
         """Return whether this rank writes files and prints."""
         return self.rank == 0
 
-    def start(self, device: torch.device) -> None:
-        """Join the process group (nccl for cuda, gloo otherwise) when there is more than one rank."""
+    def start(self, device: torch.device, *, timeout_minutes: float = 30.0, alone: bool = False) -> None:
+        """Join the process group (nccl for cuda, gloo otherwise) when there is more than one rank.
+
+        Args:
+            timeout_minutes: how long a rank waits for the others before it gives up.
+            alone: make a group of one rank too, for engines that cannot do without.
+        """
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if self.world_size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend)
-            self._started_here = True
+        if dist.is_initialized() or (self.world_size == 1 and not alone):
+            return
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=_store(self.world_size),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+        self._started_here = True
 
     def stop(self) -> None:
         """Leave the process group, if it was joined here."""
@@ -78,12 +91,36 @@ class Ranks:
         return result if self.is_main else build()
 
 
-class Engine:
-    """One process, or DDP over several: gradients averaged over ranks, clipped, applied."""
+def _store(world_size: int) -> dist.Store:
+    """Return where the ranks find each other.
 
-    def __init__(self, ranks: Ranks, scaler: torch.amp.GradScaler):
-        self.ranks, self.scaler = ranks, scaler
-        self.module: nn.Module | None = None  # what ``forward`` is called on
+    torchrun starts workers anew after a failure, and they would read in its store what the dead ones left there: so
+    each attempt has a corner of its own.
+    """
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(address, port, world_size, is_master=not is_agents and os.environ["RANK"] == "0")
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world_size}", store)
+
+
+class Engine:
+    """One process, or DDP over several: gradients averaged over ranks, clipped, applied.
+
+    Attributes:
+        module: what ``forward`` is called on.
+        is_sharded: whether no rank holds the whole model; then others' weights come by ``weights`` alone.
+        needs_group: whether even a single rank needs a process group.
+        shows_gradients: whether every rank has all gradients, in ``parameter.grad``.
+    """
+
+    is_sharded = needs_group = False
+    shows_gradients = True
+
+    def __init__(self, ranks: Ranks, scaler: torch.amp.GradScaler, args=None, dtype: torch.dtype = torch.float32):
+        self.ranks, self.scaler, self.args, self.dtype = ranks, scaler, args, dtype
+        self.module: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -125,6 +162,48 @@ class Engine:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return self.scaler.get_scale() >= scale_before
+
+    # ---- what a checkpoint keeps ------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor of the loss under float16; None where it is not scaled."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else None
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Return what of ``model`` training changes, whole, by name; None on all ranks but the main one.
+
+        All ranks call it together. Master weights: float32, whatever dtype the forward pass has.
+        """
+        return changing_state(model) if self.ranks.is_main else None
+
+    def optimizer_state(self) -> dict | None:
+        """Return the optimizer's ``state_dict`` with whole tensors; None on all ranks but the main one. Together."""
+        return self.optimizer.state_dict() if self.ranks.is_main else None
+
+    def shapes(self) -> list[torch.Size]:
+        """Return the whole shapes of the optimizer's parameters, in its order."""
+        return [parameter.shape for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def load(self, whole: nn.Module, optimizer_state: dict) -> None:
+        """Go on from the weights of ``whole`` (the trained model itself, if no rank holds only parts) and a state."""
+        self.optimizer.load_state_dict(optimizer_state)
+
+    def scaler_state(self) -> dict:
+        """Return the state of the loss's scaling; empty where it is not scaled."""
+        return self.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict) -> None:
+        """Go on from it. A run that goes on in another dtype begins its scaling anew."""
+        if state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+
+
+def changing_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained parameters and the buffers of ``model`` by name, as they are; tied ones once."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
 
 
 class StepBatchesOnDevice:

@@ -1,35 +1,72 @@
 """What a checkpoint holds of a run beside its weights, and how a run goes on from it."""
 
+import dataclasses
+import os
 import sys
+from pathlib import Path
+
+import torch
 
 from minillm.errors import UserError
 from minillm.training import checkpoint
 
-COUNTERS = ("step", "epoch", "step_in_epoch", "tokens", "seconds", "skipped_steps", "best_loss", "_eval_step")
+COUNTERS = (
+    "step", "epoch", "step_in_epoch", "tokens", "seconds", "skipped_steps", "best_loss", "_eval_step", "last_eval",
+)  # fmt: skip
+# Flags that decide the schedule, the updates and the order of the data: a run that goes on with others is another run.
+FLAGS = (
+    "seed", "max_seq_len", "learning_rate", "lr_scheduler", "warmup_ratio", "min_lr_ratio", "decay_ratio",
+    "weight_decay", "adam_beta1", "adam_beta2", "grad_clip",
+)  # fmt: skip
+SHARDS = "shards"  # of a checkpoint that all ranks have written together
 
 
 def identity_of(run) -> dict:
     """Return what must be the same for a checkpoint to be gone on with: what decides the order of the data, the
-    schedule and the loss."""
+    schedule, the model and the loss."""
     return {
         "data": run.loader.rows.data_hash,
-        "seed": run.args.seed,
+        "tokenizer": getattr(run.tokenizer, "content_hash", None),
+        **{name: getattr(run.args, name) for name in FLAGS},
         "rows_per_step": run.rows_per_step,
-        "max_seq_len": run.args.max_seq_len,
         "total_steps": run.total_steps,
-        "learning_rate": run.args.learning_rate,
-        "lr_scheduler": run.args.lr_scheduler,
+        **{f"model's {key}": value for key, value in dataclasses.asdict(run.model.config).items()},
         **run.balance.settings(),
         **run.output.settings(),
         **run.settings,
     }
 
 
-def state_of(run, rng_states: list[dict]) -> dict:
+def surroundings_of(run) -> dict:
+    """Return what may differ when a run goes on, but changes its last digits; a difference is said."""
+    return {
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "parallel": run.args.parallel,
+        "ranks": run.ranks.world_size,
+        "batch_size": run.args.batch_size,
+        "device": run.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def files_of(rows) -> dict[str, str]:
+    """Return the data files beneath ``rows`` by path, with the number of their documents and a hash of their bytes."""
+    found = {}
+    for inner in ("rows", "new", "old"):  # rows around rows: with columns, with replayed ones
+        if inner in vars(rows) and not isinstance(vars(rows)[inner], list):
+            found |= files_of(vars(rows)[inner])
+    if not found and hasattr(rows, "store"):
+        for path, shard in zip(rows.files, rows.store.shards, strict=True):
+            found[str(path)] = f"{shard.meta['n_documents']:,} documents, sha256 {shard.meta['sha256'][:16]}"
+    return found
+
+
+def state_of(run, rng_states: list[dict], optimizer: dict | None) -> dict:
     """Return the training state, tensors and plain values only."""
     return {
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.engine.scaler.state_dict(),
+        "optimizer": optimizer,
+        "scaler": run.engine.scaler_state(),
         "rng": rng_states,
         "counters": {name: getattr(run, name) for name in COUNTERS},
         "window": run._window,
@@ -37,29 +74,65 @@ def state_of(run, rng_states: list[dict]) -> dict:
         "experts": run.balance.state(),
         "watch": run.watch.state(),
         "identity": identity_of(run),
+        "surroundings": surroundings_of(run),
+        "data_files": files_of(run.loader.rows),
         "tracker_run_id": run.tracker.run_id,
     }
 
 
-def restore(run) -> str | None:
-    """Put a run where its newest intact checkpoint was; return its tracker's run id.
+def is_restart() -> bool:
+    """Return whether torchrun has started this process anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def find(run) -> Path | None:
+    """Return the checkpoint to go on from; None where the run begins. Rank 0 looks, and all ranks do as it says.
 
     Raises:
-        UserError: there is none, or it was made with other settings; the message lists what differs.
+        UserError: ``--from_resume``, and there is no intact one.
     """
-    directory = run.directory / "checkpoints"
-    quiet = None if run.ranks.is_main else (lambda line: None)
-    path = checkpoint.newest_checkpoint(directory, report=quiet or (lambda line: print(line, file=sys.stderr)))
-    if path is None:
-        raise UserError(f"--from_resume: no intact checkpoint under {directory}; start without it")
+    args, directory = run.args, run.directory / "checkpoints"
+    if not (args.from_resume or args.auto_resume or is_restart()):
+        return None
+    path = None
+    if run.ranks.is_main:
+        path = checkpoint.newest_checkpoint(directory, report=lambda line: print(line, file=sys.stderr))
+    path = run.ranks.gather(path)[0]
+    refuse_nothing(run, is_there=path is not None)
+    return path
+
+
+def refuse_nothing(run, *, is_there: bool) -> None:
+    """Raise ``UserError`` when ``--from_resume`` was said and there is nothing to go on from."""
+    if run.args.from_resume and not is_restart() and not is_there:
+        raise UserError(
+            f"--from_resume: no intact checkpoint under {run.directory / 'checkpoints'}; start without it, or with "
+            f"--auto_resume, which begins where there is none"
+        )
+
+
+def restore(run, path: Path) -> str | None:
+    """Put a run where the checkpoint ``path`` was; return its tracker's run id.
+
+    Raises:
+        UserError: it was made with other data or settings; the message lists what differs.
+    """
     state = checkpoint.load_state(path)
-    was, now = state["identity"], identity_of(run)
-    different = [f"{key}: {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]]
-    if different:
-        raise UserError(f"--from_resume: {path} was made with other settings ({'; '.join(different)})")
-    run.output.read_checkpoint(run.model, path)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.engine.scaler.load_state_dict(state["scaler"])
+    _refuse_another_run(run, state, path)
+    optimizer = state["optimizer"]
+    target = run.saver.copy.model if run.engine.is_sharded else run.model
+    if not (path / SHARDS).is_dir():
+        run.output.read_checkpoint(target, path)
+    elif hasattr(run.engine, "load_shards"):
+        run.engine.load_shards(path / SHARDS, optimizer["param_groups"])
+        target = None
+    else:
+        from minillm.training.fsdp import read_shards
+
+        optimizer = read_shards(path / SHARDS, target, run.engine.shapes(), optimizer["param_groups"])
+    if target is not None:
+        run.engine.load(target, optimizer)
+    run.engine.load_scaler_state(state["scaler"])
     for name, value in state["counters"].items():
         setattr(run, name, value)
     run._restored, run._save_step = state["window"], run.step
@@ -68,6 +141,35 @@ def restore(run) -> str | None:
     run.watch.load_state(state.get("watch"))
     if len(state["rng"]) == run.ranks.world_size:
         checkpoint.set_rng_state(state["rng"][run.ranks.rank])
+    else:  # the ranks' own states are of no use to another number of them
+        checkpoint.seed_everything(run.args.seed + 1000 * run.step + run.ranks.rank)
     if run.ranks.is_main:
         print(f"resumed from {path} (step {run.step} of {run.total_steps})")
+        other = _differences(state.get("surroundings", {}), surroundings_of(run))
+        if other:
+            print(f"other surroundings, so the last digits may differ: {'; '.join(other)}")
     return state["tracker_run_id"]
+
+
+def _refuse_another_run(run, state: dict, path: Path) -> None:
+    different = _differences(state["identity"], identity_of(run))
+    if not different:
+        return
+    was, now = state.get("data_files", {}), files_of(run.loader.rows)
+    files = [f"{name}: {was.get(name, 'not used')} then, {now.get(name, 'not used')} now" for name in sorted(was | now)
+             if was.get(name) != now.get(name)]  # fmt: skip
+    if (n_rows := state["identity"].get("rows_per_step")) != run.rows_per_step:
+        different.append(f"--global_batch_size {n_rows} keeps the rows per step on any number of ranks")
+    text = "; ".join(different + files)
+    raise UserError(
+        f"--from_resume: {path} was made with other data or settings ({text}); go on with those, or begin anew without "
+        f"--from_resume"
+    )
+
+
+def _differences(was: dict, now: dict) -> list[str]:
+    def shown(value) -> str:
+        text = str(value)
+        return text[:16] if len(text) == 64 else text  # a hash
+
+    return [f"{key}: {shown(was.get(key))} then, {shown(now[key])} now" for key in now if was.get(key) != now[key]]

@@ -6,7 +6,7 @@ resuming happen here, once for every stage.
 """
 
 import math
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from minillm.errors import UserError
 from minillm.losses import count_targets
 from minillm.model import RouterStats
-from minillm.training import checkpoint, hardware, precision, resume
+from minillm.training import checkpoint, engines, hardware, precision, resume
 from minillm.training.arguments import TrainArguments, as_dict
-from minillm.training.command_line import resume_command
+from minillm.training.interrupt import Interrupted, StopSignals
+from minillm.training.lock import lock_directory
 from minillm.training.measures import NO_MEASURES, Measures
 from minillm.training.nonfinite import compare_with_uniform, stop_for_nonfinite
 from minillm.training.outputs import WholeModel
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
-from minillm.training.routing import Balance, describe_parameters, flops_per_token
+from minillm.training.routing import Balance, active_parameters, describe_parameters, flops_per_token
+from minillm.training.saving import Saver
 from minillm.training.schedule import Schedule, schedule_factor
 from minillm.training.summary import write_run_file, write_summary
 from minillm.training.tracking import NotWatched, Tracker
@@ -42,16 +44,25 @@ class Run:
     """One training run: its ranks, device, precision, directory and counters. Use it as a context manager.
 
     Args:
+        engine: another body than ``--parallel`` names.
         output: what of the model is written, where, and read back (default: all of it).
     """
 
-    def __init__(self, args: TrainArguments, *, stage: str, engine=Engine, output: WholeModel | None = None):
+    def __init__(
+        self,
+        args: TrainArguments,
+        *,
+        stage: str,
+        engine: type[Engine] | None = None,
+        output: WholeModel | None = None,
+    ):
         self.args, self.stage, self.output = args, stage, output or WholeModel()
         self.ranks = Ranks()
         self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
         self.dtype = precision.choose_dtype(args.dtype, self.device)
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of losses
-        self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype))
+        engine = engine or engines.find(args.parallel)
+        self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype), args, self.dtype)
         self.step = self.epoch = self.step_in_epoch = 0
         self.tokens = 0  # non-padding tokens seen, over all ranks
         self.seconds = 0.0  # spent in steps, without validation and saving
@@ -60,6 +71,9 @@ class Run:
         self.last_eval: dict = {}
         self._eval_step = self._save_step = -1
         self.tracker: Tracker | None = None
+        self.saver: Saver | None = None
+        self.signals = StopSignals()
+        self._lock = None
         if args.num_threads:
             torch.set_num_threads(args.num_threads)
         if self.device.type == "cpu":
@@ -67,31 +81,28 @@ class Run:
         checkpoint.seed_everything(args.seed)
 
     def __enter__(self) -> "Run":
-        self.ranks.start(self.device)
+        self.ranks.start(self.device, timeout_minutes=self.args.timeout_minutes, alone=self.engine.needs_group)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self.signals.__exit__()
+        if self.saver is not None:
+            self.saver.close()  # what is being written becomes whole, whatever else has happened
         if self.tracker is not None:
             self.tracker.close()
-        if kind is KeyboardInterrupt and self.ranks.is_main and self._save_step >= 0:
-            print(f"interrupted after step {self.step}; go on with: {resume_command()}", file=sys.stderr)
-        self.ranks.stop()
+        if self._lock is not None:
+            self._lock.close()
+        if kind is None or issubclass(kind, Interrupted):
+            self.ranks.stop()
+        elif kind is not None:
+            engines.explain(error, self)
 
     # ---- before the loop -------------------------------------------------------------------------------------
 
     @property
     def rows_per_step(self) -> int:
         """Return the rows of one update over all ranks."""
-        args = self.args
-        per_micro_step = args.batch_size * self.ranks.world_size
-        if not args.global_batch_size:
-            return per_micro_step * args.accumulation_steps
-        if args.global_batch_size % per_micro_step:
-            raise UserError(
-                f"--global_batch_size {args.global_batch_size} is not a multiple of batch_size x ranks = "
-                f"{args.batch_size} x {self.ranks.world_size}; choose one that is, or another --batch_size"
-            )
-        return args.global_batch_size
+        return self.args.rows_per_step(self.ranks.world_size)
 
     @property
     def router_stats(self) -> RouterStats | None:
@@ -114,6 +125,9 @@ class Run:
         self.model.gradient_checkpointing = self.args.gradient_checkpointing
         self.directory = self.output.directory(self.args, self.stage, model.config)
         self.balance = Balance(self.model, self.args, self.ranks)
+        self.n_parameters, self.parameters_text = active_parameters(model), describe_parameters(model)
+        self._flops_per_token = flops_per_token(model, self.args.max_seq_len)
+        self.saver = Saver(self)
         if self.args.compile:
             self.model.block_attention = False  # the compiler has its own way with torch's attention
             for block in self.model.model.layers:  # all blocks share one compiled code; the loss stays eager
@@ -154,6 +168,8 @@ class Run:
         self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
         self.prepare = prepare or (lambda micro_batches, training: micro_batches)
         self.measures, self.unit, self.settings = measures, unit, settings or {}
+        if watch is not None and not self.engine.shows_gradients:
+            raise UserError(f"--monitor with --parallel {args.parallel}: no rank has the gradients whole; use ddp")
         self.watch = watch if watch is not None and self.ranks.is_main else NotWatched()
         self.total_steps = args.max_steps or args.epochs * loader.steps_per_epoch
         factor = schedule_factor(
@@ -165,8 +181,10 @@ class Run:
         )
         self.schedule = Schedule(optimizer, factor)
         module = self.engine.attach(optimizer)
-        run_id = self._resume() if args.from_resume else None
+        resume.refuse_nothing(self, is_there=bool(checkpoint.list_checkpoints(self.directory / "checkpoints")))
         self.ranks.main_first(self._open_directory)
+        run_id = self._resume()
+        self.ranks.main_first(lambda: write_run_file(self) if self.ranks.is_main else None)
         self.tracker = Tracker(
             self.directory,
             enabled=self.ranks.is_main,
@@ -178,15 +196,16 @@ class Run:
             self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
-        self._flops_per_token = flops_per_token(self.model, args.max_seq_len)
-        self.tracker.print(f"{self.directory.name}, parameters: {describe_parameters(self.model)}")
+        self.tracker.print(f"{self.directory.name}, parameters: {self.parameters_text}")
         module.train()
         return module
 
     def _open_directory(self) -> None:
+        if not self.ranks.is_main:
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_run_file(self)
+            self._lock = lock_directory(self.directory)
         except OSError as error:
             raise UserError(
                 f"cannot write to the run directory {self.directory}: {error.strerror}; choose another --save_dir"
@@ -196,6 +215,7 @@ class Run:
 
     def steps(self, loader) -> Iterator[StepBatchesOnDevice]:
         """Yield, for each optimizer update, this rank's micro-batches; go on where a checkpoint left off."""
+        self.signals.__enter__()
         while self.step < self.total_steps:
             batches = loader.iterate(self.epoch, self.step_in_epoch, num_workers=self.args.num_workers)
             began = time.perf_counter()
@@ -208,8 +228,9 @@ class Run:
                 self._micro_batches, self._loss_sum, self._began = micro_batches, 0.0, began
                 yield StepBatchesOnDevice(micro_batches, self.device, self.engine)
                 if self.step >= self.total_steps:
-                    return
+                    break
                 began = time.perf_counter()
+        self.signals.__exit__()
 
     def autocast(self):
         """Return the context of a forward pass in the run's dtype."""
@@ -228,10 +249,15 @@ class Run:
         """Clip, apply the update, advance the schedule and the counters; log, validate and save when due."""
         lr = self.schedule.set_step(self.step)
         grad_norm = self.engine.clip(self.args.grad_clip)
-        loss_sum = self.ranks.sum(torch.as_tensor(self._loss_sum, dtype=self.sum_dtype, device=self.device))
+        # What one rank notices, all do at the same step: a signal, or that --save_minutes are over on the main one.
+        notices = [self._loss_sum, self.signals.caught, self.ranks.is_main and self.saver.is_due()]
+        notices = [torch.as_tensor(value, dtype=self.sum_dtype, device=self.device) for value in notices]
+        loss_sum, caught, is_due = self.ranks.sum(torch.stack(notices))
         loss_sum = loss_sum - self.balance.collect()  # rows of metrics compare with validation: tokens' loss alone
-        loss_sum, grad_norm = torch.stack([loss_sum, grad_norm.to(self.sum_dtype)]).tolist()
-        if not self.engine.scaler.is_enabled() and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+        loss_sum, grad_norm, caught, is_due = torch.stack(
+            [loss_sum, grad_norm.to(loss_sum), caught, is_due]
+        ).tolist()
+        if self.engine.loss_scale is None and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             stop_for_nonfinite(self, loss_sum, grad_norm)
         self.watch.before_update(self.step + 1)
         applied = self.engine.step()
@@ -246,8 +272,12 @@ class Run:
             self._log(lr, grad_norm)
         if self.args.eval_interval and self.step % self.args.eval_interval == 0:
             self.validate()
-        if self.args.save_interval and self.step % self.args.save_interval == 0 and self.step < self.total_steps:
+        by_steps = self.args.save_interval and self.step % self.args.save_interval == 0
+        if (by_steps or is_due or caught) and self.step < self.total_steps:
             self.save()
+        self.saver.check()
+        if caught and self.step < self.total_steps:
+            engines.stop(self, int(self.signals.caught or signal.SIGTERM))
 
     # ---- after the loop --------------------------------------------------------------------------------------
 
@@ -258,8 +288,11 @@ class Run:
         """
         self.validate()
         self.save()
+        model = self.saver.whole_model()
+        self.saver.wait()
         if self.ranks.is_main:
-            self.export(self.directory)
+            self.model = model.to(self.device)
+            self.export(self.directory, self.model)
             self.model.eval()
             self.watch.finish()
             with self.autocast():  # a frozen model may have a shorter dtype than what is trained of it
@@ -269,11 +302,11 @@ class Run:
         self.ranks.barrier()
         return self.last_eval
 
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, model: nn.Module) -> None:
         """Write what is to be used: the model as a Hugging Face directory in ``--save_dtype``, or the adapter."""
         try:
             dtype = getattr(torch, self.args.save_dtype)
-            self.output.export(self.model, directory, tokenizer=self.tokenizer, dtype=dtype)
+            self.output.export(model, directory, tokenizer=self.tokenizer, dtype=dtype)
         except OSError as error:
             raise UserError(
                 f"cannot write the model to {directory}: {error.strerror or error}; make room there and go on with "
@@ -296,35 +329,34 @@ class Run:
         self.tracker.print(text + self.measures.text(result))
         if result["loss"] < self.best_loss:
             self.best_loss = result["loss"]
+            model = self.saver.whole_model()
             if self.ranks.is_main:
-                self.export(self.directory / "best")
+                self.export(self.directory / "best", model)
 
     def save(self) -> None:
-        """Write a checkpoint (once per step)."""
-        if self._save_step == self.step:
-            return
-        self._save_step = self.step
-        rng_states = self.ranks.gather(checkpoint.rng_state())
-        if self.ranks.is_main:
-            checkpoint.save_checkpoint(
-                self.directory / "checkpoints",
-                self.step,
-                lambda path: self.output.write_checkpoint(self.model, path, tokenizer=self.tokenizer),
-                resume.state_of(self, rng_states),
-                keep_last=self.args.keep_last,
-            )
-        self.ranks.barrier()
+        """Write a checkpoint, once per step; it may still be written when this returns (``--async_save``)."""
+        if self._save_step != self.step:
+            self._save_step = self.step
+            self.saver.save()
 
     # ---- inside ----------------------------------------------------------------------------------------------
 
     def _resume(self) -> str | None:
-        return resume.restore(self)
+        path = resume.find(self)
+        if path is not None:
+            return resume.restore(self, path)
+        aside = checkpoint.set_aside(self.directory / "checkpoints") if self.ranks.is_main else None
+        if aside is not None:
+            print(f"checkpoints of an earlier run are now in {aside}; --from_resume would have gone on from them")
+        if self.ranks.rank:  # all have drawn the same weights; what is dropped out is every rank's own
+            checkpoint.seed_everything(self.args.seed + self.ranks.rank)
+        return None
 
     def _advance(self, loss_sum: float, applied: bool) -> None:
         elapsed = time.perf_counter() - self._began
         self.step += 1
         self.step_in_epoch += 1
-        if self.step_in_epoch == self.loader.steps_per_epoch:
+        if self.step_in_epoch >= self.loader.steps_per_epoch:
             self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.tokens += int(self._n_tokens)
         self.seconds += elapsed
@@ -345,8 +377,8 @@ class Run:
         row = self._row("train", loss) | {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": round(tokens_per_s, 1)}
         if self._peak_flops:
             row["mfu"] = round(tokens_per_s * self._flops_per_token / self._peak_flops / self.ranks.world_size, 4)
-        if self.engine.scaler.is_enabled():
-            row |= {"loss_scale": self.engine.scaler.get_scale(), "skipped_steps": self.skipped_steps}
+        if self.engine.loss_scale is not None:
+            row |= {"loss_scale": self.engine.loss_scale, "skipped_steps": self.skipped_steps}
         measured = self.measures.row(self.ranks)
         for note in self.measures.notes(measured):
             self.tracker.print(f"step {self.step}: {note}")

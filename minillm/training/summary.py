@@ -16,7 +16,7 @@ import yaml
 
 import minillm
 from minillm.training.arguments import as_dict
-from minillm.training.routing import active_parameters, describe_parameters, relative_entropy
+from minillm.training.routing import relative_entropy
 from minillm.training.tracking import read_metrics
 
 
@@ -31,8 +31,8 @@ def write_run_file(run) -> None:
             "rows_per_step": run.rows_per_step, "total_steps": run.total_steps,
         },
         "model": dataclasses.asdict(run.model.config),
-        "n_parameters": active_parameters(run.model)[0],
-        "n_active_parameters": active_parameters(run.model)[1],
+        "n_parameters": run.n_parameters[0],
+        "n_active_parameters": run.n_parameters[1],
         "data": {"hash": run.loader.rows.data_hash, "summary": _plain(run.loader.rows.summary)},
         "versions": {
             "minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()
@@ -154,7 +154,7 @@ def summary_facts(run) -> dict[str, str]:
     """Return the run's facts as (name, text), in the order in which they are shown."""
     facts = {
         "command": "python " + shlex.join(sys.argv),
-        "parameters": describe_parameters(run.model),
+        "parameters": run.parameters_text,
         "steps": f"{run.step:,} of {run.rows_per_step} rows x {run.args.max_seq_len} tokens",
         "tokens seen": f"{run.tokens:,}",
         "training time": f"{run.seconds:.0f} s on {run.device} ({str(run.dtype).removeprefix('torch.')})",

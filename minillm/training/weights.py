@@ -12,7 +12,8 @@ from minillm.model.hf import load_model
 from minillm.model.pth import infer_config
 from minillm.model.rope import original_length
 from minillm.tokenizer import load_tokenizer
-from minillm.training.arguments import ModelArguments, TrainArguments
+from minillm.training.arguments import TrainArguments
+from minillm.training.model_arguments import ModelArguments
 
 
 def run_name(stage: str, *, hidden_size: int, has_experts: bool) -> str:

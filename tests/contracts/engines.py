@@ -1,16 +1,22 @@
-"""Three bodies behind the engine's face, and a run of the real loop on each; started by ``test_engines.py``.
+"""A run of the real loop on every engine; started by ``test_engines.py`` under torchrun.
 
-    torchrun --nproc_per_node 2 -m tests.contracts.engines OUT ddp fsdp zero2 ddp_moe ddp_lora
+    -m tests.contracts.engines OUT ddp fsdp zero2 zero3offload ddp_moe ddp_lora      three steps
+    -m tests.contracts.engines OUT --stop 3 fsdp zero3                               of six steps, then a signal
+    -m tests.contracts.engines OUT --from SAVED fsdp:zero3 ddp:fsdp                  the others: engine:engine before
 """
 
-import sys
+import argparse
+import shutil
+import signal
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from minillm.training.interrupt import Interrupted
 from minillm.training.parallel import Engine
 from tests.contracts.harness import CONFIG, MOE_CONFIG, arguments, train
+
+SETTINGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 
 class BypassedDDP(Engine):
@@ -21,75 +27,64 @@ class BypassedDDP(Engine):
         return self.module.module
 
 
-class FSDP2(Engine):
-    """Parameters, gradients and optimizer state sharded over the ranks, gathered block by block."""
-
-    def wrap(self, model, device):
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.model.layers:
-            fully_shard(block)
-        self.module = fully_shard(model)
-        return self.module
-
-    def set_last(self, is_last):
-        self.module.set_requires_gradient_sync(is_last)
-
-    def clip(self, max_norm):
-        norm = super().clip(max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def flags_of(engine: str) -> dict:
+    """Return the flags that choose an engine."""
+    if engine.startswith("zero"):
+        return {"parallel": "deepspeed", "deepspeed_config": str(SETTINGS / f"{engine.replace('off', '_off')}.json")}
+    return {"parallel": "fsdp" if engine == "fsdp" else "ddp"}
 
 
-class ZeRO2(Engine):
-    """DeepSpeed: gradients and optimizer state sharded over the ranks."""
+def run_one(name: str, directory: Path, *, stop: int, max_steps: int, resume: bool) -> dict | None:
+    """Train on the engine that ``name`` begins with; return the result, or None where a signal ended it."""
+    engine, _, kind = name.partition("_")
 
-    def wrap(self, model, device):
-        self.module = model
-        return model
+    def send_signal(run) -> None:
+        if stop and run.step == stop - 1 and run.ranks.rank == run.ranks.world_size - 1:
+            signal.raise_signal(signal.SIGTERM)  # to one rank alone: all must stop
 
-    def attach(self, optimizer):
-        import deepspeed
-
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,  # not used: the loop feeds the batches
-            "gradient_clipping": 0.0,  # set per step by clip()
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-        }
-        self.module, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
+    n_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    args = arguments(
+        directory,
+        batch_size=4 // n_ranks,
+        global_batch_size=12,
+        max_steps=max_steps,
+        from_resume=resume,
+        **flags_of(engine),
+    )
+    try:
+        return train(
+            args,
+            engine=BypassedDDP if engine == "bypassed" else None,
+            config=MOE_CONFIG if kind == "moe" else CONFIG,
+            lora=kind == "lora",
+            before_update=send_signal,
         )
-        return self.module
-
-    def set_last(self, is_last):
-        self.module.set_gradient_accumulation_boundary(is_last)
-
-    def backward(self, loss):
-        self.module.backward(loss)
-
-    def clip(self, max_norm):
-        self.module.optimizer.clip_grad = max_norm  # DeepSpeed clips inside its step
-        return torch.as_tensor(self.module.optimizer.scaled_global_norm())
-
-    def step(self):
-        self.module.step()
-        return True
+    except Interrupted:
+        return None
 
 
-ENGINES = {"ddp": Engine, "bypassed": BypassedDDP, "fsdp": FSDP2, "zero2": ZeRO2}
-
-
-def main(out: str, *names: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--stop", type=int, default=0)
+    parser.add_argument("--from", dest="source", type=Path)
+    said = parser.parse_args()
     torch.distributed.init_process_group("gloo")  # one group for all: every Run finds it and leaves it alone
-    for name in names:
-        args = arguments(Path(out) / name, batch_size=2, global_batch_size=12)
-        engine, _, kind = name.partition("_")
-        config = MOE_CONFIG if kind == "moe" else CONFIG
-        result = train(args, engine=ENGINES[engine], config=config, lora=kind == "lora")
-        if torch.distributed.get_rank() == 0:
-            torch.save({"metrics": result["metrics"], "weights": result["weights"]}, Path(out) / f"{name}.pt")
+    is_main = torch.distributed.get_rank() == 0
+    for name in said.names:
+        engine, _, before = name.partition(":")
+        directory = said.out / name.replace(":", "-after-")
+        if said.source and is_main:
+            shutil.copytree(said.source / before, directory)
+        torch.distributed.barrier()
+        max_steps = 6 if said.stop or said.source else 3
+        result = run_one(engine, directory, stop=said.stop, max_steps=max_steps, resume=bool(said.source))
+        if is_main and result:
+            kept = {key: result[key] for key in ("metrics", "weights", "optimizer")}
+            torch.save(kept, said.out / f"{directory.name}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,7 +3,6 @@
 Equal lengths and full masks hide the classic mistakes (mean of means, lost remainders), so nothing here is even.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
@@ -22,6 +20,7 @@ from minillm.training.arguments import PretrainArguments
 from minillm.training.optim import adamw
 from minillm.training.parallel import Engine
 from minillm.training.run import Run
+from minillm.training.saving import copied
 from minillm.training.tracking import read_metrics
 
 CONFIG = ModelConfig(
@@ -119,7 +118,7 @@ def arguments(directory: Path, **changes) -> PretrainArguments:
 def train(
     args: PretrainArguments,
     *,
-    engine: type[Engine] = Engine,
+    engine: type[Engine] | None = None,
     double: bool = False,
     dropout: float = 0.0,
     n_rows: int = 33,
@@ -160,13 +159,16 @@ def train(
                 for row in read_metrics(run.directory / "metrics.jsonl")
                 if row["split"] == "train"
             ],
-            "weights": {
-                name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-                for name, value in run.model.state_dict().items()
-            },
-            "optimizer": copy.deepcopy(optimizer.state_dict()),
+            "weights": weights_of(run),
+            "optimizer": copied(run.engine.optimizer_state()),
             "skipped_steps": run.skipped_steps,
         }
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor] | None:
+    """Return all weights of a run, whole, on the main rank; None elsewhere."""
+    model = run.saver.whole_model()
+    return copied(model.state_dict()) if run.ranks.is_main else None
 
 
 def gradients_of_steps(args: PretrainArguments, **options) -> list[dict[str, torch.Tensor]]:

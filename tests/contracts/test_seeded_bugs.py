@@ -43,7 +43,7 @@ def unshifted_mask(store, column, index):
 def resume_one_batch_late(run):
     """The data cursor points behind the batch that comes next."""
     run_id = resume(run)
-    run.step_in_epoch += 1
+    run.step_in_epoch += bool(run.step)
     return run_id
 
 

@@ -52,6 +52,7 @@ def make():
         usual = {"seed": 1, "on_policy": 1.0, "max_new_tokens": 6, "sampling_temperature": 1.0, "max_seq_len": 24,
                  "batch_size": 3}  # fmt: skip
         run = SimpleNamespace(args=SimpleNamespace(**(usual | changes)), step=0, ranks=SimpleNamespace(rank=0))
+        run.engine = SimpleNamespace(is_sharded=False)
         run.model, run.autocast = tiny_model().train(), lambda: precision.autocast(CPU, torch.float32)
         return OnPolicy(run, TOKENIZER, generate)
 

@@ -16,6 +16,7 @@ from minillm.model import Transformer
 from minillm.training import summary
 from minillm.training.arguments import PretrainArguments
 from minillm.training.outputs import WholeModel
+from minillm.training.routing import active_parameters, describe_parameters
 
 FLOOR = 1.2345
 
@@ -30,12 +31,15 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "pretrain_16" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     printed = []
+    model = Transformer(ModelConfig(vocab_size=31, **shape))
     return SimpleNamespace(
         stage="pretrain",
         output=WholeModel(),
         directory=tmp_path / "pretrain_16",
         args=PretrainArguments(data_path="a b.jsonl", max_seq_len=24),
-        model=Transformer(ModelConfig(vocab_size=31, **shape)),
+        model=model,
+        n_parameters=active_parameters(model),
+        parameters_text=describe_parameters(model),
         loader=SimpleNamespace(rows=SimpleNamespace(data_hash="ab" * 32, summary={"rows": np.int64(7), "t": (1, 2)})),
         ranks=SimpleNamespace(world_size=2),
         device=torch.device("cpu"),
@@ -102,6 +106,7 @@ def test_facts_and_run_yaml_tell_the_active_share(run):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     experts = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
     run.model = Transformer(ModelConfig(vocab_size=31, **shape, **experts))
+    run.n_parameters, run.parameters_text = active_parameters(run.model), describe_parameters(run.model)
     total, active = run.model.config.num_parameters(), run.model.config.num_parameters(active=True)
     assert active == total - 2 * 3 * 16 * 8
     assert summary.summary_facts(run)["parameters"] == f"{total:,} ({active:,} active per token, {active / total:.0%})"
