@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import filelock
 import pytest
 import torch
 
@@ -35,6 +36,24 @@ def appears():
         return words in path.read_bytes()
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Call it with a name and a function that fills a directory: tests in other processes share what it made."""
+
+    def once(name: str, build) -> Path:
+        shared = tmp_path_factory.getbasetemp()
+        shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+        directory = shared / name
+        with filelock.FileLock(shared / f"{name}.lock"):
+            if not (directory / "built").exists():
+                directory.mkdir()
+                build(directory)
+                (directory / "built").touch()
+        return directory
+
+    return once
 
 
 @pytest.fixture(scope="session")

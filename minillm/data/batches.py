@@ -8,6 +8,7 @@ that order; how they are dealt to ranks and micro-batches changes who computes t
     step 2, 2 ranks      rank 0: 3 .   rank 1: 6 .      . is a row of padding: every rank does equal work
 """
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -138,6 +139,7 @@ class StepBatches:
             # A loader draws a seed for its workers; from the global generator that draw would move the run's
             # randomness, and a resumed run would differ from an uninterrupted one.
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=_leave_signals_to_the_run,
         )
         yield from loader
 
@@ -150,6 +152,12 @@ class StepBatches:
                 order = rng.permutation(n_rows) if self.shuffle else np.arange(n_rows)
             self._order = (epoch, order)
         return self._order[1]
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Go on when the whole process group is told to stop: the run finishes its step first, and ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _EpochSteps(Dataset):

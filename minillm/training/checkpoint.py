@@ -63,9 +63,20 @@ def save_checkpoint(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _no_room(directory, final, error, n_bytes) from error
-    for old in list_checkpoints(directory)[keep_last:]:
-        shutil.rmtree(old, ignore_errors=True)
+    tidy(directory, step=step, keep_last=keep_last)
     return final
+
+
+def tidy(directory: Path, *, step: int, keep_last: int) -> None:
+    """Remove what killed processes left behind, and all but the newest ``keep_last`` checkpoints up to ``step``.
+
+    Later ones, which a run has passed over because they were damaged, must not push out those that are whole.
+    """
+    for leftover in directory.glob(".step-*.tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    up_to_here = [path for path in list_checkpoints(directory) if path.name <= f"step-{step:08d}"]
+    for old in up_to_here[keep_last:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def temporary_path(directory: Path, step: int) -> Path:
@@ -80,7 +91,7 @@ def make_room(directory: Path, step: int, *, n_bytes: int = 0) -> None:
         UserError: less than ``n_bytes`` are free; nothing has been written then.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".step-*.tmp*"):
+    for leftover in directory.glob(".step-*.tmp*"):  # before the look at what is free
         shutil.rmtree(leftover, ignore_errors=True)
     if shutil.disk_usage(directory).free < n_bytes:
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

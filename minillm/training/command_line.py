@@ -55,7 +55,12 @@ def script(main):
 
 def resume_command() -> str:
     """Return the command line of this process with ``--from_resume`` added."""
-    words = [word for word in sys.argv if not word.startswith("--from_resume")]
+    words, is_value = [], False
+    for word in sys.argv:
+        is_value = is_value and not word.startswith("-")  # --from_resume 1
+        if not is_value and not word.startswith("--from_resume"):
+            words.append(word)
+        is_value = word == "--from_resume"
     n_here = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", "--nproc_per_node", n_here] if n_here else ["python"]
     return shlex.join([*launcher, *words, "--from_resume"])

@@ -254,9 +254,7 @@ class Run:
         notices = [torch.as_tensor(value, dtype=self.sum_dtype, device=self.device) for value in notices]
         loss_sum, caught, is_due = self.ranks.sum(torch.stack(notices))
         loss_sum = loss_sum - self.balance.collect()  # rows of metrics compare with validation: tokens' loss alone
-        loss_sum, grad_norm, caught, is_due = torch.stack(
-            [loss_sum, grad_norm.to(loss_sum), caught, is_due]
-        ).tolist()
+        loss_sum, grad_norm, caught, is_due = torch.stack([loss_sum, grad_norm.to(loss_sum), caught, is_due]).tolist()
         if self.engine.loss_scale is None and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             stop_for_nonfinite(self, loss_sum, grad_norm)
         self.watch.before_update(self.step + 1)
@@ -290,6 +288,8 @@ class Run:
         self.save()
         model = self.saver.whole_model()
         self.saver.wait()
+        if self.ranks.is_main:  # a resumed run that had nothing left to do has written nothing
+            checkpoint.tidy(self.directory / "checkpoints", step=self.step, keep_last=self.args.keep_last)
         if self.ranks.is_main:
             self.model = model.to(self.device)
             self.export(self.directory, self.model)

@@ -19,6 +19,7 @@ class Tracker:
         self.directory, self.path, self.enabled = directory, directory / "metrics.jsonl", enabled
         self.wandb = None
         self.run_id: str | None = None
+        self._sent: dict[str, int] = {}  # the last step of each split that wandb's run has
         if not enabled:
             return
         truncate_metrics(self.path, after_step=first_step)
@@ -47,17 +48,28 @@ class Tracker:
             resume="allow" if run_id else None,
         )
         self.run_id = self.wandb.id
+        self._sent = _read_sent(self._sent_path())
 
     def log(self, row: dict) -> None:
-        """Append one row to ``metrics.jsonl`` (flushed) and send it on."""
+        """Append one row to ``metrics.jsonl`` (flushed) and send it on.
+
+        A run that goes on from a checkpoint makes some rows again. The file has lost them, wandb has not: what an
+        earlier process has sent is not sent twice.
+        """
         if not self.enabled:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.wandb is not None:
+        if self.wandb is not None and row["step"] > self._sent.get(row["split"], -1):
             prefix = row["split"]
+            self._sent[prefix] = row["step"]
+            _replace(self._sent_path(), json.dumps(self._sent))
             values = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
             self.wandb.log(values, step=row["step"])
+
+    def _sent_path(self) -> Path:
+        """Return where it stands what wandb's run has; several processes in turn may have sent to it."""
+        return self.directory / "wandb" / f"sent-{self.run_id}.json"
 
     def advance(self) -> None:
         """Move the bar by one step."""
@@ -116,6 +128,19 @@ def read_metrics(path: Path) -> list[dict]:
 def truncate_metrics(path: Path, *, after_step: int) -> None:
     """Drop the rows past ``after_step``: a resumed run writes them anew. Step 0 starts the file afresh."""
     rows = [row for row in read_metrics(path) if row["step"] <= after_step] if after_step else []
+    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read_sent(path: Path) -> dict[str, int]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # nothing has been sent
+        return {}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is whole or as it was, whenever the process is killed."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

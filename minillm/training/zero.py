@@ -236,9 +236,7 @@ def fill_in(
         "zero_optimization.offload_param.pin_memory": on_cuda,
     }
     settings = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}} | settings
-    settings.setdefault(
-        "torch_autocast", {"enabled": "auto", "dtype": "auto", "lower_precision_safe_modules": []}
-    )
+    settings.setdefault("torch_autocast", {"enabled": "auto", "dtype": "auto", "lower_precision_safe_modules": []})
 
     def fill(tree: dict, where: str) -> dict:
         filled = {}

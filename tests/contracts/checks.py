@@ -169,4 +169,3 @@ def loss_scale_changes_nothing(directory: Path) -> None:
     for ours, wanted in zip(scaled["metrics"], plain["metrics"], strict=True):
         assert math.isclose(ours["grad_norm"], wanted["grad_norm"], rel_tol=1e-6)
     assert largest_difference(scaled["weights"], plain["weights"]) <= 1e-6
-

@@ -1,8 +1,8 @@
 """A run of the real loop on every engine; started by ``test_engines.py`` under torchrun.
 
-    -m tests.contracts.engines OUT ddp fsdp zero2 zero3offload ddp_moe ddp_lora      three steps
-    -m tests.contracts.engines OUT --stop 3 fsdp zero3                               of six steps, then a signal
-    -m tests.contracts.engines OUT --from SAVED fsdp:zero3 ddp:fsdp                  the others: engine:engine before
+-m tests.contracts.engines OUT ddp fsdp zero2 zero3off ddp_moe ddp_lora      three steps
+-m tests.contracts.engines OUT --stop 3 fsdp zero3                               of six steps, then a signal
+-m tests.contracts.engines OUT --from SAVED fsdp:zero3 ddp:fsdp                  the others: engine:engine before
 """
 
 import argparse
@@ -30,7 +30,10 @@ class BypassedDDP(Engine):
 def flags_of(engine: str) -> dict:
     """Return the flags that choose an engine."""
     if engine.startswith("zero"):
-        return {"parallel": "deepspeed", "deepspeed_config": str(SETTINGS / f"{engine.replace('off', '_off')}.json")}
+        return {
+            "parallel": "deepspeed",
+            "deepspeed_config": str(SETTINGS / f"{engine.replace('off', '_offload')}.json"),
+        }
     return {"parallel": "fsdp" if engine == "fsdp" else "ddp"}
 
 

@@ -68,12 +68,19 @@ def arguments(directory: Path, **changes) -> PreferenceArguments:
     return PreferenceArguments(**(defaults | changes))
 
 
-def train(args: PreferenceArguments, *, double: bool = False, before_update=lambda run, reference: None, config=CONFIG):
+def train(
+    args: PreferenceArguments,
+    *,
+    double: bool = False,
+    before_update=lambda run, reference: None,
+    config=CONFIG,
+    n_rows: int = 11,
+):
     """Run the loop of ``train_dpo.py`` on ragged pairs; return the run and its reference."""
     with Run(args, stage="rlhf", output=AdapterAlone(args) if args.lora_name else None) as run:
         model = tiny_model(double=double, config=config)
         reference = Reference(args.reference_kind, model, run) if args.reference_kind else None
-        rows = RaggedPairs(judged=args.loss_type == "kto")
+        rows = RaggedPairs(n_rows, judged=args.loss_type == "kto")
         rows = rows if reference is None else reference.add_to(rows)
         if args.lora_name:
             apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(1))
