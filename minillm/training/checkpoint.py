@@ -32,6 +32,7 @@ def save_checkpoint(
     *,
     keep_last: int,
     n_bytes: int = 0,
+    is_begun: bool = False,
 ) -> Path:
     """Write ``directory/step-%08d`` and remove all but the newest ``keep_last``; return its path.
 
@@ -39,6 +40,7 @@ def save_checkpoint(
         write_model: writes the model's files into the directory it is given.
         state: tensors and plain values only (it is read back with ``weights_only=True``).
         n_bytes: what all of it will take, about.
+        is_begun: ``make_room`` was called before, by ranks that write together.
 
     Raises:
         UserError: the disk is full or not writable; the message says how much is needed and how much is free.
@@ -46,7 +48,7 @@ def save_checkpoint(
     final = directory / f"step-{step:08d}"
     temporary = temporary_path(directory, step)
     try:
-        if not temporary.is_dir():  # ranks that write together have made it before
+        if not is_begun:
             make_room(directory, step, n_bytes=n_bytes)
         write_model(temporary)
         with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
@@ -72,8 +74,7 @@ def tidy(directory: Path, *, step: int, keep_last: int) -> None:
 
     Later ones, which a run has passed over because they were damaged, must not push out those that are whole.
     """
-    for leftover in directory.glob(".step-*.tmp*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(directory)
     up_to_here = [path for path in list_checkpoints(directory) if path.name <= f"step-{step:08d}"]
     for old in up_to_here[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -91,12 +92,16 @@ def make_room(directory: Path, step: int, *, n_bytes: int = 0) -> None:
         UserError: less than ``n_bytes`` are free; nothing has been written then.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".step-*.tmp*"):  # before the look at what is free
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(directory)
     if shutil.disk_usage(directory).free < n_bytes:
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise _no_room(directory, directory / f"step-{step:08d}", error, n_bytes)
     temporary_path(directory, step).mkdir()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for leftover in directory.glob(".step-*.tmp*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _no_room(directory: Path, final: Path, error: OSError, n_bytes: int) -> UserError:
@@ -117,6 +122,7 @@ def set_aside(directory: Path) -> Path | None:
         return None
     aside = directory.with_name(f"{directory.name}.earlier")
     shutil.rmtree(aside, ignore_errors=True)
+    _remove_leftovers(directory)
     os.rename(directory, aside)
     return aside
 

@@ -76,7 +76,7 @@ class FSDP(Engine):
         """
         state = {"model": changing_state(self.module), "optimizer": self.optimizer.state_dict()["state"]}
         writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
-        return dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        return _Shards(dcp.async_save(state, storage_writer=writer, process_group=self._group))
 
     def load_shards(self, path: Path, param_groups: list[dict]) -> None:
         """Read this rank's part of weights and optimizer, whatever number of ranks has written them."""
@@ -103,6 +103,20 @@ class FSDP(Engine):
 
         gathered = _map(tree, gather)
         return gathered if self.ranks.is_main else None
+
+
+class _Shards(Future):
+    """The writing of the shards; what went wrong in a rank is told as it was, not wrapped once per rank."""
+
+    def __init__(self, writing: Future):
+        super().__init__()
+        writing.add_done_callback(self._end)
+
+    def _end(self, writing: Future) -> None:
+        error = writing.exception()
+        if isinstance(error, dcp.api.CheckpointException):
+            error = next(iter(error.failures.values()))[0]  # (error, its traceback) by rank
+        self.set_result(None) if error is None else self.set_exception(error)
 
 
 def empty_state(model: nn.Module, parameters: list[Tensor]) -> dict:

@@ -192,6 +192,7 @@ class Run:
             first_step=self.step,
             name=self.stage,
         )
+        self.tracker.run_id = run_id  # kept for later runs, whether this one tells anyone or not
         if args.use_wandb:
             self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})

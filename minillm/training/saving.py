@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minillm.errors import UserError
 from minillm.training import checkpoint, resume
 from minillm.training.parallel import changing_state
 
@@ -76,7 +77,9 @@ class Saver:
         shards = None
         if run.engine.is_sharded and hasattr(run.engine, "save_shards") and run.output.is_large:
             path = checkpoint.temporary_path(directory, run.step)
-            run.ranks.main_first(lambda: checkpoint.make_room(directory, run.step) if run.ranks.is_main else None)
+            n_bytes = 12 * run.n_parameters[0]  # weights and two moments, float32
+            make_room = lambda: checkpoint.make_room(directory, run.step, n_bytes=n_bytes)  # noqa: E731
+            run.ranks.main_first(lambda: make_room() if run.ranks.is_main else None)
             shards = run.engine.save_shards(path / resume.SHARDS)
             optimizer = {"param_groups": run.optimizer.state_dict()["param_groups"]} if run.ranks.is_main else None
             model = None
@@ -101,8 +104,14 @@ class Saver:
     def wait(self) -> None:
         """Return when nothing is being written; raise what went wrong."""
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:  # of a rank's own part; the main rank's is told by ``save_checkpoint``
+            raise UserError(
+                f"rank {self.run.ranks.rank} cannot write its part of the checkpoint: {error.strerror or error}; older "
+                f"checkpoints are untouched, free some space and go on with --from_resume"
+            ) from error
 
     def close(self) -> None:
         """End the thread, when it has written what it is writing."""
@@ -120,9 +129,11 @@ class Saver:
             else:
                 self.run.output.write_checkpoint(model, path, tokenizer=self.run.tokenizer)
 
-        n_bytes = n_bytes_of(state) + (0 if model is None else n_bytes_of(changing_state(model)))
-        keep_last = self.run.args.keep_last
-        checkpoint.save_checkpoint(directory, step, write_model, state, keep_last=keep_last, n_bytes=n_bytes)
+        is_begun = shards is not None
+        n_bytes = 12 * self.run.n_parameters[0] if is_begun else n_bytes_of(state) + n_bytes_of(changing_state(model))
+        checkpoint.save_checkpoint(
+            directory, step, write_model, state, keep_last=self.run.args.keep_last, n_bytes=n_bytes, is_begun=is_begun
+        )
 
 
 def copied(tree):

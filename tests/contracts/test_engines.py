@@ -1,4 +1,4 @@
-"""Two processes, uneven targets, the last step partial: every engine equals one process, and each other's checkpoints."""
+"""Two processes, uneven targets, the last step partial: every engine equals one process, and reads all checkpoints."""
 
 from pathlib import Path
 
