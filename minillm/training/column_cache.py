@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillm.data.batches import collate
-from minillm.data.shards import read_sealed, write_sealed
+from minillm.data.sealed import read_sealed, write_sealed
 from minillm.errors import UserError
 
 MANIFEST = "manifest.json"

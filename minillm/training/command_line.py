@@ -28,6 +28,7 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
         SystemExit: code 2 for a wrong flag (tyro prints it), 0 for ``--help``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [word for word in argv if not word.startswith("--local_rank=")]  # DeepSpeed's launcher says it twice
     argv, config_path = _take_config(argv)
     default = _from_yaml(cls, config_path) if config_path else None
     argv = _spell_out_booleans(cls, argv)
@@ -61,9 +62,11 @@ def resume_command() -> str:
         if not is_value and not word.startswith("--from_resume"):
             words.append(word)
         is_value = word == "--from_resume"
-    n_here = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    n_here, n_all = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")  # set by torchrun; by all
     launcher = ["torchrun", "--nproc_per_node", n_here] if n_here else ["python"]
-    return shlex.join([*launcher, *words, "--from_resume"])
+    if n_all and not n_here:
+        launcher = ["deepspeed", "--num_gpus", n_all]
+    return shlex.join([*launcher, *(word for word in words if not word.startswith("--local_rank=")), "--from_resume"])
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:

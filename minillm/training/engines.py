@@ -48,7 +48,7 @@ def explain(error: BaseException, run) -> None:
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
     )
     if run.ranks.world_size > 1 and is_of_ranks:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(" This is typically")[0].rstrip(".")
         raise UserError(
             f"rank {run.ranks.rank} of {run.ranks.world_size} lost the others after step {run.step}: one of them has "
             f"ended or does not answer (its own output says why; here: {reason}); go on from the newest checkpoint "

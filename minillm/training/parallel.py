@@ -129,7 +129,9 @@ class Engine:
         if self.ranks.world_size > 1:
             ids = [device.index] if device.type == "cuda" else None
             # Buffers (the routers' correction biases) change with all-reduced counts: they are equal on every rank.
-            self.module = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.module = nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         return self.module
 
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minillm.errors import missing_package
+from minillm.errors import UserError, missing_package
 
 
 class Tracker:
@@ -55,11 +55,19 @@ class Tracker:
 
         A run that goes on from a checkpoint makes some rows again. The file has lost them, wandb has not: what an
         earlier process has sent is not sent twice.
+
+        Raises:
+            UserError: the disk is full, say; a run without its numbers is not worth its time.
         """
         if not self.enabled:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room there and go on with --from_resume"
+            ) from error
         if self.wandb is not None and row["step"] > self._sent.get(row["split"], -1):
             prefix = row["split"]
             self._sent[prefix] = row["step"]

@@ -232,6 +232,9 @@ def fill_in(
         "zero_optimization.reduce_bucket_size": max(hidden_size * hidden_size, 1 << 20),
         "zero_optimization.stage3_prefetch_bucket_size": max(int(0.9 * hidden_size * hidden_size), 1 << 20),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,  # norms are not worth gathering
+        # About two blocks are gathered at a time. DeepSpeed's own limit, 1e9 numbers, never drops a model of less.
+        "zero_optimization.stage3_max_live_parameters": max(32 * hidden_size * hidden_size, 1 << 20),
+        "zero_optimization.stage3_max_reuse_distance": max(32 * hidden_size * hidden_size, 1 << 20),
         "zero_optimization.offload_optimizer.pin_memory": on_cuda,
         "zero_optimization.offload_param.pin_memory": on_cuda,
     }

@@ -1,0 +1,76 @@
+"""The floating-point operations of a token, and the hours of a run.
+
+A product of a row with a matrix of n numbers takes 2n operations: n multiplications, n additions (Kaplan et al.,
+Scaling Laws, 2020, section 2.1). The forward pass multiplies each token by every matrix that it goes through; the
+backward pass makes two products of the same size, one for the gradient of the input, one for that of the weight.
+
+Legend: L blocks, H query heads, K head width, T positions of a row, V vocabulary, D hidden.
+"""
+
+from dataclasses import dataclass
+
+from minillm.config import ModelConfig
+from minillm.model import Transformer
+from minillm.plan.activations import uses_blocks, visible_pairs
+from minillm.training.routing import flops_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations per token of a row of T tokens, each token a target."""
+
+    matrices: float
+    """Forward, through the blocks: 2 per parameter that the token meets (of norms too, which are few)."""
+    attention: float
+    """Forward, queries with keys and shares with values: 2·2·H·K·T per block, as if every query met all T keys.
+    That is how MFU is counted (Chowdhery et al., PaLM, 2022, appendix B)."""
+    output: float
+    """Forward, the output layer: 2·V·D. The embedding is looked up, not multiplied."""
+    training: float
+    """Forward and backward, 3 times forward. With an adapter, the frozen weights' own gradients are not made."""
+    recomputed: float
+    """With gradient checkpointing: the blocks' forward pass once more (the output layer's is not repeated)."""
+
+    @property
+    def forward(self) -> float:
+        """Operations of the forward pass."""
+        return self.matrices + self.attention + self.output
+
+
+def count_flops(model: Transformer, seq_len: int, *, gradient_checkpointing: bool = False) -> Flops:
+    """Return the operations per token of ``model`` (on any device, meta too)."""
+    config: ModelConfig = model.config
+    forward, without_attention = config.flops_per_token(seq_len) / 3, config.flops_per_token(0) / 3
+    output = 2 * config.vocab_size * config.hidden_size
+    return Flops(
+        matrices=without_attention - output,
+        attention=forward - without_attention,
+        output=output,
+        training=flops_per_token(model, seq_len),
+        recomputed=forward - output if gradient_checkpointing else 0.0,
+    )
+
+
+def attention_shares(seq_len: int, *, on_gpu: bool) -> tuple[float, float]:
+    """Return which part of all T² pairs of a row (needed, computed).
+
+    Needed by a row of one document: a query meets itself and what comes before, (T + 1) / 2T. Packed documents need
+    less: those of length t only (t + 1) / 2T. Computed: our blocks on a CPU skip what lies ahead of a block of 64
+    queries (and, for packed rows, before its first document; one document is assumed here); torch's kernel with a
+    mask, which documents make necessary, computes all pairs.
+    """
+    computed = visible_pairs(seq_len) if uses_blocks(seq_len, on_gpu=on_gpu) else seq_len**2
+    return (seq_len + 1) / (2 * seq_len), computed / seq_len**2
+
+
+def chinchilla_tokens(n_parameters: int) -> float:
+    """Return 20 tokens per parameter, which suits a given amount of compute best (Hoffmann et al., 2022, table 3)."""
+    return 20.0 * n_parameters
+
+
+def hours(flops: Flops, tokens: float, *, peak: float, mfu: float, ranks: int = 1) -> float:
+    """Return the hours of ``tokens`` tokens on ``ranks`` devices of ``peak`` FLOP/s each, used to ``mfu``.
+
+    What checkpointing repeats takes time like the rest, so that it is added here, although MFU does not count it.
+    """
+    return tokens * (flops.training + flops.recomputed) / (peak * mfu * ranks) / 3600

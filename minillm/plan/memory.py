@@ -1,0 +1,213 @@
+"""The bytes of a training step at the moments when it may hold most.
+
+A step is followed through time, because nothing is held all the time: activations grow until the loss is known and are
+freed block by block while the gradients grow; the update meets gradients alone. The peak is the largest of these
+moments, less than the sum of the largest parts.
+
+* loss: all activations and autocast's copies of the weights, and the logits of one chunk;
+* backward: looked at before each block, the last one first;
+* update: all gradients, no activations.
+
+Every part is what tensors take. What a process or a device holds besides (code, a CUDA context, gaps between tensors)
+is ``gpus.py``'s matter.
+
+Legend: V vocabulary, D hidden, F feed-forward width, N positions of a micro-batch, n of a chunk, c bytes of a product's
+number.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from minillm.losses.cross_entropy import CHUNK_NUMEL
+from minillm.plan.activations import Step, block_activations, kept_activations, tables, uses_blocks
+from minillm.plan.parameters import Parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Bytes that one rank holds of weights and of what belongs to them, under an engine (``engines.py``)."""
+
+    weights: float
+    """Held all the time."""
+    gradients: float
+    """When the backward pass is over."""
+    optimizer: float
+    """AdamW's two moments, and master weights where the engine has them."""
+    gathered: float = 0
+    """Weights brought together for the moment."""
+    buffers: float = 0
+    """What the engine communicates from."""
+    update: float = 0
+    """Made for the update alone."""
+    host: float = 0
+    """In the memory of the computer instead of the device."""
+    short_weights: bool = False
+    """Weights have the dtype of products."""
+    keeps_whole_gradients: bool = False
+    """Between micro-batches gradients wait whole, though they end up sharded (FSDP2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What is held at one moment, in bytes."""
+
+    name: str
+    weights: float
+    """With those gathered and cast for the moment by the engine."""
+    optimizer: float
+    gradients: float
+    casts: float
+    """Copies of weights that autocast made."""
+    activations: float
+    logits: float
+    """Of one chunk, with their softmax and gradient."""
+    transient: float
+    """What operations hold while they run."""
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(value for name, value in dataclasses.asdict(self).items() if name != "name")
+
+
+PARTS = tuple(field.name for field in dataclasses.fields(Moment) if field.name != "name")
+
+
+def moments(step: Step, parameters: Parameters, layout: Layout) -> dict[str, Moment]:
+    """Return the moments ``loss``, ``backward`` (the largest of its moments) and ``update``."""
+    step = dataclasses.replace(step, short_weights=layout.short_weights)
+    kept, n_layers = kept_activations(step), step.config.num_hidden_layers
+    blocks = [block_activations(step, layer) for layer in range(n_layers)]
+    casts = [n * step.product_bytes * step.is_mixed for n in parameters.cast_blocks]
+    # Autocast's cache holds its copies to the end of the forward pass, whether they are kept for a gradient or not.
+    cached = sum(parameters.cached_blocks) * step.product_bytes * step.is_mixed
+    always = {"weights": layout.weights + layout.gathered, "optimizer": layout.optimizer, "buffers": layout.buffers}
+
+    def at(name: str, **parts: float) -> Moment:
+        return Moment(name=name, **(dict.fromkeys(PARTS, 0.0) | always | parts))
+
+    # From the second micro-batch on, the gradients of those before are there.
+    waiting = 4.0 * parameters.trained if layout.keeps_whole_gradients else layout.gradients
+    waiting = waiting if step.accumulation_steps > 1 else 0.0
+    logits, beside = _loss(step)
+    is_tied = step.config.tie_word_embeddings
+    output_grad = 0 if step.lora_rank else parameters.embedding * step.weight_bytes
+    batch, mask = _batch(step)
+    whole, hidden = sum(kept.values()) + batch, step.n_positions * step.config.hidden_size
+    casts_loss = cached if step.gradient_checkpointing else sum(casts)
+    loss = at("loss", gradients=waiting, casts=casts_loss, activations=whole + mask, logits=logits, transient=beside)
+
+    # The loss hands out the gradients that it has kept, multiplied; then the last norm's gradient is made.
+    begun = max(2 * hidden * step.product_bytes + output_grad, _norm(step))
+    casts_then = 0 if step.gradient_checkpointing else sum(casts)
+    found = [
+        at("backward", gradients=waiting + output_grad, casts=casts_then, activations=whole, transient=begun),
+    ]
+    per_number = layout.gradients / max(parameters.trained, 1)
+    for layer in reversed(range(n_layers)):
+        if step.gradient_checkpointing:  # the inputs of the blocks up to this one, and what this one has made anew
+            activations = layer * step.stream + sum(blocks[layer].values())
+        else:
+            activations = sum(sum(block.values()) for block in blocks[: layer + 1])
+        done = per_number * sum(parameters.trained_blocks[layer + 1 :])
+        moment = at(
+            "backward",
+            # The gradient of a tied output layer waits for that of the embedding, and is added to it at the end.
+            gradients=(waiting or done) + (0 if waiting and not is_tied else output_grad),
+            casts=casts[layer] if step.gradient_checkpointing else sum(casts[: layer + 1]),
+            activations=activations + tables(step) + batch,
+            transient=_feed_forward(step, layer),
+        )
+        found.append(moment)
+    # At the end the embedding's gradient, which is added to another: the waiting one's, and a tied output layer's.
+    added = output_grad * (bool(waiting) + is_tied) + step.stream
+    all_gradients = max(layout.gradients, waiting)
+    found.append(at("backward", gradients=all_gradients, activations=tables(step) + batch, transient=added))
+    update = at("update", gradients=layout.gradients, transient=layout.update)
+    return {"loss": loss, "backward": max(found, key=lambda moment: moment.total), "update": update}
+
+
+def peak(step: Step, parameters: Parameters, layout: Layout) -> Moment:
+    """Return the moment that holds most."""
+    return max(moments(step, parameters, layout).values(), key=lambda moment: moment.total)
+
+
+def _batch(step: Step) -> tuple[int, int]:
+    """Return the bytes of a micro-batch, and of the masks that only the forward pass holds.
+
+    Ids, targets, documents and positions are 64 bits wide. Our blocks keep −inf for where a query may not look, and
+    those of the last micro-batch are dropped with its loss, when there is a new one. torch's kernel makes such numbers
+    itself, block by block, out of true and false (B, T, T).
+    """
+    pairs = step.batch_size * step.seq_len**2
+    in_blocks = uses_blocks(step.seq_len, on_gpu=step.on_gpu)
+    ids = 4 if step.lora_rank else 3  # else they are among the activations: the embedding's gradient needs them
+    bias = pairs * step.product_bytes * in_blocks
+    return step.n_positions * 8 * ids + bias, bias or pairs
+
+
+def _loss(step: Step) -> tuple[int, int]:
+    """Return the most bytes that the chunked loss holds: (of logits, of what lies beside them).
+
+    ``minillm/losses/cross_entropy.py``: a chunk of n positions has logits (n, V), and a second tensor of that size
+    while the softmax is taken, both at least float32. From the second chunk on, the last one's gradient is still there.
+    """
+    config, c = step.config, step.product_bytes
+    vocab, dim, n_positions = config.vocab_size, config.hidden_size, step.n_positions
+    chunk = min(n_positions, max(1, CHUNK_NUMEL // vocab))
+    second = min(chunk, n_positions - chunk)
+    weight, is_trained = vocab * dim, not step.lora_rank
+    # Hidden states and their gradient; the output weight in the dtype of products; its gradient so far.
+    beside = 2 * n_positions * dim * c + weight * c * step.is_mixed
+    so_far = weight * step.weight_bytes * is_trained * (second > 0)
+    last_product = so_far * (n_positions > 2 * chunk)  # of the chunk before, which has been added
+    short = c if c < 4 else 0  # the gradient of the logits has a copy of its own in a shorter dtype
+    softmax = [8 * chunk * vocab, so_far + last_product]
+    if second:  # logits are made in the short dtype and widened while the last chunk's are still there
+        softmax[0] = max(
+            softmax[0], (4 * chunk + 8 * second) * vocab, (4 + short) * (chunk + second) * vocab * bool(short)
+        )
+    # Then the gradient of the logits is multiplied; the product is widened, to be added.
+    product = weight * is_trained * (c + (step.weight_bytes if step.is_mixed else 0)) + chunk * dim * c
+    gradient = [(4 + short) * chunk * vocab, so_far + product]
+    logits, more = max(softmax, gradient, key=sum)
+    return logits, beside + more
+
+
+def _norm(step: Step) -> int:
+    """Return what the gradient of a norm holds: its own, the upstream one, a product; wide copies of short ones."""
+    short = step.product_bytes if step.product_bytes < 4 else 0
+    size = step.product_bytes + 4 * 2 + (4 if short else 0) + (4 + step.weight_bytes if step.weight_bytes < 4 else 0)
+    return step.n_positions * step.config.hidden_size * size
+
+
+def _feed_forward(step: Step, layer: int) -> int:
+    """Return what the gradient of a feed-forward layer holds beside all activations and finished gradients.
+
+    The widest instant is SwiGLU's: gradients of the product and of gate, and one of up or a factor of it, F numbers per
+    position each, less the product itself, which is no longer needed. Beside them lie the gradients of the stream and
+    of the down projection.
+    """
+    config, n, c = step.config, step.n_positions, step.product_bytes
+    # A finished gradient of a weight waits for the update, or is added to what waits already.
+    number = 0 if step.lora_rank or step.accumulation_steps > 1 else step.weight_bytes
+    dim = config.hidden_size
+
+    def swiglu(rows: int, width: int) -> int:
+        # With an adapter the product was made again, and a cast copy of the frozen weight is there.
+        made_again = rows * width * c + (dim * width * c if step.is_mixed else 0) if step.lora_rank else 0
+        return 2 * rows * width * c + made_again + dim * width * number
+
+    if not config.has_experts(layer):
+        return step.stream + swiglu(n, config.intermediate_size)
+    rows, width = n * config.num_experts_per_tok, config.moe_intermediate_size
+    # What comes back from the experts is multiplied by the routers' weights in float32, and has two gradients.
+    weighing = rows * dim * (8 + (c if c < 4 else 0))
+    inside = 2 * rows * width * c - rows * dim * c
+    inside += config.num_experts * dim * width * (number - c * step.is_mixed)  # a cast copy is no longer needed
+    largest, shared = max(weighing, inside), config.n_shared_experts * width
+    if shared:  # their gradients are made first, and what they kept is gone then
+        gone = (2 if step.lora_rank else 3) * n * shared * c
+        largest = max(swiglu(n, shared), largest - gone + 3 * dim * shared * number + n * dim * c)
+    return step.stream + largest
