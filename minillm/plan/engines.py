@@ -13,6 +13,7 @@ from minillm.errors import UserError
 from minillm.plan.activations import Step
 from minillm.plan.memory import Layout
 from minillm.plan.parameters import Parameters
+from minillm.training.zero import bucket_size, live_parameters
 
 ENGINES = {
     "ddp": "one process; DDP with several ranks",
@@ -26,7 +27,6 @@ ENGINES = {
 MOMENTS = 8  # bytes per parameter: AdamW's two float32 moments
 MASTER = 4  # and float32 weights
 SNAPSHOT = 12  # what a checkpoint keeps of a parameter: float32 weight and two moments
-REUSE_DISTANCE = 10**9  # DeepSpeed's stage3_max_reuse_distance: numbers within which a gathered weight is not dropped
 
 
 def zero_bytes(n_parameters: float, *, stage: int, ranks: int, weight=2.0, gradient=2.0, optimizer=12.0) -> float:
@@ -99,7 +99,7 @@ def _zero(engine: str, step: Step, parameters: Parameters, ranks: int) -> Layout
     weights /= ranks if stage == 3 else 1
     gradients = float(number * parameters.trained) / (ranks if stage >= 2 else 1)
     optimizer = (MOMENTS + MASTER * has_master) * parameters.trained / ranks
-    bucket = max(step.config.hidden_size**2, 2**20) * number  # what "auto" becomes in minillm/training/zero.py
+    bucket = bucket_size(step.config.hidden_size) * number
     host = 0.0
     if offload:  # reduced gradients go to the host too, in float32, where the update is made
         host = optimizer + 4 * parameters.trained / ranks + (weights if stage == 3 else 0)
@@ -109,7 +109,7 @@ def _zero(engine: str, step: Step, parameters: Parameters, ranks: int) -> Layout
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        gathered=min(parameters.total, REUSE_DISTANCE) * number if stage == 3 else 0,
+        gathered=min(parameters.total, live_parameters(step.config.hidden_size)) * number if stage == 3 else 0,
         buffers=bucket * (2 if stage == 3 else 1),
         # The rank's share of the gradients, flat and in float32.
         update=0 if offload or stage == 3 else 4.0 * parameters.trained / ranks,

@@ -22,6 +22,7 @@ from minillm.errors import UserError
 
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
+DAMAGED = "damaged-"
 
 
 def save_checkpoint(
@@ -70,14 +71,23 @@ def save_checkpoint(
 
 
 def tidy(directory: Path, *, step: int, keep_last: int) -> None:
-    """Remove what killed processes left behind, and all but the newest ``keep_last`` checkpoints up to ``step``.
-
-    Later ones, which a run has passed over because they were damaged, must not push out those that are whole.
-    """
+    """Remove what killed processes left behind, damaged checkpoints up to ``step``, and all but the newest others."""
     _remove_leftovers(directory)
-    up_to_here = [path for path in list_checkpoints(directory) if path.name <= f"step-{step:08d}"]
-    for old in up_to_here[keep_last:]:
+    damaged = [path for path in directory.glob(f"{DAMAGED}step-*") if path.name <= f"{DAMAGED}step-{step:08d}"]
+    for old in damaged + list_checkpoints(directory)[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_damaged_aside(directory: Path, *, newest: Path) -> None:
+    """Give those later than ``newest``, which were found damaged, a name that does not count.
+
+    They must not push out those that are whole. They are there until the run has come as far again.
+    """
+    for path in list_checkpoints(directory):
+        if path.name > newest.name:
+            aside = path.with_name(DAMAGED + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
 
 
 def temporary_path(directory: Path, step: int) -> Path:
@@ -145,18 +155,19 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint (missing, truncated or changed file), or None if it is intact."""
     try:
-        files = dict(json.loads((path / MANIFEST_FILE).read_text())["files"])
+        said = dict(json.loads((path / MANIFEST_FILE).read_text())["files"])
+        files = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in said.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST_FILE} is missing or not readable"
     if STATE_FILE not in files:
         return f"{STATE_FILE} is not listed"
-    for name, expected in files.items():
+    for name, (n_bytes, digest) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if sha256(file) != expected["sha256"]:
+        if file.stat().st_size != n_bytes:
+            return f"{name} has {file.stat().st_size} bytes instead of {n_bytes}"
+        if sha256(file) != digest:
             return f"{name} has changed"
     return None
 

@@ -12,6 +12,7 @@ It is written under a temporary name and renamed when it is whole.
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from minillm.data.batches import collate
 from minillm.data.sealed import read_sealed, write_sealed
+from minillm.data.shards import remove_orphans
 from minillm.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -105,7 +107,8 @@ def cached_columns(
             f"the cache for {flag} would take {size / 2**20:,.2f} MiB, the limit is {max_gib * 1024:,.2f}: raise "
             f"--max_cache_gib, keep less per position, or do without the cache"
         )
-    partial = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    partial = place.with_name(f".{place.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    remove_orphans(directory, place.name)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

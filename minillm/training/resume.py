@@ -119,6 +119,8 @@ def restore(run, path: Path) -> str | None:
     """
     state = checkpoint.load_state(path)
     _refuse_another_run(run, state, path)
+    if run.ranks.is_main:
+        checkpoint.put_damaged_aside(path.parent, newest=path)
     optimizer = state["optimizer"]
     target = run.saver.copy.model if run.engine.is_sharded else run.model
     if not (path / SHARDS).is_dir():

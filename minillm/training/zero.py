@@ -228,13 +228,11 @@ def fill_in(
         "fp16.enabled": dtype == torch.float16,
         "torch_autocast.enabled": is_bf16 and not short_weights,
         "torch_autocast.dtype": str(dtype).removeprefix("torch."),
-        # Of the size of a matrix, as is usual; one bucket is in flight at a time.
-        "zero_optimization.reduce_bucket_size": max(hidden_size * hidden_size, 1 << 20),
-        "zero_optimization.stage3_prefetch_bucket_size": max(int(0.9 * hidden_size * hidden_size), 1 << 20),
+        "zero_optimization.reduce_bucket_size": bucket_size(hidden_size),
+        "zero_optimization.stage3_prefetch_bucket_size": bucket_size(hidden_size),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,  # norms are not worth gathering
-        # About two blocks are gathered at a time. DeepSpeed's own limit, 1e9 numbers, never drops a model of less.
-        "zero_optimization.stage3_max_live_parameters": max(32 * hidden_size * hidden_size, 1 << 20),
-        "zero_optimization.stage3_max_reuse_distance": max(32 * hidden_size * hidden_size, 1 << 20),
+        "zero_optimization.stage3_max_live_parameters": live_parameters(hidden_size),
+        "zero_optimization.stage3_max_reuse_distance": live_parameters(hidden_size),
         "zero_optimization.offload_optimizer.pin_memory": on_cuda,
         "zero_optimization.offload_param.pin_memory": on_cuda,
     }
@@ -264,6 +262,19 @@ def fill_in(
     if not filled["torch_autocast"]["enabled"]:
         del filled["torch_autocast"]
     return filled
+
+
+def bucket_size(hidden_size: int) -> int:
+    """Return how many numbers are reduced at a time: one matrix, as is usual."""
+    return max(hidden_size * hidden_size, 1 << 20)
+
+
+def live_parameters(hidden_size: int) -> int:
+    """Return how many numbers of stage 3's parameters are gathered at a time: about two blocks.
+
+    DeepSpeed's own limit, 1e9, never drops what it has gathered of a model of less.
+    """
+    return max(32 * hidden_size * hidden_size, 1 << 20)
 
 
 def _import_deepspeed():

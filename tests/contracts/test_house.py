@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "tokenizer": set(),
     "data": {"tokenizer"},
     "training": BELOW_TRAINING,
+    "plan": BELOW_TRAINING | {"training"},
     "inference": BELOW_TRAINING | {"training"},
     "evaluation": BELOW_TRAINING | {"training", "inference"},
     "serving": BELOW_TRAINING | {"training", "inference", "evaluation"},
@@ -44,7 +45,13 @@ AFTER_FINE_TUNING = {
         "teacher", "on_policy", "reason_arguments", "replay_arguments",
     },
 }  # fmt: skip
-MAX_CODE_LINES = {"config to inference": 6000, "lora": 1500, "after fine-tuning": 1500}
+# How a run is spread over devices and kept: for those who outgrow one GPU, or one night. The planner is another book.
+AT_SCALE = {
+    "training": {
+        "checkpoint", "engines", "fsdp", "interrupt", "lock", "resume", "saving", "scale_arguments", "zero",
+    },
+}  # fmt: skip
+MAX_CODE_LINES = {"config to inference": 6000, "lora": 1500, "after fine-tuning": 1500, "at scale": 1000, "plan": 1000}
 MODULES = sorted((ROOT / "minillm").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")
 STAGES = [path for path in SCRIPTS if path.stem.startswith("train_") and path.stem != "train_tokenizer"]
@@ -170,6 +177,8 @@ def book_of(path: Path) -> str | None:
     part = part_of(name_of(path))
     if path.stem in AFTER_FINE_TUNING.get(part, ()):
         return "after fine-tuning"
+    if path.stem in AT_SCALE.get(part, ()):
+        return "at scale"
     return "config to inference" if part in CONFIG_TO_INFERENCE else part
 
 
