@@ -87,6 +87,7 @@ MINIMIND: dict[str, Any] = {
     "head_dim": None,
 }  # fmt: skip
 MINIMIND_2: dict[str, Any] = {"hidden_size": 512, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+LARGEST = 2**31 - 1  # of a whole number in a configuration: products of several stay within what torch can count
 ROPE_KEYS_ELSEWHERE = ("rope_theta", "partial_rotary_factor", "type")
 
 
@@ -142,7 +143,7 @@ def from_hf(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
     """
     raw = _of_minimind(raw) if raw.get("model_type") == "minimind" else raw
     model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         supported = ", ".join((*ARCHITECTURES, "minimind"))
         raise UserError(f"model_type {model_type!r} is not supported; supported are: {supported}")
     # A checkpoint may have either or both; where both stand, theirs takes the first.
@@ -171,7 +172,8 @@ def from_hf(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
         values["eos_token_id"] = (values["eos_token_id"] or [None])[0]
     values["rope_scaling"] = scaling = _rope_scaling(raw, rope, values["max_position_embeddings"])
     original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if scaling["rope_type"] == "dynamic" and type(original) is int and isinstance(factor, int | float) and factor < 1e9:
+    are_sound = type(original) is int and original <= LARGEST and isinstance(factor, int | float) and 1 <= factor <= 1e9
+    if scaling["rope_type"] == "dynamic" and are_sound:
         values["max_position_embeddings"] = int(original * factor)  # see to_hf
     return values
 
@@ -191,7 +193,8 @@ def _of_minimind(raw: dict[str, Any]) -> dict[str, Any]:
     values = MINIMIND | (MINIMIND_2 if is_old else {}) | raw
     if values.get("intermediate_size") is None:
         ratio, width = 8 / 3 if is_old else math.pi, values["hidden_size"]
-        values["intermediate_size"] = 64 * math.ceil(width * ratio / 64) if type(width) is int else 0
+        is_width = type(width) is int and 0 < width <= LARGEST  # if not, ModelConfig says so
+        values["intermediate_size"] = 64 * math.ceil(width * ratio / 64) if is_width else 0
     values.setdefault("moe_intermediate_size", values["intermediate_size"])
     values["model_type"] = "llama" if is_old else "qwen3_moe" if has_experts else "qwen3"
     unused = () if has_experts else ("n_routed_experts", "num_experts", "scoring_func")
@@ -205,7 +208,7 @@ def _quotient(hidden_size, n_heads) -> int | None:
 
 def _n_experts(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
     given = {name: raw[name] for name in N_EXPERTS.get(model_type, ()) if name in raw}
-    if len(set(given.values())) > 1:
+    if any(value != next(iter(given.values())) for value in given.values()):
         raise UserError(f"the configuration gives two numbers of experts: {given}; leave the wrong one out")
     return {"num_experts": next(iter(given.values()))} if given else {}
 
@@ -227,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"no model configuration: {path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, absurd numbers, nesting
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object with the model's settings, but a {type(content).__name__}")
@@ -241,20 +244,24 @@ def _refuse_unsupported(raw: dict[str, Any], values: dict[str, Any], model_type:
     """
     is_glm, windowed = model_type == "glm4_moe", model_type in WINDOWED
     attention = "sliding_attention" if windowed and values.get("sliding_window") else "full_attention"
-    only_dense = sorted(raw.get("mlp_only_layers") or [])
+    layer_types, only_dense = raw.get("layer_types") or [], raw.get("mlp_only_layers") or []
+    for name, value in (("layer_types", layer_types), ("mlp_only_layers", only_dense)):
+        if not isinstance(value, list):
+            raise UserError(f"{name} is {value!r}: it must be a list")
+    first_layers = sorted(map(repr, range(len(only_dense))))
     has_norm = FIXED.get(model_type, {}).get("use_qk_norm", False)
     refused = {
         "attention_bias": (model_type not in ("qwen2", "glm4_moe") and raw.get("attention_bias")) or None,
         "mlp_bias": raw.get("mlp_bias") or None,
         "use_qk_norm": None if is_glm else _unless(has_norm, raw.get("use_qk_norm")),
         "use_sliding_window": (not windowed and raw.get("use_sliding_window")) or None,
-        "layer_types": (set(raw.get("layer_types") or []) - {attention} and raw["layer_types"]) or None,
+        "layer_types": layer_types if any(kind != attention for kind in layer_types) else None,
         "hidden_act": _unless("silu", raw.get("hidden_act")),
         "attention_dropout": raw.get("attention_dropout") or None,
         "pretraining_tp": _unless(1, raw.get("pretraining_tp")),
         "scoring_func": _unless("sigmoid" if is_glm else "softmax", raw.get("scoring_func")),
         "decoder_sparse_step": _unless(1, raw.get("decoder_sparse_step")),
-        "mlp_only_layers": raw["mlp_only_layers"] if only_dense != list(range(len(only_dense))) else None,
+        "mlp_only_layers": only_dense if sorted(map(repr, only_dense)) != first_layers else None,
         "router_jitter_noise": raw.get("router_jitter_noise") or None,
         "per_layer_config": raw.get("per_layer_config") or None,
         "quantization_config": raw.get("quantization_config"),

@@ -1,7 +1,7 @@
 """The shape of a model, under the names that Hugging Face uses."""
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
     },
 }
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MOST_LAYERS = 10_000  # and experts: what comes one by one in a loop
+MOST_PARAMETERS = 2**50
 # rope_type: the keys of rope_scaling that it must have, and those that it may have.
 ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -122,11 +125,10 @@ class ModelConfig:
     """Padding, if a tokenizer has one."""
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        for name in (*sizes, "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        self._check_whole(*sizes)
+        self._check_whole("num_hidden_layers", most=MOST_LAYERS)
+        self._check_whole(*(n for n in TOKENS if getattr(self, n) is not None), least=-1)  # -1: files that have none
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -149,9 +151,7 @@ class ModelConfig:
             object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
         if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim!r}: rotary embedding turns pairs, so it must be even")
-        for name in ("intermediate_size", "moe_intermediate_size", "n_group", "topk_group"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number of at least 1")
+        self._check_whole("head_dim", "intermediate_size", "moe_intermediate_size", "n_group", "topk_group")
         positive = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "routed_scaling_factor")
         for name in positive:
             if not _is_positive(getattr(self, name)):
@@ -159,6 +159,14 @@ class ModelConfig:
         self._check_positions()
         self._check_experts()
         self._check_family()
+        if self.num_parameters() > MOST_PARAMETERS:
+            raise UserError(f"these sizes make {self.num_parameters():.1e} parameters, more than can be: check them")
+
+    def _check_whole(self, *names: str, least: int = 1, most: int = families.LARGEST) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise UserError(f"{name} is {value!r}: it must be a whole number of at least {least}, at most {most}")
 
     def _check_positions(self) -> None:
         if self.partial_rotary_factor > 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
@@ -166,8 +174,8 @@ class ModelConfig:
                 f"partial_rotary_factor is {self.partial_rotary_factor!r}: it must be above 0, at most 1, and turn "
                 f"an even number of a head's {self.head_dim} (head_dim)"
             )
-        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
-            raise UserError(f"sliding_window is {self.sliding_window!r}: it must be a whole number of at least 1")
+        if self.sliding_window is not None:
+            self._check_whole("sliding_window")
         if self.rope_scaling is None:
             return
         if not isinstance(self.rope_scaling, dict):
@@ -177,7 +185,7 @@ class ModelConfig:
     def _check_rope_scaling(self, scaling: dict[str, Any]) -> None:
         """Raise UserError unless ``scaling`` is complete and sound; store it in its one form."""
         kind = scaling.pop("rope_type", None)
-        if kind not in ROPE_TYPES:
+        if not isinstance(kind, str) or kind not in ROPE_TYPES:
             raise UserError(f"rope_type {kind!r} is not supported; supported are: {', '.join(ROPE_TYPES)}")
         needed, optional = ROPE_TYPES[kind]
         if needed - set(scaling) or set(scaling) - needed - optional:
@@ -191,11 +199,11 @@ class ModelConfig:
             if name == "truncate":
                 is_fine, wanted = isinstance(value, bool), "true or false"
             elif name == "original_max_position_embeddings":
-                is_fine, wanted = type(value) is int and value >= 1, "a whole number of at least 1"
+                is_fine, wanted = type(value) is int and 1 <= value <= families.LARGEST, "a whole number of at least 1"
             else:
                 is_fine, wanted = _is_positive(value), "a positive number"
                 if name == "factor":
-                    is_fine, wanted = is_fine and value >= 1, "a number of at least 1"
+                    is_fine, wanted = is_fine and 1 <= value <= 1e9, "a number of at least 1 and at most 1e9"
             if not is_fine:
                 raise UserError(f"rope_scaling {name} is {value!r}: it must be {wanted}")
         slow, fast = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
@@ -210,10 +218,7 @@ class ModelConfig:
         object.__setattr__(self, "rope_scaling", None if kind == "default" else {"rope_type": kind} | scaling)
 
     def _check_experts(self) -> None:
-        for name in ("num_experts", "n_shared_experts", "first_k_dense_replace"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise UserError(f"{name} is {value!r}: it must be a whole number of at least 0")
+        self._check_whole("num_experts", "n_shared_experts", "first_k_dense_replace", least=0, most=MOST_LAYERS)
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise UserError(f"scoring_func is {self.scoring_func!r}: choose softmax or sigmoid")
         if not self.num_experts:
@@ -308,7 +313,7 @@ class ModelConfig:
         dense = 3 * self.hidden_size * self.intermediate_size
         n_experts = (self.num_experts_per_tok if active else self.num_experts) + self.n_shared_experts
         sparse = 3 * self.hidden_size * self.moe_intermediate_size * n_experts + self.hidden_size * self.num_experts
-        n_sparse = sum(self.has_experts(layer) for layer in range(self.num_hidden_layers))
+        n_sparse = max(0, self.num_hidden_layers - self.first_k_dense_replace) if self.num_experts else 0
         blocks = self.num_hidden_layers * (attention + 2 * self.hidden_size)
         blocks += n_sparse * sparse + (self.num_hidden_layers - n_sparse) * dense
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -340,9 +345,14 @@ class ModelConfig:
             UserError: the file is missing or broken, the family is not supported, or it uses a setting that
                 this model does not have; nothing is silently ignored.
         """
-        raw = source if isinstance(source, dict) else families.read_json(Path(source))
-        return cls(**families.from_hf(raw, {field.name for field in dataclasses.fields(cls)}))
+        if not isinstance(source, dict):
+            raw = families.read_json(Path(source))
+            try:
+                return cls.from_hf(raw)
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from None
+        return cls(**families.from_hf(source, {field.name for field in dataclasses.fields(cls)}))
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

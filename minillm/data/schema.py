@@ -19,7 +19,6 @@ that belong together mostly stay together, and a file of any size is read in bou
 
 import gzip
 import json
-import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -175,10 +174,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object, object]]:
                 continue
             try:
                 value = json.loads(data)
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # broken JSON, broken UTF-8, absurd numbers, nesting
+            except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, absurd numbers, nesting
                 value = error
             yield line, data.decode("utf-8", errors="replace").rstrip("\r\n"), value
 
@@ -202,7 +198,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object, object]]:
             for row in batch.to_pylist():
                 line += 1
                 yield line, row, _without_nulls(row)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter: a text or date that is none
         raise UserError(f"{path} is not a readable parquet file ({error})") from None
 
 
@@ -248,9 +244,9 @@ def _text(value: dict):
 
 def _conversations(value: dict):
     messages = _messages(value["conversations"])
-    if isinstance(value.get("system"), str) and value["system"] and messages[0].get("role") != "system":
-        messages = [{"role": "system", "content": value["system"]}, *messages]
     check_messages(messages)
+    if isinstance(value.get("system"), str) and value["system"] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": value["system"]}, *messages]
     return {"kind": "chat", "messages": messages}, {"conversations", "system"}
 
 
@@ -261,8 +257,12 @@ def _openai_messages(value: dict):
 
 
 def _alpaca(value: dict):
-    question = "\n".join(part for part in (value["instruction"], value.get("input")) if part)
-    turns = [(*pair,) for pair in value.get("history") or ()] + [(question, value["output"])]
+    parts, history = (value["instruction"], value.get("input") or ""), value.get("history") or []
+    if not all(isinstance(part, str) for part in parts):
+        raise UserError("instruction and input must be strings")
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError("history must be a list of pairs [question, answer]")
+    turns = [*history, ("\n".join(filter(None, parts)), value["output"])]
     messages = [{"role": "system", "content": value["system"]}] if value.get("system") else []
     for asked, answered in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -325,7 +325,8 @@ def _log_prob(value: dict) -> float | None:
     log_prob = value.get("log_prob")
     if log_prob is None:
         return None
-    if isinstance(log_prob, bool) or not isinstance(log_prob, (int, float)) or not math.isfinite(log_prob):
+    is_number = isinstance(log_prob, (int, float)) and not isinstance(log_prob, bool)
+    if not is_number or not abs(log_prob) <= sys.float_info.max:  # JSON has NaN, Infinity and integers of any size
         raise UserError(f"log_prob is {log_prob!r}; a finite number of nats is expected")
     return float(log_prob)
 

@@ -36,6 +36,7 @@ from minillm.data.judged import mismatched
 from minillm.data.reasoning import parse_reasoning
 from minillm.data.rejects import publish_rejected, reject_line
 from minillm.data.schema import Record, check_file, read_records
+from minillm.data.sealed import read_sealed, write_sealed
 from minillm.errors import UserError
 from minillm.tokenizer.chat import encode_chat, encode_chats
 
@@ -52,7 +53,7 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+        self.meta = read_sealed(self.path / "meta.json")
 
     def __getstate__(self):
         return {"path": self.path, "meta": self.meta}
@@ -100,7 +101,7 @@ class Shard:
         try:
             shard = cls(path)
             whole = all(os.path.getsize(path / name) == size for name, size in shard.meta["sizes"].items())
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             return None
         return shard if whole else None
 
@@ -161,7 +162,7 @@ def _prepare_one(file: Path, tokenizer, kind: str, cache_dir: Path, strict: bool
     partial = cache_dir / f".{key}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(cache_dir, key)
+        remove_orphans(cache_dir, key)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write(partial, file, tokenizer, kind, strict, content)
@@ -181,8 +182,8 @@ def _prepare_one(file: Path, tokenizer, kind: str, cache_dir: Path, strict: bool
     return shard
 
 
-def _remove_orphans(cache_dir: Path, key: str) -> None:
-    """Remove what killed processes of this machine have left half-written for the same key."""
+def remove_orphans(cache_dir: Path, key: str) -> None:
+    """Remove what killed processes of this machine have left half-written: ``.key.host.pid.tmp``."""
     for orphan in cache_dir.glob(f".{key}.{socket.gethostname()}.*.tmp"):
         pid = int(orphan.name.split(".")[-2])
         try:
@@ -232,7 +233,7 @@ def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, cont
             os.fsync(file.fileno())
     sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
     meta = counts | {"kind": kind, "dtype": dtype.name, "sha256": content, "sizes": sizes}
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    write_sealed(partial / "meta.json", meta)
 
 
 def _only(kind: str, records: Iterator[Record], reject) -> Iterator[Record]:

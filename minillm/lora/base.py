@@ -43,7 +43,7 @@ def check_base(model: nn.Module, path: Path, names: list[str]) -> None:
     try:
         said = json.loads((path / BASE).read_text(encoding="utf-8"))
         sample = torch.tensor(said["sample"], dtype=torch.float32)
-    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path / BASE} is damaged, copy it again: {error}") from None
     if not same_weights(torch.tensor(sample_of(model, names)), sample):
         now = getattr(model, "origin", None) or "this model"

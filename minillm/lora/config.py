@@ -1,7 +1,7 @@
 """What an adapter is: its rank, its layers, its variant; and the same as peft's ``adapter_config.json``."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,7 +58,7 @@ class LoRAConfig:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
         alphas = {"alpha": self.alpha} | {f"alpha_pattern {key!r}": value for key, value in self.alpha_pattern.items()}
         for name, value in alphas.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
                 raise UserError(f"{name} is {value!r}: give a number above 0")
         expressions = [*self.rank_pattern, *self.alpha_pattern]
         if isinstance(self.target_modules, str) and self.target_names is None:
@@ -72,7 +72,7 @@ class LoRAConfig:
             raise UserError(f"dropout is {self.dropout!r}: give a number from 0 to below 1")
         if isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save):
             raise UserError(f"modules_to_save is {self.modules_to_save!r}: give names as a tuple, e.g. ('lm_head',)")
-        if not self.target_modules:
+        if not self.target_modules or not all(isinstance(name, str) for name in self.target_modules):
             raise UserError(f"target_modules is {self.target_modules!r}: give {ALL_LINEAR}, or names of layers")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f"bias is {self.bias!r}: choose none, all or lora_only")

@@ -6,7 +6,6 @@ other saved. Beside them lies ``base.json`` (``base.py``).
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,8 +114,11 @@ def load_lora(
     names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".A", ".B", ".magnitude"))})
     adapter = Adapter(config=config, names=names, tensors=tensors)
     _check_fit(model, adapter, path)
-    check_kinds(dict(model.named_modules()), names, config)
-    whole = whole_names(model, config, names)
+    try:
+        check_kinds(dict(model.named_modules()), names, config)
+        whole = whole_names(model, config, names)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if missing := whole - set(tensors):
         raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
     if not any_base and path.is_dir():
@@ -353,7 +355,7 @@ def _plain(config: LoRAConfig) -> dict[str, Any]:
 
 
 def _write_whole(path: Path, write) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.tmp")
     try:
         write(partial)
         partial.replace(path)

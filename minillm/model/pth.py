@@ -8,7 +8,6 @@ of halves. A file has no settings:
 """
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,11 +54,13 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
             if not shapes_only:
                 raise
             weights = torch.load(path, map_location="cpu", weights_only=True)  # a file of before torch 1.6
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a plain state dict of tensors: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged file leads torch into; with weights_only no code of it runs
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{path} is not a plain state dict of tensors: {first or type(error).__name__}") from error
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
         weights = weights["model"]
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    is_dict = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not is_dict or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a plain state dict of tensors")
     return {_unwrapped(name): tensor for name, tensor in weights.items()}
 
@@ -81,7 +82,8 @@ def load_pth(path: Path, config: ModelConfig) -> dict[str, Tensor]:
         )
     if _is_old(stored):
         for name, tensor in weights.items():
-            if name.endswith(("q_proj.weight", "k_proj.weight")) and tensor.shape[0] % config.head_dim == 0:
+            is_whole = tensor.ndim == 2 and tensor.shape[0] % config.head_dim == 0  # if not, it is refused later
+            if is_whole and name.endswith(("q_proj.weight", "k_proj.weight")):
                 weights[name] = _halves_from_pairs(tensor, config.head_dim)
     if config.model_type == "mixtral":  # experts of MiniMind 2 without shared ones; only their names differ
         weights = {_MIXTRAL.sub(_mixtral_name, name): tensor for name, tensor in weights.items()}
@@ -126,7 +128,7 @@ def infer_config(
         told |= _heads(stored, weights, told, fallback | given, path)
     except UserError:
         raise  # it is a ValueError too, and says what is wrong
-    except (KeyError, ValueError, IndexError) as error:
+    except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"{path} is not the state dict of a model of ours: {error} is missing, or of odd shape"
         ) from None
@@ -142,7 +144,10 @@ def infer_config(
         )
     if told["num_experts"] and "num_experts_per_tok" not in fallback | given:
         raise UserError(f"{path} does not tell how many experts a token goes through: give num_experts_per_tok")
-    return ModelConfig(**(fallback | given | told))
+    try:
+        return ModelConfig(**(fallback | given | told))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _mixtral_name(match: re.Match) -> str:

@@ -8,7 +8,7 @@ through ``token_id`` alone, which is why no content can ever end its own turn.
 
 import hashlib
 import json
-import os
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -31,6 +31,8 @@ SPECIAL_TOKENS = CONTROL_TOKENS + TAG_TOKENS
 
 # The files of a tokenizer directory. What was loaded is saved again byte for byte.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+MOST_IDS = 1 << 24  # far more than any vocabulary; tables with a place for each id are made
 
 # The decoder of our SentencePiece tokenizers: blanks are written as blanks, nothing is stripped.
 _BYTE_FALLBACK = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
@@ -113,10 +115,11 @@ class Tokenizer:
         for token, token_id in self._full.get_vocab(with_added_tokens=True).items():
             if token_id in self._added:
                 table[token_id] = token.encode("utf-8")
-            elif self._byte_level:
-                table[token_id] = bytes(to_byte[character] for character in token)
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                table[token_id] = bytes([int(token[3:5], 16)])  # SentencePiece byte fallback
+            elif self._byte_level:  # a token with other characters is meant as it stands, as in the library
+                is_bytes = set(token) <= to_byte.keys()
+                table[token_id] = bytes(map(to_byte.get, token)) if is_bytes else token.encode("utf-8")
+            elif byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
+                table[token_id] = bytes([int(byte[1], 16)])  # SentencePiece byte fallback
             else:
                 table[token_id] = token.replace("\u2581", " ").encode("utf-8")  # SentencePiece blank
         return table
@@ -126,7 +129,10 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """Number of ids: the largest id plus one."""
-        return max(self._full.get_vocab(with_added_tokens=True).values()) + 1
+        size = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < size <= MOST_IDS:
+            raise UserError(f"{self.origin}: tokenizer.json makes {size} ids; there must be from 1 to {MOST_IDS}")
+        return size
 
     def token_id(self, token: str) -> int:
         """Id of one token by its name, such as ``"<|im_end|>"``; UserError when there is none."""
@@ -201,7 +207,7 @@ class Tokenizer:
         try:
             path.mkdir(parents=True, exist_ok=True)
             for name, text in self.files.items():
-                partial = path / f".{name}.{os.getpid()}.tmp"
+                partial = path / f".{name}.tmp"
                 try:
                     partial.write_text(text, encoding="utf-8")
                     partial.replace(path / name)
@@ -265,7 +271,8 @@ def _mentions_byte_level(part: dict | None) -> bool:
 
 def _token_name(entry) -> str | None:
     """The name of a special token in tokenizer_config.json, written as a string or as an object."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    name = entry.get("content") if isinstance(entry, dict) else entry
+    return name if isinstance(name, str) else None
 
 
 def byte_level_alphabet() -> dict[str, int]:

@@ -133,7 +133,7 @@ def _check_call(place: int, call) -> None:
         raise UserError(f"each of the tool_calls of message {place} needs a name (string) and arguments")
     try:
         json.dumps(call["arguments"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"the arguments of a tool call of message {place} are not JSON: {error}") from None
 
 

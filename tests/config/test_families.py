@@ -1,6 +1,7 @@
 """Hugging Face's config.json, both ways, for every family; transformers is the reference."""
 
 import json
+import re
 
 import pytest
 import transformers
@@ -346,3 +347,29 @@ def test_a_file_that_is_missing_or_broken(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         ModelConfig.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"layer_types": 3}, "layer_types is 3: it must be a list"),
+        ({"layer_types": [["full_attention"]]}, "layer_types="),
+        ({"mlp_only_layers": [0, "1"]}, "mlp_only_layers="),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": float("-inf"), "original_max_position_embeddings": 2048}},
+         "factor is -inf"),
+        ({"model_type": "mixtral", "num_local_experts": [4], "num_experts": [5]}, "two numbers of experts"),
+        ({"model_type": "minimind", "hidden_size": 10**400, "intermediate_size": None}, "hidden_size is 10+"),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf({"model_type": "llama", "max_position_embeddings": 2048} | changes)
+
+
+def test_a_file_is_named(tmp_path):
+    unfit = b'{"model_type": "llama", "vocab_size": 0}'
+    for content in (b"\xff\xfe{}", b"[" * 100_000, b'{"model_type": "gpt2"}', unfit):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+            ModelConfig.from_hf(tmp_path)

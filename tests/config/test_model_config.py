@@ -166,7 +166,15 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         (GLM | {"n_group": 0}, "n_group is 0"),
         (GLM | {"n_shared_experts": 0}, "n_shared_experts is 0"),
         (GLM | {"routed_scaling_factor": 0.0}, r"routed_scaling_factor is 0\.0"),
+        # what no tensor can be
+        ({"hidden_size": 10**400}, "hidden_size is 10+: it must be a whole number of at least 1, at most 2147483647"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: .* at most 10000"),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**29}, "parameters, more than can be"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+: it must be a positive number"),
+        ({"eos_token_id": [2]}, r"eos_token_id is \[2\]: it must be a whole number"),
         # scaling of positions
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type \['yarn'\] is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e300}}, r"factor is 1e\+300: .* at most 1e9"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_type None is not supported; supported are: default, linear"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),

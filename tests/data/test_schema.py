@@ -59,12 +59,17 @@ def test_every_schema_becomes_the_normal_form(record, kind, messages):
         ({"text": "  \n"}, "empty"),
         ({"text": "x", "log_prob": "low"}, "log_prob"),
         ({"text": "x", "log_prob": float("nan")}, "log_prob"),
+        ({"text": "x", "log_prob": 10**400}, "log_prob"),
         ({"messages": []}, "at least one"),
         ({"messages": [{"role": "robot", "content": "x"}, ANSWER]}, "'robot'; allowed: system, user, assistant, tool"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "'robot'; allowed: system, user.*gpt"),
         ({"messages": [USER]}, "no assistant turn"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "string"),
         ({"instruction": "q", "input": "", "output": 5}, "string"),
+        ({"instruction": 5, "output": "a"}, "instruction and input must be strings"),
+        ({"instruction": "q", "output": "a", "history": 5}, "list of pairs"),
+        ({"instruction": "q", "output": "a", "history": [["q", "a", "b"]]}, "list of pairs"),
+        ({"system": "s", "conversations": ["q", ANSWER]}, "message 0 must be an object"),
         ({"conversation": [{"input": "q"}]}, "output"),
         ({"chosen": [USER, ANSWER], "rejected": [ANSWER, WORSE]}, "share every message"),
         ({"chosen": "a", "rejected": "b"}, "without a prompt"),
@@ -146,6 +151,13 @@ def test_damaged_containers_are_named(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="parquet"):
+        list(read_records(tmp_path / "a.parquet"))
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one word"]}), tmp_path / "a.parquet", compression="none")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole.replace(b"one word", b"one\x80word"))  # no UTF-8
+    with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):
         list(read_records(tmp_path / "a.parquet"))
 
 

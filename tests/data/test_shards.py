@@ -71,6 +71,18 @@ def test_the_key_follows_content_tokenizer_and_kind(write, texts, tokenizer, tmp
     assert len(list(cache.iterdir())) == 2
 
 
+def test_a_shard_whose_description_changed_is_made_anew(write, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"text": "fox"}, {"text": "dog"}])
+    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    meta, tokens = shard.path / "meta.json", shard.tokens.tolist()
+    whole = meta.read_bytes()
+    for damage in (b"[]", b"null", b'{"sizes": null}', whole.replace(b'"n_documents": 2', b'"n_documents": 3')):
+        meta.write_bytes(damage)
+        (again,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+        assert (again.n_documents, again.tokens.tolist()) == (2, tokens)
+        assert meta.read_bytes() == whole
+
+
 def test_large_vocabularies_take_four_bytes(write, tokenizer, tmp_path):
     class Large:
         vocab_size, eos_token_id, content_hash = 70_000, 69_999, "large"

@@ -26,6 +26,9 @@ def test_another_base_names_both(tools, tmp_path):
     same = tools.model()
     same.origin = "elsewhere/one"  # the weights count, not the place
     load_lora(same, tmp_path / "adapter")
+    (tmp_path / "adapter" / "base.json").write_text('{"sample": [1%s]}' % ("0" * 400))
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        load_lora(same, tmp_path / "adapter", adapter_name="more")
     (tmp_path / "adapter" / "base.json").unlink()  # of peft's: nothing to compare
     load_lora(other, tmp_path / "adapter", adapter_name="again")
 

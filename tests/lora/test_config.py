@@ -73,6 +73,8 @@ def test_scaling():
         ({"alpha": 0}, "alpha is 0"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"alpha": math.inf}, "alpha is inf"),
+        ({"alpha": 10**400}, "alpha is 10+: give a number above 0"),
+        ({"target_modules": (["q_proj"],)}, "target_modules is .*: give all-linear, or names of layers"),
         ({"rank_pattern": {"(": 3}}, r"'\(' is no regular expression"),
         ({"alpha": "16"}, "alpha is '16'"),
         ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern 'q_proj' is -1"),

@@ -355,10 +355,13 @@ def test_what_is_no_model(tmp_path):
         ("step", {"step": 3}, "not a plain state dict"),
         ("code", print, "not a plain state dict"),
         ("broken", broken, "not the state dict of a model of ours"),
+        ("gate", minimind("v3") | {"x.mlp.gate.weight": torch.zeros(2)}, "not the state dict of a model of ours"),
+        ("numbers", {5: torch.zeros(2)}, "not a plain state dict"),
     ):
         torch.save(content, tmp_path / f"{name}.pth")
         with pytest.raises(UserError, match=wanted):
             infer_config(tmp_path / f"{name}.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(UserError, match="not a plain state dict"):
-        infer_config(tmp_path / "text.pth")
+    for content in (b"no weights", b"", b"\x80\x02."):  # at the last one torch's own reader ends in an IndexError
+        (tmp_path / "text.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"text\.pth is not a plain state dict"):
+            infer_config(tmp_path / "text.pth")

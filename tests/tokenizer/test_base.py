@@ -2,11 +2,12 @@ import json
 import pickle
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.errors import UserError
-from minillm.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_bpe
+from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_bpe
 
 TEXT = st.text(max_size=40) | st.text("ab 1\n\t\r 中文。<|im_end|>'s😀\u200d\ufe0f", max_size=60)
 HARD = [
@@ -199,3 +200,29 @@ def test_foreign_sentencepiece_style(tmp_path):
     assert [foreign.token_bytes(i) for i in (1, 2, 3)] == [b"a", b" ", b"\xc3"]
     with pytest.raises(UserError, match=r"has no '<.endoftext.>'"):
         _ = foreign.eos_token_id
+
+
+def test_foreign_byte_level_token_that_is_no_bytes(tmp_path):
+    """A token with characters outside of the byte alphabet is meant as it stands; so the library decodes it too."""
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "added_tokens": [],
+        "normalizer": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "merges": [], "vocab": {"a": 0, "Ġ": 1, "\n": 2, "果": 3, "<0xZZ>": 4}},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    foreign = load_tokenizer(tmp_path)
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    assert foreign.decode([0, 1, 2, 3, 4]) == library.decode([0, 1, 2, 3, 4]) == "a \n果<0xZZ>"
+    spec["model"]["vocab"]["b"] = 1 << 31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="makes 2147483649 ids"):
+        load_tokenizer(tmp_path).token_bytes(0)
+
+
+def test_settings_that_name_no_token(saved, tmp_path):
+    files = load_tokenizer(saved).files
+    settings = json.loads(files["tokenizer_config.json"]) | {"bos_token": [], "pad_token": {"content": 5}}
+    foreign = Tokenizer(files | {"tokenizer_config.json": json.dumps(settings)})
+    assert foreign.bos_token_id == foreign.pad_token_id == foreign.eos_token_id

@@ -99,7 +99,7 @@ def test_another_model_makes_it_anew_or_is_refused(make):
     assert make(identity={"weights": "x"}, must_fit=True)[0]["double"].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "list", "a length"])
 def test_a_damaged_cache_is_made_anew(make, damage, tmp_path):
     make()
     (place,) = (tmp_path / "cache").iterdir()
@@ -108,7 +108,10 @@ def test_a_damaged_cache_is_made_anew(make, damage, tmp_path):
     elif damage == "gone":
         (place / "powers.bin").unlink()
     else:
-        (place / "manifest.json").write_text("{")
+        manifest = place / "manifest.json"
+        whole = manifest.read_text()
+        manifest.write_text({"manifest": "{", "list": "[]", "a length": whole.replace(" 9,", " 8,")}[damage])
+        assert manifest.read_text() != whole
     assert make()[4]["double"].tolist() == [80, 82, 84, 86, 88, 90, 92]
     assert json.loads((place / "manifest.json").read_text())["identity"] == {"weights": "w"}
 

@@ -168,3 +168,29 @@ def test_script_lets_bugs_show_themselves():
 
     with pytest.raises(ValueError, match="a bug"):
         main()
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 2024-99-99", "a: !!int x", "a: !!bool x", "a: !!timestamp x", "[" * 3000, "a: !!float []"]
+)
+def test_values_that_the_yaml_library_trips_over(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml: not valid YAML"):
+        parse(PretrainArguments, ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_yaml_integers_of_any_size_and_choices_that_may_be_left_out(tmp_path):
+    data = tmp_path / "a.txt"
+    data.write_text("some words")
+
+    def parsed(text):
+        (tmp_path / "c.yaml").write_text(f"data_path: {data}\n{text}")
+        return parse(PretrainArguments, ["--config", str(tmp_path / "c.yaml")])
+
+    assert parsed("seed: 9007199254740993").seed == 2**53 + 1  # which no float holds
+    with pytest.raises(UserError, match=r"learning_rate: 10+ is not of type float"):
+        parsed(f"learning_rate: {10**400}")
+    assert parsed("use_moe: true\nscoring_func: softmax").scoring_func == "softmax"
+    assert parsed("scoring_func: null").scoring_func is None
+    with pytest.raises(UserError, match=r"scoring_func: 5 is not one of softmax, sigmoid"):
+        parsed("scoring_func: 5")

@@ -1,0 +1,22 @@
+"""Descriptions on disk that say whether they are still what was written: JSON with a hash of itself."""
+
+import hashlib
+import json
+from pathlib import Path
+
+
+def write_sealed(path: Path, content: dict) -> None:
+    """Write ``content`` as JSON, with its hash under ``hash``."""
+    path.write_text(json.dumps(content | {"hash": _hash(content)}, indent=1), encoding="utf-8")
+
+
+def read_sealed(path: Path) -> dict:
+    """Return what ``write_sealed`` wrote; OSError or ValueError when it is missing, or differs in anything."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.pop("hash", None) != _hash(content):
+        raise ValueError(f"{path} has changed since it was written")
+    return content
+
+
+def _hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
