@@ -63,9 +63,12 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(directory)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _no_room(directory, final, error, n_bytes) from error
+        of_system = _system_error(error)
+        if of_system is None:
+            raise
+        raise _no_room(directory, final, of_system, n_bytes) from error
     tidy(directory, step=step, keep_last=keep_last)
     return final
 
@@ -112,6 +115,13 @@ def make_room(directory: Path, step: int, *, n_bytes: int = 0) -> None:
 def _remove_leftovers(directory: Path) -> None:
     for leftover in directory.glob(".step-*.tmp*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """Return the system's error beneath: torch's writer closes its file over a full disk and raises another one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _no_room(directory: Path, final: Path, error: OSError, n_bytes: int) -> UserError:

@@ -1,5 +1,6 @@
 """One run per directory: a lock that the system itself takes back when its process ends, however it ends."""
 
+import contextlib
 import errno
 import json
 import os
@@ -15,19 +16,38 @@ PATIENCE_S = 5.0  # a run that was just killed may take a moment to be gone
 
 
 def lock_directory(directory: Path, *, patience_s: float = PATIENCE_S) -> IO | None:
-    """Return the open file whose lock says that this process writes to ``directory``; closing it gives it back.
+    """Make ``directory``; return the open file whose lock says that this process writes there, until it is closed.
 
     Record locks belong to a process: they end with it, also by SIGKILL, and its workers do not inherit them. Where the
     system has none (Windows), nothing is locked and None is returned.
 
     Raises:
-        UserError: another process has it; the message says which one, on which machine, since when.
+        UserError: another process has it (the message says which one, on which machine, since when), or the directory
+            cannot be made or written to.
     """
+    with writable(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / FILE, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the run
+        return _lock(file, directory, patience_s)
+
+
+@contextlib.contextmanager
+def writable(directory: Path):
+    """Turn an error of the system, while a run's own files are written, into one that names the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run directory {directory}: {error.strerror}; choose another --save_dir"
+        ) from error
+
+
+def _lock(file: IO, directory: Path, patience_s: float) -> IO | None:
     try:
         import fcntl
     except ImportError:
+        file.close()
         return None
-    file = open(directory / FILE, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the run
     end = time.monotonic() + patience_s
     while True:
         try:

@@ -15,10 +15,14 @@ def stop_for_nonfinite(run, loss_sum: float, grad_norm: float) -> NoReturn:
         loss_sum: of the step's targets, over all ranks.
     """
     path = run.directory / f"nonfinite-step-{run.step + 1:08d}-rank{run.ranks.rank}.pt"
-    torch.save({"step": run.step + 1, "micro_batches": run._micro_batches}, path)
+    try:
+        torch.save({"step": run.step + 1, "micro_batches": run._micro_batches}, path)
+        where = f"its batch is saved in {path}"
+    except (OSError, RuntimeError) as error:  # torch's own for a full disk
+        where = f"its batch could not be saved ({error})"
     raise UserError(
         f"step {run.step + 1}: loss {loss_sum / max(run._n_targets, 1e-12)}, gradient norm {grad_norm}: not "
-        f"finite, the update was not applied; its batch is saved in {path}. Lower --learning_rate, or look at "
+        f"finite, the update was not applied; {where}. Lower --learning_rate, or look at "
         f"that batch; the newest checkpoint is untouched"
     )
 

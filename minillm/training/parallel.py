@@ -6,6 +6,7 @@ multiplies the loss by the number of ranks before it divides by the global count
 """
 
 import datetime
+import inspect
 import os
 from collections.abc import Iterator
 
@@ -128,10 +129,13 @@ class Engine:
         self.module = model
         if self.ranks.world_size > 1:
             ids = [device.index] if device.type == "cuda" else None
+            ddp = nn.parallel.DistributedDataParallel
             # Buffers (the routers' correction biases) change with all-reduced counts: they are equal on every rank.
-            self.module = nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            known = inspect.signature(ddp).parameters
+            flag = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )  # since torch 2.13
+            self.module = ddp(model, device_ids=ids, gradient_as_bucket_view=True, **{flag: False})
         return self.module
 
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:

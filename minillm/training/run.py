@@ -182,7 +182,7 @@ class Run:
         self.schedule = Schedule(optimizer, factor)
         module = self.engine.attach(optimizer)
         resume.refuse_nothing(self, is_there=bool(checkpoint.list_checkpoints(self.directory / "checkpoints")))
-        self.ranks.main_first(self._open_directory)
+        self.ranks.main_first(self._lock_directory)
         run_id = self._resume()
         self.ranks.main_first(lambda: write_run_file(self) if self.ranks.is_main else None)
         self.tracker = Tracker(
@@ -201,16 +201,9 @@ class Run:
         module.train()
         return module
 
-    def _open_directory(self) -> None:
-        if not self.ranks.is_main:
-            return
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+    def _lock_directory(self) -> None:
+        if self.ranks.is_main:
             self._lock = lock_directory(self.directory)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the run directory {self.directory}: {error.strerror}; choose another --save_dir"
-            ) from error
 
     # ---- the loop's four calls -------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import yaml
 
 import minillm
 from minillm.training.arguments import as_dict
+from minillm.training.lock import writable
 from minillm.training.routing import relative_entropy
 from minillm.training.tracking import read_metrics
 
@@ -40,8 +41,9 @@ def write_run_file(run) -> None:
         "git_revision": git_revision(),
     }  # fmt: skip
     temporary = run.directory / "run.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, run.directory / "run.yaml")
+    with writable(run.directory):
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(temporary, run.directory / "run.yaml")
 
 
 def write_summary(run, samples: list[tuple[str, str]]) -> None:
@@ -50,15 +52,16 @@ def write_summary(run, samples: list[tuple[str, str]]) -> None:
     Without matplotlib the page has no picture and says how to get one; nothing else is lost.
     """
     rows = read_metrics(run.directory / "metrics.jsonl")
-    picture = run.directory / "summary.png"
-    try:
-        draw_curves(rows, picture, title=run.directory.name, unit=run.unit)
-    except ImportError:
-        picture = None
-        run.tracker.print("no summary.png: drawing needs matplotlib: pip install matplotlib")
-    facts = summary_facts(run)
-    (run.directory / "summary.html").write_text(_page(run.directory.name, facts, samples, picture), encoding="utf-8")
-    (run.directory / "README.md").write_text(_model_card(run, facts, samples, picture), encoding="utf-8")
+    picture, facts = run.directory / "summary.png", summary_facts(run)
+    with writable(run.directory):
+        try:
+            draw_curves(rows, picture, title=run.directory.name, unit=run.unit)
+        except ImportError:
+            picture = None
+            run.tracker.print("no summary.png: drawing needs matplotlib: pip install matplotlib")
+        page, card = _page(run.directory.name, facts, samples, picture), _model_card(run, facts, samples, picture)
+        (run.directory / "summary.html").write_text(page, encoding="utf-8")
+        (run.directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token") -> None:
