@@ -86,6 +86,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/lora_sweep.py
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/stages.py
+	$(BIN)/python benchmarks/torture.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean:
 	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info
