@@ -1,7 +1,6 @@
 """The shape of a model, under the names that Hugging Face uses."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,7 @@ class ModelConfig:
         positive = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "routed_scaling_factor")
         for name in positive:
             if not _is_positive(getattr(self, name)):
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a positive number")
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a positive number, at most 1e18")
         self._check_positions()
         self._check_experts()
         self._check_family()
@@ -201,7 +200,7 @@ class ModelConfig:
             elif name == "original_max_position_embeddings":
                 is_fine, wanted = type(value) is int and 1 <= value <= families.LARGEST, "a whole number of at least 1"
             else:
-                is_fine, wanted = _is_positive(value), "a positive number"
+                is_fine, wanted = _is_positive(value), "a positive number, at most 1e18"
                 if name == "factor":
                     is_fine, wanted = is_fine and 1 <= value <= 1e9, "a number of at least 1 and at most 1e9"
             if not is_fine:
@@ -355,4 +354,5 @@ class ModelConfig:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    # JSON has integers of any size; torch takes those below 2**63 for a number.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e18

@@ -235,13 +235,8 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         raise UserError(f"{path} is no adapter: it has no <layer>.lora.A.weight")
     if said is None:  # without its settings the scaling is 1
         patterns = {re.escape(name): rank for name, rank in ranks.items()}
-        return LoRAConfig(
-            rank=max(ranks.values()),
-            alpha=max(ranks.values()),
-            rank_pattern=patterns,
-            alpha_pattern=dict(patterns),
-            target_modules=tuple(ranks),
-        ), tensors
+        said = {"rank": max(ranks.values()), "alpha": max(ranks.values()), "target_modules": tuple(ranks)}
+        said |= {"rank_pattern": patterns, "alpha_pattern": dict(patterns)}
     try:
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
         return LoRAConfig(**settings), tensors

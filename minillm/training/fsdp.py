@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minillm.training.parallel import Engine, changing_state
@@ -50,6 +50,7 @@ class FSDP(Engine):
 
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Gather the weights one by one; only the main rank keeps them, on the CPU."""
+        self._reshard()
         return self._gathered(changing_state(model))
 
     def optimizer_state(self) -> dict | None:
@@ -58,6 +59,7 @@ class FSDP(Engine):
 
     def load(self, whole: nn.Module, optimizer_state: dict) -> None:
         """Deal the weights of ``whole`` and an optimizer's whole state out to the ranks."""
+        self._reshard()
         tensors = changing_state(whole)
         with torch.no_grad():
             for name, tensor in changing_state(self.module).items():
@@ -74,6 +76,7 @@ class FSDP(Engine):
 
         Returns when the numbers are copied, so that training can go on; the result is there when all is written.
         """
+        self._reshard()
         state = {"model": changing_state(self.module), "optimizer": self.optimizer.state_dict()["state"]}
         writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
         return _Shards(dcp.async_save(state, storage_writer=writer, process_group=self._group))
@@ -84,6 +87,12 @@ class FSDP(Engine):
         state = empty_state(self.module, parameters)
         dcp.load(state, checkpoint_id=path, process_group=self._group)
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": param_groups})
+
+    def _reshard(self) -> None:
+        """Drop what a forward pass without a backward pass, as in validation, has left gathered."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _precision(self, model: nn.Module) -> MixedPrecisionPolicy:
         """Gather weights in the dtype of the forward pass, reduce gradients in float32.

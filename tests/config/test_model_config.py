@@ -170,7 +170,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"hidden_size": 10**400}, "hidden_size is 10+: it must be a whole number of at least 1, at most 2147483647"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: .* at most 10000"),
         ({"vocab_size": 2**31 - 1, "hidden_size": 2**29}, "parameters, more than can be"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+: it must be a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+: it must be a positive number, at most 1e18"),
+        ({"rope_theta": 2**63}, "rope_theta is 9223372036854775808: it must be a positive number, at most 1e18"),
         ({"eos_token_id": [2]}, r"eos_token_id is \[2\]: it must be a whole number"),
         # scaling of positions
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type \['yarn'\] is not supported"),

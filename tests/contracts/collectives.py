@@ -1,6 +1,6 @@
 """What the ranks send each other in every backward pass of a step; started by ``test_collectives.py`` under torchrun.
 
-    -m tests.contracts.collectives OUT ddp fsdp zero1
+-m tests.contracts.collectives OUT ddp fsdp zero1
 """
 
 import json

@@ -52,6 +52,7 @@ def run_one(name: str, directory: Path, *, stop: int, max_steps: int, resume: bo
         global_batch_size=12,
         max_steps=max_steps,
         from_resume=resume,
+        eval_interval=2,
         **flags_of(engine),
     )
     try:
@@ -60,6 +61,7 @@ def run_one(name: str, directory: Path, *, stop: int, max_steps: int, resume: bo
             engine=BypassedDDP if engine == "bypassed" else None,
             config=MOE_CONFIG if kind == "moe" else CONFIG,
             lora=kind == "lora",
+            validate=True,
             before_update=send_signal,
         )
     except Interrupted:
@@ -84,7 +86,7 @@ def main() -> None:
         max_steps = 6 if said.stop or said.source else 3
         result = run_one(engine, directory, stop=said.stop, max_steps=max_steps, resume=bool(said.source))
         if is_main and result:
-            kept = {key: result[key] for key in ("metrics", "weights", "optimizer")}
+            kept = {key: result[key] for key in ("metrics", "validations", "weights", "optimizer")}
             torch.save(kept, said.out / f"{directory.name}.pt")
     torch.distributed.destroy_process_group()
 

@@ -128,13 +128,14 @@ def train(
     prepare: Callable[[Run], None] = lambda run: None,
     before_update: Callable[[Run], None] = lambda run: None,
     finish: bool = False,
+    validate: bool = False,
 ) -> dict:
     """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
 
     Args:
         lora: train an adapter of the settings ``LORA`` alone. weighted: see ``RaggedRows``.
         prepare: called with the run before the loop. before_update: called before every ``run.update()``.
-        finish: save a checkpoint and the model at the end, as the scripts do.
+        finish: save a checkpoint and the model at the end, as the scripts do. validate: every ``eval_interval`` steps.
     """
     with Run(args, stage="pretrain", engine=engine) as run:
         model = tiny_model(double=double, dropout=dropout, config=config)
@@ -142,7 +143,8 @@ def train(
             apply_lora(model, generator=torch.Generator().manual_seed(1), **LORA)
         loader = StepBatches(RaggedRows(n_rows, weighted=weighted), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
-        model = run.start(optimizer, loader, tokenizer=None, loss=causal_lm_loss)
+        valid_loader = StepBatches(RaggedRows(7, seed=1), **run.batching(), shuffle=False) if validate else None
+        model = run.start(optimizer, loader, valid_loader=valid_loader, tokenizer=None, loss=causal_lm_loss)
         prepare(run)
         for micro_batches in run.steps(loader):
             for batch in micro_batches:
@@ -158,6 +160,9 @@ def train(
                 {key: value for key, value in row.items() if key not in ("split", "seconds", "tokens_per_s", "mfu")}
                 for row in read_metrics(run.directory / "metrics.jsonl")
                 if row["split"] == "train"
+            ],
+            "validations": [
+                row["loss"] for row in read_metrics(run.directory / "metrics.jsonl") if row["split"] == "valid"
             ],
             "weights": weights_of(run),
             "optimizer": copied(run.engine.optimizer_state()),

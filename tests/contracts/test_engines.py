@@ -72,7 +72,11 @@ def one_process(tmp_path_factory) -> dict:
     kinds = {"": {}, "moe": {"config": MOE_CONFIG}, "lora": {"lora": True}}
     return {
         (kind, n_steps): train(
-            arguments(tmp_path_factory.mktemp("one"), batch_size=4, global_batch_size=12, max_steps=n_steps), **options
+            arguments(
+                tmp_path_factory.mktemp("one"), batch_size=4, global_batch_size=12, max_steps=n_steps, eval_interval=2
+            ),
+            validate=True,
+            **options,
         )
         for kind, options in kinds.items()
         for n_steps in (3, 6)
@@ -86,6 +90,7 @@ def assert_equal_runs(path: Path, reference: dict) -> dict:
         assert row["tokens"] == wanted["tokens"]
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-6)
+    assert ours["validations"] == pytest.approx(reference["validations"], rel=1e-6)
     # Updates of AdamW: an element whose gradient is nearly nothing moves by lr × g / |g|, so the last digit of its
     # gradient, which depends on the order of summation, shows in its weight and, after that, in its moments.
     assert largest_difference(ours["weights"], reference["weights"]) <= 1e-5
@@ -151,5 +156,5 @@ def test_shards_are_whose_they_are(saved):
     sizes = [path.stat().st_size for path in shards]
     assert sum(sizes) > 3 * 4 * CONFIG.num_parameters()  # weights and two moments
     assert all(0.3 * sum(sizes) < size < 0.7 * sum(sizes) for size in sizes)
-    assert not list((saved / "fsdp").rglob("model.safetensors"))
-    assert list((saved / "ddp").rglob("model.safetensors"))
+    assert not list((saved / "fsdp").rglob("checkpoints/*/model.safetensors"))
+    assert list((saved / "ddp").rglob("checkpoints/*/model.safetensors"))

@@ -252,6 +252,7 @@ class Code:
         ({f"{Q}.lora.A.weight": torch.ones(2, 24)}, f"{Q}.B is missing"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": {"r": 2}}, "x.pth: its lora_config .*'r'"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": {"rank": 0}}, "x.pth: rank is 0"),
+        ({f"{Q}.lora.A.weight": torch.ones(0, 24)}, "x.pth: rank is 0"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 9), f"{Q}.lora.B.weight": torch.ones(24, 2)}, r"has shape \(2, 9\)"),
     ],
 )
