@@ -1,5 +1,6 @@
 """Where a run's numbers go: ``metrics.jsonl``, the progress bar, and Weights & Biases if asked."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -125,12 +126,10 @@ def read_metrics(path: Path) -> list[dict]:
     """Return the rows of a ``metrics.jsonl``; a line cut short by a kill is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
 
 def truncate_metrics(path: Path, *, after_step: int) -> None:
