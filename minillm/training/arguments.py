@@ -110,6 +110,7 @@ class TrainArguments(ScaleArguments):
         for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio", "adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} {value}: must lie between 0 and 1")
+        require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be at least 0 and below 2^63")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
         super().check()
         one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob

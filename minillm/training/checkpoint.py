@@ -166,8 +166,8 @@ def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint (missing, truncated or changed file), or None if it is intact."""
     try:
         said = dict(json.loads((path / MANIFEST_FILE).read_text())["files"])
-        files = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in said.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+        files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in said.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{MANIFEST_FILE} is missing or not readable"
     if STATE_FILE not in files:
         return f"{STATE_FILE} is not listed"

@@ -75,7 +75,7 @@ class ModelArguments:
             value = float(factor)
         except ValueError:
             value = 0.0
-        require(1 <= value < float("inf"), f"{usage} followed by a number of at least 1 (e.g. {rope_type}:4)")
+        require(1 <= value <= 1e9, f"{usage} followed by a number of at least 1 (e.g. {rope_type}:4)")
         return rope_type, value
 
     @property

@@ -282,9 +282,9 @@ class Run:
         self.save()
         model = self.saver.whole_model()
         self.saver.wait()
-        if self.ranks.is_main:  # a resumed run that had nothing left to do has written nothing
-            checkpoint.tidy(self.directory / "checkpoints", step=self.step, keep_last=self.args.keep_last)
         if self.ranks.is_main:
+            # A resumed run that had nothing left to do has saved nothing, and so removed nothing.
+            checkpoint.tidy(self.directory / "checkpoints", step=self.step, keep_last=self.args.keep_last)
             self.model = model.to(self.device)
             self.export(self.directory, self.model)
             self.model.eval()

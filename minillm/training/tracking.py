@@ -140,8 +140,8 @@ def truncate_metrics(path: Path, *, after_step: int) -> None:
 
 def _read_sent(path: Path) -> dict[str, int]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # nothing has been sent
+        return {str(split): int(step) for split, step in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # nothing has been sent
         return {}
 
 

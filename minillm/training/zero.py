@@ -278,6 +278,7 @@ def live_parameters(hidden_size: int) -> int:
 
 
 def _import_deepspeed():
+    os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         import deepspeed

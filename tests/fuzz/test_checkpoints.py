@@ -107,6 +107,9 @@ def test_without_an_intact_checkpoint_there_is_none(two, data):
 @given(st.binary(max_size=60) | values.map(as_json))
 @example(b'{"files": {"training_state.pt": 3}}')
 @example(b'{"files": [[1, 2], ["training_state.pt", {}]]}')
+@example(b'{"files": {"training_state.pt": {"bytes": Infinity, "sha256": ""}}}')
+@example(b'{"files": [[1, {"bytes": 1, "sha256": ""}], ["training_state.pt", {"bytes": 1, "sha256": ""}]]}')
+@example(b"[" * 100_000)
 def test_a_manifest_of_anything_vouches_for_nothing(two, content):
     with scratch() as folder:
         directory = folder / "checkpoints"
