@@ -57,7 +57,8 @@ def save_checkpoint(
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
         (temporary / MANIFEST_FILE).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
-        for path in [*files, temporary / MANIFEST_FILE, temporary]:
+        folders = [path for path in temporary.rglob("*") if path.is_dir()]
+        for path in [*files, temporary / MANIFEST_FILE, *folders, temporary]:
             _sync(path)
         if final.exists():  # the same step once more, e.g. after a resume: the new one replaces it
             shutil.rmtree(final)

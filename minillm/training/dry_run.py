@@ -17,11 +17,10 @@ def dry_run(run, loader, tokenizer, loss, *, prepare=lambda micro_batches, train
         loss: the stage's, which is called as in its loop, with what the routers of experts need.
         prepare: the stage's, as for ``Run.start``.
     """
-    if not run.ranks.is_main:
-        return
-    print(format_report(data_report(loader.rows, tokenizer)))
     micro_batches = loader.step(0, 0)
-    print("\nfirst row, targets coloured:\n" + colour_targets(micro_batches[0], tokenizer))
+    if run.ranks.is_main:
+        print(format_report(data_report(loader.rows, tokenizer)))
+        print("\nfirst row, targets coloured:\n" + colour_targets(micro_batches[0], tokenizer))
     n_tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in micro_batches)
     module = run.model.train()
     for _ in range(2):
@@ -37,6 +36,8 @@ def dry_run(run, loader, tokenizer, loss, *, prepare=lambda micro_batches, train
     n_parameters = trained_parameters(run.model)
     total_steps = run.args.max_steps or run.args.epochs * loader.steps_per_epoch
     memory = hardware.memory_bytes(run.device) + 8 * n_parameters
+    if not run.ranks.is_main:  # the others have helped: some engines and losses need all of them
+        return
     print(
         f"\nparameters: {describe_parameters(run.model)}"
         f"\nsteps: {loader.steps_per_epoch:,} per epoch, {total_steps:,} in all"

@@ -27,12 +27,12 @@ def find(name: str) -> type[Engine]:
 def stop(run, signal_number: int) -> NoReturn:
     """End a run that has just been saved because a signal came; say how to go on."""
     run.saver.wait()
-    run.ranks.barrier()  # no rank leaves while another still writes
     ended = Interrupted(signal_number)
     if run.ranks.is_main:
         run.tracker.close()
         print(f"{ended.signal_name}: saved after step {run.step} of {run.total_steps}", file=sys.stderr)
         print(f"go on with: {resume_command()}", file=sys.stderr)
+    run.ranks.barrier()  # no rank leaves while another still writes: a launcher would end that one
     raise ended
 
 
@@ -51,6 +51,6 @@ def explain(error: BaseException, run) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(" This is typically")[0].rstrip(".")
         raise UserError(
             f"rank {run.ranks.rank} of {run.ranks.world_size} lost the others after step {run.step}: one of them has "
-            f"ended or does not answer (its own output says why; here: {reason}); go on from the newest checkpoint "
-            f"with --from_resume"
+            f"ended, or did not answer for --timeout_minutes (its own output says why; here: {reason}); go on from the "
+            f"newest checkpoint with --from_resume"
         ) from error

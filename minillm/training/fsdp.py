@@ -5,6 +5,7 @@ own, so that names, frozen parameters and the optimizer stay what they are witho
 ranks together, each its own part (``torch.distributed.checkpoint``), and read by any number of ranks.
 """
 
+import datetime
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,17 +23,18 @@ from minillm.training.parallel import Engine, changing_state
 class FSDP(Engine):
     """Each block's weights are gathered before it computes and dropped after it; gradients are reduced to shards."""
 
-    is_sharded = needs_group = True
-    shows_gradients = False
+    is_sharded = needs_group = places_model = True
+    trains_model = shows_gradients = False
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Shard ``model`` in place and return it."""
+        """Shard ``model`` in place, each block as it comes to the device, and return it."""
         mesh = dist.device_mesh.init_device_mesh(device.type, (self.ranks.world_size,))
         settings = {"mesh": mesh, "mp_policy": self._precision(model)}
         for block in model.model.layers:
             fully_shard(block, **settings)
         self.module = fully_shard(model, **settings)
-        self._group = dist.new_group(backend="gloo")  # of checkpoints, which are written beside the training
+        timeout = datetime.timedelta(minutes=getattr(self.args, "timeout_minutes", 30))
+        self._group = dist.new_group(backend="gloo", timeout=timeout)  # of checkpoints, written beside the training
         return self.module
 
     def set_last(self, is_last: bool) -> None:

@@ -5,6 +5,9 @@ Schedulers and spot instances send SIGTERM some time before they kill; Ctrl-C se
 
 import signal
 import threading
+import time
+
+PATIENCE_S = 1.0
 
 
 class Interrupted(SystemExit):
@@ -16,14 +19,17 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Takes note of SIGTERM and SIGINT while it is entered; a second one ends the process at once, as it would have.
+    """Takes note of SIGTERM and SIGINT while it is entered; the same one again ends the process, as it would have.
+
+    Launchers send more than one: to the workers what the terminal has sent them already, or one after the other. So
+    a repetition within a second, or another signal, is not taken for impatience.
 
     Attributes:
         caught: the number of the signal that came, or 0.
     """
 
     def __init__(self):
-        self.caught = 0
+        self.caught, self._at = 0, 0.0
         self._before: dict = {}
 
     def __enter__(self) -> "StopSignals":
@@ -37,5 +43,8 @@ class StopSignals:
         self._before = {}
 
     def _catch(self, number: int, frame) -> None:
-        self.caught = number
-        self.__exit__()  # a second one is not caught
+        if not self.caught:
+            self.caught, self._at = number, time.monotonic()
+        elif number == self.caught and time.monotonic() - self._at > PATIENCE_S:
+            self.__exit__()
+            signal.raise_signal(number)

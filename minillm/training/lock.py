@@ -19,7 +19,7 @@ def lock_directory(directory: Path, *, patience_s: float = PATIENCE_S) -> IO | N
     """Make ``directory``; return the open file whose lock says that this process writes there, until it is closed.
 
     Record locks belong to a process: they end with it, also by SIGKILL, and its workers do not inherit them. Where the
-    system has none (Windows), nothing is locked and None is returned.
+    system or the disk has none (Windows, some network disks), nothing is locked and None is returned.
 
     Raises:
         UserError: another process has it (the message says which one, on which machine, since when), or the directory
@@ -54,6 +54,9 @@ def _lock(file: IO, directory: Path, patience_s: float) -> IO | None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                file.close()
+                return None
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 file.close()
                 raise

@@ -64,9 +64,13 @@ class Measures:
         """Return what a checkpoint keeps."""
         return None if self._sums is None else self._sums.tolist()
 
-    def load_state(self, state: list[list[float]] | None) -> None:
-        """Go on from it."""
-        self._sums = None if state is None else torch.tensor(state, dtype=torch.float64)
+    def load_state(self, states: list[list[list[float]] | None], ranks) -> None:
+        """Go on from those of all ranks; another number of ranks leaves them to the main one."""
+        known = [torch.tensor(state, dtype=torch.float64) for state in states if state is not None]
+        if len(states) == ranks.world_size and known:
+            self._sums = known[ranks.rank]
+        elif known:
+            self._sums = sum(known) if ranks.is_main else torch.zeros_like(known[0])
 
 
 NO_MEASURES = Measures()

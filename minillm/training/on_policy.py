@@ -39,7 +39,11 @@ class OnPolicy:
             return micro_batches
         seed = int(np.random.default_rng([args.seed, run.step, run.ranks.rank]).integers(1 << 62))
         generator = torch.Generator().manual_seed(seed)
-        return [new for batch in micro_batches for new in self._answered(batch, generator)]
+        new = [answered for batch in micro_batches for answered in self._answered(batch, generator)]
+        like = {name: column[0].numpy() for name, column in micro_batches[0].items()}
+        padding = collate([], n_rows=args.batch_size, like=like) | {"on_policy": torch.ones(())}
+        n = max(run.ranks.gather(len(new)))  # every rank has as many, or they would wait for each other
+        return new + [padding] * (n - len(new))
 
     @torch.no_grad()
     def _answered(self, batch: dict[str, Tensor], generator: torch.Generator) -> list[dict[str, Tensor]]:

@@ -8,6 +8,8 @@ multiplies the loss by the number of ranks before it divides by the global count
 import datetime
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minillm.errors import UserError
+from minillm.training import precision
 
 
 class Ranks:
@@ -24,6 +27,7 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's, after a failure
         self._started_here = False
 
     @property
@@ -43,14 +47,12 @@ class Ranks:
         if dist.is_initialized() or (self.world_size == 1 and not alone):
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=_store(self.world_size),
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-        )
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        store = _store(self.rank, self.world_size, timeout)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self._started_here = True
+        # Every agent of torchrun counts its own failures: what one of them knows, all must.
+        self.is_restart = any(self.gather(self.is_restart))
 
     def stop(self) -> None:
         """Leave the process group, if it was joined here."""
@@ -92,18 +94,44 @@ class Ranks:
         return result if self.is_main else build()
 
 
-def _store(world_size: int) -> dist.Store:
-    """Return where the ranks find each other.
-
-    torchrun starts workers anew after a failure, and they would read in its store what the dead ones left there: so
-    each attempt has a corner of its own.
-    """
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Return where the ranks find each other."""
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(address, port, world_size, is_master=not is_agents and os.environ["RANK"] == "0")
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world_size}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt {_agree_on_attempt(store, rank, world_size, timeout)}", store)
+
+
+def _agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> int:
+    """Return the number of this attempt in the store of torchrun's agents, which outlives the workers.
+
+    Workers that were started anew would else read what the dead ones left there; and no variable tells all of them the
+    same number, since each agent counts its own failures. So rank 0 takes the next number and tells it to everyone who
+    asks, under a name that only the asking one knows, until all of them are here.
+    """
+    prefix = "minillm attempt"
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"{prefix} asks {store.add(f'{prefix} asks', 1)}", name)
+        attempt = int(store.get(f"{prefix} for {name}"))
+        store.set(f"{prefix} {attempt} has {rank}", "")
+        return attempt
+    attempt, open_questions, n_asked = store.add(prefix, 1), [], 0
+    end = time.monotonic() + timeout.total_seconds()
+    while not all(store.check([f"{prefix} {attempt} has {other}"]) for other in range(1, world_size)):
+        if time.monotonic() > end:
+            raise UserError(f"not all {world_size} ranks came within {timeout}: is a node missing? (--timeout_minutes)")
+        n = store.add(f"{prefix} asks", 0)
+        open_questions += range(n_asked + 1, n + 1)
+        n_asked = n
+        for number in [number for number in open_questions if store.check([f"{prefix} asks {number}"])]:
+            open_questions.remove(number)
+            store.set(f"{prefix} for {store.get(f'{prefix} asks {number}').decode()}", str(attempt))
+        time.sleep(0.01)
+    return attempt
 
 
 class Engine:
@@ -111,13 +139,15 @@ class Engine:
 
     Attributes:
         module: what ``forward`` is called on.
-        is_sharded: whether no rank holds the whole model; then others' weights come by ``weights`` alone.
+        is_sharded: whether no rank holds the whole model.
+        trains_model: whether the model itself has the master weights; else they come by ``weights`` alone.
+        places_model: whether ``wrap`` brings the model to the device, block by block.
         needs_group: whether even a single rank needs a process group.
         shows_gradients: whether every rank has all gradients, in ``parameter.grad``.
     """
 
-    is_sharded = needs_group = False
-    shows_gradients = True
+    is_sharded = needs_group = places_model = False
+    trains_model = shows_gradients = True
 
     def __init__(self, ranks: Ranks, scaler: torch.amp.GradScaler, args=None, dtype: torch.dtype = torch.float32):
         self.ranks, self.scaler, self.args, self.dtype = ranks, scaler, args, dtype
@@ -142,6 +172,10 @@ class Engine:
         """Take the optimizer; return the module whose forward the loop calls."""
         self.optimizer = optimizer
         return self.module
+
+    def autocast(self, device: torch.device):
+        """Return the context of a forward pass in the run's dtype."""
+        return precision.autocast(device, self.dtype)
 
     def set_last(self, is_last: bool) -> None:
         """Say, before a forward pass, whether its backward ends the step: only then gradients are averaged."""
@@ -201,7 +235,7 @@ class Engine:
 
     def load_scaler_state(self, state: dict) -> None:
         """Go on from it. A run that goes on in another dtype begins its scaling anew."""
-        if state and self.scaler.is_enabled():
+        if "scale" in state and self.scaler.is_enabled():  # DeepSpeed's has other names
             self.scaler.load_state_dict(state)
 
 

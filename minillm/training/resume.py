@@ -1,7 +1,6 @@
 """What a checkpoint holds of a run beside its weights, and how a run goes on from it."""
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -62,15 +61,19 @@ def files_of(rows) -> dict[str, str]:
     return found
 
 
-def state_of(run, rng_states: list[dict], optimizer: dict | None) -> dict:
-    """Return the training state, tensors and plain values only."""
+def state_of(run, rng_states: list[dict], measures: list, optimizer: dict | None) -> dict:
+    """Return the training state, tensors and plain values only.
+
+    Args:
+        rng_states, measures: of every rank. optimizer: its whole state, or what of it is not in shards.
+    """
     return {
         "optimizer": optimizer,
         "scaler": run.engine.scaler_state(),
         "rng": rng_states,
         "counters": {name: getattr(run, name) for name in COUNTERS},
         "window": run._window,
-        "measures": run.measures.state(),
+        "measures": measures,
         "experts": run.balance.state(),
         "watch": run.watch.state(),
         "identity": identity_of(run),
@@ -80,9 +83,9 @@ def state_of(run, rng_states: list[dict], optimizer: dict | None) -> dict:
     }
 
 
-def is_restart() -> bool:
-    """Return whether torchrun has started this process anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def may_resume(run) -> bool:
+    """Return whether a run goes on from a checkpoint, if there is one."""
+    return run.args.from_resume or run.args.auto_resume or run.ranks.is_restart
 
 
 def find(run) -> Path | None:
@@ -91,8 +94,8 @@ def find(run) -> Path | None:
     Raises:
         UserError: ``--from_resume``, and there is no intact one.
     """
-    args, directory = run.args, run.directory / "checkpoints"
-    if not (args.from_resume or args.auto_resume or is_restart()):
+    directory = run.directory / "checkpoints"
+    if not may_resume(run):
         return None
     path = None
     if run.ranks.is_main:
@@ -104,7 +107,7 @@ def find(run) -> Path | None:
 
 def refuse_nothing(run, *, is_there: bool) -> None:
     """Raise ``UserError`` when ``--from_resume`` was said and there is nothing to go on from."""
-    if run.args.from_resume and not is_restart() and not is_there:
+    if run.args.from_resume and not run.ranks.is_restart and not is_there:
         raise UserError(
             f"--from_resume: no intact checkpoint under {run.directory / 'checkpoints'}; start without it, or with "
             f"--auto_resume, which begins where there is none"
@@ -122,7 +125,7 @@ def restore(run, path: Path) -> str | None:
     if run.ranks.is_main:
         checkpoint.put_damaged_aside(path.parent, newest=path)
     optimizer = state["optimizer"]
-    target = run.saver.copy.model if run.engine.is_sharded else run.model
+    target = run.model if run.engine.trains_model else run.saver.copy.model
     if not (path / SHARDS).is_dir():
         run.output.read_checkpoint(target, path)
     elif hasattr(run.engine, "load_shards"):
@@ -138,7 +141,7 @@ def restore(run, path: Path) -> str | None:
     for name, value in state["counters"].items():
         setattr(run, name, value)
     run._restored, run._save_step = state["window"], run.step
-    run.measures.load_state(state.get("measures"))
+    run.measures.load_state(state["measures"], run.ranks)
     run.balance.load_state(state.get("experts"))  # checkpoints of dense models may lack it
     run.watch.load_state(state.get("watch"))
     if len(state["rng"]) == run.ranks.world_size:

@@ -121,7 +121,7 @@ class Run:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Move ``model`` to the device, compile it if asked, wrap it for the ranks; return what to optimise."""
-        self.model = model.to(self.device)
+        self.model = model if self.engine.places_model else model.to(self.device)
         self.model.gradient_checkpointing = self.args.gradient_checkpointing
         self.directory = self.output.directory(self.args, self.stage, model.config)
         self.balance = Balance(self.model, self.args, self.ranks)
@@ -228,7 +228,7 @@ class Run:
 
     def autocast(self):
         """Return the context of a forward pass in the run's dtype."""
-        return precision.autocast(self.device, self.dtype)
+        return self.engine.autocast(self.device)
 
     def backward(self, loss_sum: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the step's mean loss.
@@ -285,9 +285,8 @@ class Run:
         if self.ranks.is_main:
             # A resumed run that had nothing left to do has saved nothing, and so removed nothing.
             checkpoint.tidy(self.directory / "checkpoints", step=self.step, keep_last=self.args.keep_last)
-            self.model = model.to(self.device)
-            self.export(self.directory, self.model)
-            self.model.eval()
+            self.export(self.directory, model)
+            self.model = model.to(self.device).eval()
             self.watch.finish()
             with self.autocast():  # a frozen model may have a shorter dtype than what is trained of it
                 texts = samples() if samples is not None else []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import UserError
+from minillm.lora.layer import adapted_layers
 from minillm.training import checkpoint, resume
 from minillm.training.parallel import changing_state
 
@@ -32,7 +33,10 @@ class ModelCopy:
                 memo[id(parameter)] = nn.Parameter(parameter.detach().cpu(), requires_grad=False)
         for buffer in model.buffers():
             memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-        self.model = copy.deepcopy(model, memo)
+        for layer in adapted_layers(model).values():
+            if layer.lora.base_weight is not None:
+                memo[id(layer.lora.base_weight)] = layer.lora.base_weight
+        self.model = copy.deepcopy(model, memo).to("cpu")  # an adapter's start is no parameter
 
     @torch.no_grad()
     def fill(self, weights: dict[str, Tensor]) -> nn.Module:
@@ -47,8 +51,8 @@ class Saver:
 
     def __init__(self, run):
         self.run, args = run, run.args
-        reads = args.from_resume or args.auto_resume or resume.is_restart()
-        is_needed = (run.ranks.is_main and args.async_save) or (run.engine.is_sharded and (run.ranks.is_main or reads))
+        holds_all = run.ranks.is_main or resume.may_resume(run)  # to go on, each rank reads all and takes its part
+        is_needed = args.async_save and run.ranks.is_main if run.engine.trains_model else holds_all
         self.copy = ModelCopy(run.model) if is_needed else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
@@ -56,7 +60,7 @@ class Saver:
 
     def whole_model(self) -> nn.Module | None:
         """Return the model with all its weights on the main rank, None elsewhere. All ranks call it together."""
-        if not self.run.engine.is_sharded:
+        if self.run.engine.trains_model:
             return self.run.model
         self.wait()  # what is being written reads the copy
         weights = self.run.engine.weights(self.run.model)
@@ -73,7 +77,7 @@ class Saver:
         self.wait()
         self._last = time.monotonic()
         directory = run.directory / "checkpoints"
-        rng_states = run.ranks.gather(checkpoint.rng_state())
+        rng_states, measures = zip(*run.ranks.gather((checkpoint.rng_state(), run.measures.state())), strict=True)
         shards = None
         if run.engine.is_sharded and hasattr(run.engine, "save_shards") and run.output.is_large:
             path = checkpoint.temporary_path(directory, run.step)
@@ -88,7 +92,7 @@ class Saver:
         if not run.ranks.is_main:
             self._writing = shards
         else:
-            state = resume.state_of(run, rng_states, optimizer)
+            state = resume.state_of(run, list(rng_states), list(measures), optimizer)
             if run.args.async_save:
                 state = copied(state)
             self._writing = self._thread.submit(self._write, directory, run.step, model, state, shards)
@@ -107,10 +111,10 @@ class Saver:
         try:
             if writing is not None:
                 writing.result()
-        except OSError as error:  # of a rank's own part; the main rank's is told by ``save_checkpoint``
+        except OSError as error:  # of some rank's part; the main rank hears of it from ``save_checkpoint``
             raise UserError(
-                f"rank {self.run.ranks.rank} cannot write its part of the checkpoint: {error.strerror or error}; older "
-                f"checkpoints are untouched, free some space and go on with --from_resume"
+                f"a rank cannot write its part of the checkpoint: {error.strerror or error}; older checkpoints are "
+                f"untouched, free some space and go on with --from_resume"
             ) from error
 
     def close(self) -> None:

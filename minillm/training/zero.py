@@ -5,6 +5,7 @@ loss scaling; what is ours is to say when a step ends, and to bring its sharded 
 every engine, on any number of ranks, can go on from.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -22,11 +23,11 @@ class ZeRO(Engine):
     """DeepSpeed's engine around the model and our AdamW; the stage is in the file that ``--deepspeed_config`` names."""
 
     needs_group = True
-    shows_gradients = False
+    trains_model = shows_gradients = False
 
     def __init__(self, ranks, scaler, args=None, dtype: torch.dtype = torch.float32):
         super().__init__(ranks, torch.amp.GradScaler(enabled=False), args, dtype)  # DeepSpeed scales by itself
-        self.deepspeed = _import_deepspeed()
+        self.deepspeed = _import_deepspeed(args.device)
         self.settings = read_settings(Path(args.deepspeed_config))
         self.is_sharded = self.settings.get("zero_optimization", {}).get("stage", 0) >= 3
         self._applied = False
@@ -41,6 +42,7 @@ class ZeRO(Engine):
     def attach(self, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Hand model and optimizer to DeepSpeed; return what the loop calls."""
         self.groups = [list(group["params"]) for group in optimizer.param_groups]  # DeepSpeed puts its own there
+        is_alone = not any(getattr(self.args, name, None) for name in ("reference_kind", "teacher"))
         is_whole = all(parameter.requires_grad for parameter in self.model.parameters())
         n_rows, world_size = self.args.rows_per_step(self.ranks.world_size), self.ranks.world_size
         self.settings = fill_in(
@@ -50,7 +52,8 @@ class ZeRO(Engine):
             world_size=world_size,
             grad_clip=self.args.grad_clip,
             dtype=self.dtype,
-            short_weights=is_whole and not getattr(self.args, "reference_kind", None),
+            # A frozen model beside the trained one computes by autocast, and both should do so alike.
+            short_weights=is_whole and is_alone,
             hidden_size=self.model.config.hidden_size,
             on_cuda=self.device.type == "cuda",
         )
@@ -60,6 +63,11 @@ class ZeRO(Engine):
         self.optimizer = optimizer
         self._make_moments()
         return self.module
+
+    def autocast(self, device: torch.device):
+        """Return the context of a forward pass: none for a model that DeepSpeed keeps in a short dtype."""
+        is_short = any(self.settings.get(name, {}).get("enabled") is True for name in ("bf16", "fp16"))
+        return contextlib.nullcontext() if is_short else super().autocast(device)
 
     def set_last(self, is_last: bool) -> None:
         """Say whether the next backward pass ends the step. From stage 2 on every pass reduces: that is its price."""
@@ -277,9 +285,9 @@ def live_parameters(hidden_size: int) -> int:
     return max(32 * hidden_size * hidden_size, 1 << 20)
 
 
-def _import_deepspeed():
+def _import_deepspeed(device: str):
     os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     try:
         import deepspeed
     except ImportError:

@@ -3,6 +3,7 @@
 -m tests.contracts.engines OUT ddp fsdp zero2 zero3off ddp_moe ddp_lora      three steps
 -m tests.contracts.engines OUT --stop 3 fsdp zero3                               of six steps, then a signal
 -m tests.contracts.engines OUT --from SAVED fsdp:zero3 ddp:fsdp                  the others: engine:engine before
+    -m tests.contracts.engines OUT --from SAVED fsdp_bf16                            all six: no engine before
 """
 
 import argparse
@@ -53,6 +54,7 @@ def run_one(name: str, directory: Path, *, stop: int, max_steps: int, resume: bo
         max_steps=max_steps,
         from_resume=resume,
         eval_interval=2,
+        dtype="bfloat16" if kind == "bf16" else "float32",
         **flags_of(engine),
     )
     try:
@@ -80,11 +82,11 @@ def main() -> None:
     for name in said.names:
         engine, _, before = name.partition(":")
         directory = said.out / name.replace(":", "-after-")
-        if said.source and is_main:
+        if before and is_main:
             shutil.copytree(said.source / before, directory)
         torch.distributed.barrier()
         max_steps = 6 if said.stop or said.source else 3
-        result = run_one(engine, directory, stop=said.stop, max_steps=max_steps, resume=bool(said.source))
+        result = run_one(engine, directory, stop=said.stop, max_steps=max_steps, resume=bool(before))
         if is_main and result:
             kept = {key: result[key] for key in ("metrics", "validations", "weights", "optimizer")}
             torch.save(kept, said.out / f"{directory.name}.pt")

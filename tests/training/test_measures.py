@@ -7,7 +7,7 @@ import torch
 
 from minillm.training.measures import NO_MEASURES, Measures
 
-ALONE = SimpleNamespace(sum=lambda tensor: tensor)
+ALONE = SimpleNamespace(sum=lambda tensor: tensor, world_size=1, rank=0, is_main=True)
 
 
 def test_means_over_micro_batches_of_different_sizes():
@@ -42,12 +42,24 @@ def test_validation_counts_apart():
 def test_a_checkpoint_keeps_what_was_counted():
     first, second = Measures(("margin",)), Measures(("margin",))
     first.add(margin=torch.tensor([0.1, 0.7], dtype=torch.float64))
-    second.load_state(first.state())
+    second.load_state([first.state()], ALONE)
     for measures in (first, second):
         measures.add(margin=torch.tensor([0.3], dtype=torch.float64))
     assert first.row(ALONE) == second.row(ALONE)
-    second.load_state(None)
+    second.load_state([None], ALONE)
     assert second.row(ALONE) == {"margin": None}
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+def test_every_rank_goes_on_with_its_own_and_others_with_the_sum(n_ranks):
+    """Two ranks have counted; on one or three ranks the main one goes on with all, and none is without a count."""
+    states = [[[1.0], [2.0]], [[10.0], [3.0]]]
+    found = []
+    for rank in range(n_ranks):
+        measures = Measures(("margin",))
+        measures.load_state(states, SimpleNamespace(world_size=n_ranks, rank=rank, is_main=rank == 0))
+        found.append(measures.state())
+    assert found == (states if n_ranks == 2 else [[[11.0], [5.0]], *[[[0.0], [0.0]]] * (n_ranks - 1)])
 
 
 def test_notes_need_a_whole_row():

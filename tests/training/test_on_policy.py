@@ -10,6 +10,7 @@ from minillm.data import StepBatches
 from minillm.inference import generate
 from minillm.training import precision
 from minillm.training.on_policy import OnPolicy, packed, prompts_of
+from minillm.training.parallel import Ranks
 from tests.contracts.harness import CONFIG, RaggedRows, tiny_model
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def make():
     def make(**changes):
         usual = {"seed": 1, "on_policy": 1.0, "max_new_tokens": 6, "sampling_temperature": 1.0, "max_seq_len": 24,
                  "batch_size": 3}  # fmt: skip
-        run = SimpleNamespace(args=SimpleNamespace(**(usual | changes)), step=0, ranks=SimpleNamespace(rank=0))
+        run = SimpleNamespace(args=SimpleNamespace(**(usual | changes)), step=0, ranks=Ranks())
         run.engine = SimpleNamespace(is_sharded=False)
         run.model, run.autocast = tiny_model().train(), lambda: precision.autocast(CPU, torch.float32)
         return OnPolicy(run, TOKENIZER, generate)
@@ -82,14 +83,30 @@ def test_the_answers_follow_from_seed_and_step_alone(make):
 def test_the_share_of_steps_is_as_asked_and_validation_has_none(make):
     on_policy = make(on_policy=0.3, max_new_tokens=1)
     on_policy._answered = lambda batch, generator: ["answered"]
+    data = StepBatches(RaggedRows(), batch_size=3, global_batch_size=3).step(0, 0)
     took = []
     for step in range(400):
         on_policy.run.step = step
-        took.append(on_policy(["data"], True) == ["answered"])
+        took.append(on_policy(data, True) == ["answered"])
     assert 0.22 < np.mean(took) < 0.38
-    assert on_policy(["data"], False) == ["data"]
+    assert on_policy(data, False) is data
     never = make(on_policy=0.0)
-    assert never(["data"], True) == ["data"]
+    assert never(data, True) is data
+
+
+def test_every_rank_has_as_many_micro_batches(make, monkeypatch):
+    """Answers are of any length, so ranks pack them into unlike numbers of rows: padding evens it."""
+    data = StepBatches(RaggedRows(), batch_size=3, global_batch_size=6).step(0, 0)
+    on_policy = make()
+    alone = on_policy(data, True)
+    monkeypatch.setattr(on_policy.run.ranks, "gather", lambda n: [n, n + 2])
+    with_another = on_policy(data, True)
+    assert len(with_another) == len(alone) + 2
+    for padding in with_another[-2:]:
+        assert padding.keys() == alone[0].keys()
+        assert (padding["targets"] == -100).all()
+        assert (padding["document_ids"] == -1).all()
+        assert padding["input_ids"].shape[0] == 3
 
 
 def test_rows_without_a_prompt_become_padding(make):

@@ -13,7 +13,7 @@ def test_the_loss_is_part_of_what_must_be_the_same(tmp_path):
     settings = {"max_steps": 4, "save_interval": 2, "batch_size": 4}
     run, _ = train(arguments(tmp_path, **settings))
     assert identity_of(run)["beta"] == 0.3
-    state = state_of(run, [], None)
+    state = state_of(run, [], [], None)
     assert set(state["counters"]) == set(COUNTERS)
     with pytest.raises(UserError) as error:
         train(arguments(tmp_path, beta=0.5, loss_type="ipo", from_resume=True, **settings))

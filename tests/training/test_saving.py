@@ -142,7 +142,8 @@ def test_bytes_are_those_of_the_tensors():
 )
 def test_memory_is_taken_only_where_a_copy_is_needed(is_main, is_sharded, async_save, from_resume, is_needed):
     args = SimpleNamespace(async_save=async_save, from_resume=from_resume, auto_resume=False)
-    ranks, engine = SimpleNamespace(is_main=is_main), SimpleNamespace(is_sharded=is_sharded)
+    ranks = SimpleNamespace(is_main=is_main, is_restart=False)
+    engine = SimpleNamespace(trains_model=not is_sharded)
     saver = Saver(SimpleNamespace(args=args, model=tiny_model(), ranks=ranks, engine=engine))
     saver.close()
     assert (saver.copy is not None) == is_needed
