@@ -88,6 +88,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/stages.py
 	$(BIN)/python benchmarks/torture.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/plan_memory.py
 
 clean:
 	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info

@@ -75,7 +75,7 @@ class Arguments:
     """Width of the model whose memory is measured; it has 8 layers."""
     dtypes: str = "float32,bfloat16"
     """Comma list of dtypes for the memory."""
-    output: str = ""
+    output: str = "out/benchmarks/engines.json"
     """Where to write the results as JSON."""
 
     def check(self) -> None:
