@@ -57,6 +57,7 @@ class ZeRO(Engine):
             hidden_size=self.model.config.hidden_size,
             on_cuda=self.device.type == "cuda",
         )
+        os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher
         self.module, self.wrapped, _, _ = self.deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
@@ -286,7 +287,6 @@ def live_parameters(hidden_size: int) -> int:
 
 
 def _import_deepspeed(device: str):
-    os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     try:
         import deepspeed

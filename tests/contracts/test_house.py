@@ -48,7 +48,8 @@ AFTER_FINE_TUNING = {
 # How a run is spread over devices and kept: for those who outgrow one GPU, or one night. The planner is another book.
 AT_SCALE = {
     "training": {
-        "checkpoint", "engines", "fsdp", "interrupt", "lock", "resume", "saving", "scale_arguments", "zero",
+        "checkpoint", "engines", "fsdp", "interrupt", "lock", "rendezvous", "resume", "saving",
+        "scale_arguments", "zero",
     },
 }  # fmt: skip
 MAX_CODE_LINES = {"config to inference": 6000, "lora": 1500, "after fine-tuning": 1500, "at scale": 1000, "plan": 1000}
