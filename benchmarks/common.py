@@ -79,6 +79,20 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     return max(args["Total Allocated"] for args in totals) - start
 
 
+# glibc's own variables: blocks from 64 KiB on are mapped each by itself, and nothing that is free is kept. So what a
+# process has resident is what its tensors hold.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def resident(field: str) -> int:
+    """Return VmRSS (resident now) or VmHWM (at most so far) of this process, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError("resident memory is read from /proc/self/status, which this system has not") from error
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def call_script(main: Callable, flags: dict[str, object]) -> None:
     """Call a script's ``main`` with flags (None: left out), quietly; UserError with what it said when it fails."""
     argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]

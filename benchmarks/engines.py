@@ -13,7 +13,6 @@ whole model before it is sharded) and to save is not part of it.
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.common import format_table, write_json
+from benchmarks.common import MAPPED, format_table, resident, write_json
 from minillm.errors import UserError
 from minillm.training.command_line import parse, require, script
 from minillm.training.tracking import read_metrics
@@ -134,7 +133,7 @@ def compare(ours: dict, one: dict) -> tuple[float, float]:
 def memory_of(args: Arguments, engine: str, dtype: str, out: Path) -> list[float]:
     """Return the peak of every rank's memory while it trains, in MiB beyond what it held before the model was made."""
     program = [str(Path(__file__).resolve()), "--worker", engine, dtype, str(args.hidden_size), str(out)]
-    launch(2, program, {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
+    launch(2, program, MAPPED)
     return [json.loads((out / f"{rank}.json").read_text())["mib"] for rank in range(2)]
 
 
@@ -158,7 +157,7 @@ def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
         async_save=False, **flags,
     )  # fmt: skip
     hardware.keep_freed_memory = lambda: False
-    before = status("VmRSS")
+    before = resident("VmRSS")
     with Run(args, stage="pretrain") as run:
         config = ModelConfig.preset("base", vocab_size=6400, hidden_size=int(hidden_size), num_hidden_layers=8)
         loader = StepBatches(RaggedRows(), **run.batching())
@@ -172,13 +171,8 @@ def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
                     loss_sum, _ = causal_lm_loss(model, batch)
                 run.backward(loss_sum)
             run.update()
-        mib = (status("VmHWM") - before) / 2**20
+        mib = (resident("VmHWM") - before) / 2**20
         (Path(out) / f"{run.ranks.rank}.json").write_text(json.dumps({"mib": mib}))
-
-
-def status(field: str) -> int:
-    """Return a field of this process's status in bytes (Linux)."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 @script

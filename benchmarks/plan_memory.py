@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import torch
 
-from benchmarks.common import format_table, write_json
+from benchmarks.common import MAPPED, format_table, resident, write_json
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.lora import apply_lora
@@ -43,17 +43,9 @@ from minillm.training.parallel import Engine, Ranks
 from minillm.training.precision import autocast, grad_scaler
 
 MIB = 2**20
-# glibc's own variables: blocks from 64 KiB on are mapped, and nothing that is free is kept. oneDNN's: it compiles a
-# kernel for each shape of a bfloat16 product, and keeps 1,024 of them; experts, whose numbers of rows never repeat,
-# would fill that with some 100 MB that no tensor has.
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "mapped": {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
-    },
-    "kept": {},
-}
+# oneDNN compiles a kernel for each shape of a bfloat16 product, and keeps 1,024 of them; experts, whose numbers of rows
+# never repeat, would fill that with some 100 MB that no tensor has.
+ALLOCATORS: dict[str, dict[str, str]] = {"mapped": MAPPED | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}, "kept": {}}
 BF16, CHECKPOINTING = {"dtype": "bfloat16"}, {"gradient_checkpointing": True}
 DEEP = {"hidden_size": 256, "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -115,15 +107,6 @@ def step_of(name: str) -> Step:
     """Return the step of a case."""
     preset, shape, step = CASES[name]
     return Step(config=ModelConfig.preset(preset, **shape), **step)
-
-
-def resident(field: str) -> int:
-    """Return VmRSS (resident now) or VmHWM (at most so far) of this process, in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError("resident memory is read from /proc/self/status, which this system has not") from error
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def train(step: Step, updates: int) -> None:

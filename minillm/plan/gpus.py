@@ -66,7 +66,7 @@ def find_gpu(name: str) -> GPU:
     """
     for known, (key, gibibytes, has_bfloat16) in _GPUS.items():
         if known.lower() == name.lower():
-            half, single = hardware._GPU_PEAKS[key]  # the one table of peaks
+            half, single = hardware.GPU_PEAKS[key]  # the one table of peaks
             return GPU(
                 name=known,
                 memory=gibibytes * 2**30 * USABLE,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minillm.training.parallel import Engine, changing_state
+from minillm.training.checkpoint import map_tensors
+from minillm.training.parallel import MOMENTS, Engine, changing_state
 
 
 class FSDP(Engine):
@@ -43,12 +44,11 @@ class FSDP(Engine):
 
     def clip(self, max_norm: float) -> Tensor:
         """Unscale, then clip the gradients to a global norm of ``max_norm`` (0: do not); return the norm before."""
-        self.scaler.unscale_(self.optimizer)
+        norm = whole(super().clip(max_norm))
         if self.scaler.is_enabled():  # an overflow in one rank's shard must skip the step on all of them
             for found in self.scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"].values():
                 dist.all_reduce(whole(found), op=dist.ReduceOp.MAX)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return whole(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
+        return norm
 
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Gather the weights one by one; only the main rank keeps them, on the CPU."""
@@ -112,7 +112,7 @@ class FSDP(Engine):
             tensor = whole(tensor)
             return tensor.detach().to("cpu", copy=True) if self.ranks.is_main else None
 
-        gathered = _map(tree, gather)
+        gathered = map_tensors(tree, gather)
         return gathered if self.ranks.is_main else None
 
 
@@ -132,9 +132,8 @@ class _Shards(Future):
 
 def empty_state(model: nn.Module, parameters: list[Tensor]) -> dict:
     """Return what ``save_shards`` writes: the tensors of ``model`` in place, and zeros like AdamW's ``parameters``."""
-    moments = ("exp_avg", "exp_avg_sq")
     state = {
-        index: {"step": torch.zeros(()), **{name: _zeros_like(p) for name in moments}}
+        index: {"step": torch.zeros(()), **{name: _zeros_like(p) for name in MOMENTS}}
         for index, p in enumerate(parameters)
     }
     return {"model": changing_state(model), "optimizer": state}
@@ -167,13 +166,3 @@ def _like(target: Tensor, tensor: Tensor) -> Tensor:
 
 def _zeros_like(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape) if tensor.is_meta else torch.zeros_like(tensor, dtype=torch.float32)
-
-
-def _map(tree, function):
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _map(value, function) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_map(value, function) for value in tree]
-    return tree

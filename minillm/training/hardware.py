@@ -13,7 +13,7 @@ import time
 import torch
 
 # Dense peak in FLOP/s for 16-bit and float32 (TF32 off) products, from the vendors' data sheets.
-_GPU_PEAKS = {
+GPU_PEAKS = {
     "H200": (989e12, 67e12), "H100": (989e12, 67e12), "A100": (312e12, 19.5e12), "L40S": (362e12, 91.6e12),
     "L4": (121e12, 30.3e12), "A10": (125e12, 31.2e12), "T4": (65e12, 8.1e12), "V100": (125e12, 15.7e12),
     "4090": (165e12, 82.6e12), "3090": (71e12, 35.6e12),
@@ -27,7 +27,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, (half, single) in _GPU_PEAKS.items():
+        for key, (half, single) in GPU_PEAKS.items():
             if re.search(rf"\b{key}G?\b", name):  # whole words: an L40 is no L4; the G is the A10G's
                 return single if dtype == torch.float32 else half
         return None

@@ -18,6 +18,8 @@ from minillm.errors import UserError
 from minillm.training import precision
 from minillm.training.rendezvous import meeting_store
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch names them
+
 
 class Ranks:
     """This process among all: ``rank``, ``world_size``, ``local_rank``, and the few collectives that ``Run`` needs."""
@@ -77,8 +79,8 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def main_first(self, build):
-        """Return ``build()``, run on rank 0 before the others, so that these find its files ready."""
+    def main_alone(self, build):
+        """Run ``build()`` on rank 0 while the others wait; return its result, None elsewhere. All raise if it fails."""
         result = error = None
         if self.is_main:
             try:
@@ -90,6 +92,11 @@ class Ranks:
             raise error
         if failures[0] is not None:
             raise UserError(f"rank 0 failed: {failures[0]}")
+        return result
+
+    def main_first(self, build):
+        """Return ``build()``, run on rank 0 before the others, so that these find its files ready."""
+        result = self.main_alone(build)
         return result if self.is_main else build()
 
 
@@ -121,9 +128,7 @@ class Engine:
             ddp = nn.parallel.DistributedDataParallel
             # Buffers (the routers' correction biases) change with all-reduced counts: they are equal on every rank.
             known = inspect.signature(ddp).parameters
-            flag = (
-                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            )  # since torch 2.13
+            flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
             self.module = ddp(model, device_ids=ids, gradient_as_bucket_view=True, **{flag: False})
         return self.module
 

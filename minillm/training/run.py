@@ -182,9 +182,9 @@ class Run:
         self.schedule = Schedule(optimizer, factor)
         module = self.engine.attach(optimizer)
         resume.refuse_nothing(self, is_there=bool(checkpoint.list_checkpoints(self.directory / "checkpoints")))
-        self.ranks.main_first(self._lock_directory)
+        self._lock = self.ranks.main_alone(lambda: lock_directory(self.directory))
         run_id = self._resume()
-        self.ranks.main_first(lambda: write_run_file(self) if self.ranks.is_main else None)
+        self.ranks.main_alone(lambda: write_run_file(self))
         self.tracker = Tracker(
             self.directory,
             enabled=self.ranks.is_main,
@@ -200,10 +200,6 @@ class Run:
         self.tracker.print(f"{self.directory.name}, parameters: {self.parameters_text}")
         module.train()
         return module
-
-    def _lock_directory(self) -> None:
-        if self.ranks.is_main:
-            self._lock = lock_directory(self.directory)
 
     # ---- the loop's four calls -------------------------------------------------------------------------------
 
@@ -244,9 +240,10 @@ class Run:
         lr = self.schedule.set_step(self.step)
         grad_norm = self.engine.clip(self.args.grad_clip)
         # What one rank notices, all do at the same step: a signal, or that --save_minutes are over on the main one.
-        notices = [self._loss_sum, self.signals.caught, self.ranks.is_main and self.saver.is_due()]
-        notices = [torch.as_tensor(value, dtype=self.sum_dtype, device=self.device) for value in notices]
-        loss_sum, caught, is_due = self.ranks.sum(torch.stack(notices))
+        notices = [0.0, self.signals.caught, self.ranks.is_main and self.saver.is_due()]
+        notices = torch.tensor(notices, dtype=self.sum_dtype, device=self.device)
+        notices[0] = self._loss_sum
+        loss_sum, caught, is_due = self.ranks.sum(notices)
         loss_sum = loss_sum - self.balance.collect()  # rows of metrics compare with validation: tokens' loss alone
         loss_sum, grad_norm, caught, is_due = torch.stack([loss_sum, grad_norm.to(loss_sum), caught, is_due]).tolist()
         if self.engine.loss_scale is None and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):

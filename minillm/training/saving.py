@@ -82,8 +82,7 @@ class Saver:
         if run.engine.is_sharded and hasattr(run.engine, "save_shards") and run.output.is_large:
             path = checkpoint.temporary_path(directory, run.step)
             n_bytes = 12 * run.n_parameters[0]  # weights and two moments, float32
-            make_room = lambda: checkpoint.make_room(directory, run.step, n_bytes=n_bytes)  # noqa: E731
-            run.ranks.main_first(lambda: make_room() if run.ranks.is_main else None)
+            run.ranks.main_alone(lambda: checkpoint.make_room(directory, run.step, n_bytes=n_bytes))
             shards = run.engine.save_shards(path / resume.SHARDS)
             optimizer = {"param_groups": run.optimizer.state_dict()["param_groups"]} if run.ranks.is_main else None
             model = None
@@ -142,13 +141,7 @@ class Saver:
 
 def copied(tree):
     """Return a copy of nested containers, tensors on the CPU; nothing that training changes is shared."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: copied(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(copied(value) for value in tree)
-    return tree
+    return checkpoint.map_tensors(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
 def n_bytes_of(tree) -> int:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import UserError, missing_package
-from minillm.training.parallel import Engine, changing_state
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch names them
+from minillm.training.parallel import MOMENTS, Engine, changing_state
 
 
 class ZeRO(Engine):

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,20 +73,24 @@ def check_answer(found, place) -> None:
     assert logits.shape == (1, 2, found.config.vocab_size)
 
 
+def write_with_one_spoiled(data, files: dict[str, bytes], folder: Path, *, n_head: int) -> None:
+    """Write the files, one of them damaged (in its first ``n_head`` bytes, or anywhere), changed, or left out."""
+    name = data.draw(st.sampled_from(sorted(files)))
+    content = files[name]
+    how = damaged(content[:n_head]).map(lambda head: head + content[n_head:]) | damaged(content) | st.just(None)
+    if name.endswith(".json"):
+        how |= mutated(st.just(json.loads(content)), small | values).map(as_json)
+    for each, written in (files | {name: data.draw(how)}).items():
+        if written is not None:
+            (folder / each).write_bytes(written)
+
+
 @examples(250)
 @given(st.data())
 def test_a_damaged_model_is_refused_or_works(models, data):
-    files = dict(data.draw(st.sampled_from(models)))
-    name = data.draw(st.sampled_from(sorted(files)))
-    content = files[name]
-    how = damaged(content[:400]).map(lambda head: head + content[400:]) | damaged(content) | st.just(None)
-    if name.endswith(".json"):
-        how |= mutated(st.just(json.loads(content)), small | values).map(as_json)
-    files[name] = data.draw(how)
+    files = data.draw(st.sampled_from(models))
     with scratch() as folder:
-        for each, content in files.items():
-            if content is not None:
-                (folder / each).write_bytes(content)
+        write_with_one_spoiled(data, files, folder, n_head=400)
         check_answer(outcome(load_model, folder), folder)
 
 
@@ -263,17 +268,8 @@ def check_adapter(shape: dict, path) -> None:
 @given(st.data())
 def test_a_damaged_adapter_is_refused_or_works(adapters, data):
     shape, files, _ = data.draw(st.sampled_from(adapters))
-    files = dict(files)
-    name = data.draw(st.sampled_from(sorted(files)))
-    content = files[name]
-    how = damaged(content[:300]).map(lambda head: head + content[300:]) | damaged(content) | st.just(None)
-    if name.endswith(".json"):
-        how |= mutated(st.just(json.loads(content)), small | values).map(as_json)
-    files[name] = data.draw(how)
     with scratch() as folder:
-        for each, content in files.items():
-            if content is not None:
-                (folder / each).write_bytes(content)
+        write_with_one_spoiled(data, files, folder, n_head=300)
         check_adapter(shape, folder)
 
 

@@ -1,5 +1,6 @@
 """Faults as users meet them: signals, kills, full disks, damaged files, other data; and how the next run goes on."""
 
+import contextlib
 import json
 import os
 import resource
@@ -122,18 +123,25 @@ def start(base, flags, tmp_path, capsys):
     return start
 
 
-@pytest.fixture
-def killed(start, monkeypatch):
-    """A run that ended without a chance to save before its 11th update, with checkpoints of steps 4 and 8."""
+@contextlib.contextmanager
+def killed_at(step: int, monkeypatch):
+    """End runs without a chance to save before the update that follows ``step``."""
     real = Run.update
 
     def update(run):
-        if run.step == 10:
+        if run.step == step:
             raise KeyboardInterrupt
         real(run)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "update", update)
+        yield
+
+
+@pytest.fixture
+def killed(start, monkeypatch):
+    """A run that ended without a chance to save before its 11th update, with checkpoints of steps 4 and 8."""
+    with killed_at(10, monkeypatch):
         assert start().code == "killed"
     assert names(start.run / "checkpoints") == ["step-00000004", "step-00000008"]
     return start.run
@@ -210,15 +218,7 @@ def test_a_forgotten_from_resume_loses_nothing(killed, start):
 
 
 def test_auto_resume_begins_and_goes_on(start, whole, tmp_path, monkeypatch):
-    real = Run.update
-
-    def update(run):
-        if run.step == 6:
-            raise KeyboardInterrupt
-        real(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", update)
+    with killed_at(6, monkeypatch):
         begun = start("--auto_resume")
     assert begun.code == "killed"
     assert "resumed" not in begun.out

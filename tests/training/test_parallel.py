@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minillm.errors import UserError
 from minillm.training.optim import adamw
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
 
@@ -15,6 +16,7 @@ def test_one_process_is_the_main_rank():
     assert ranks.sum(torch.tensor([2.0])).item() == 2
     assert ranks.gather({"a": 1}) == [{"a": 1}]
     assert ranks.main_first(lambda: 7) == 7
+    assert ranks.main_alone(lambda: 7) == 7
     ranks.barrier()
     ranks.stop()
 
@@ -25,6 +27,19 @@ def test_main_first_passes_errors_on():
 
     with pytest.raises(ValueError, match="no such file"):
         Ranks().main_first(fail)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_main_rank_does_alone_the_others_only_hear_of(monkeypatch, rank):
+    done, ranks = [], Ranks()
+    ranks.rank, ranks.world_size = rank, 2
+    monkeypatch.setattr(ranks, "gather", lambda value: [None, None])
+    assert ranks.main_alone(lambda: done.append(rank) or 7) == (7 if rank == 0 else None)
+    assert done == ([0] if rank == 0 else [])
+    monkeypatch.setattr(ranks, "gather", lambda value: ["the disk is full", None])
+    if rank:
+        with pytest.raises(UserError, match="rank 0 failed: the disk is full"):
+            ranks.main_alone(lambda: done.append(rank))
 
 
 def test_ranks_come_from_the_launcher(monkeypatch):
