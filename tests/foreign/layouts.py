@@ -24,7 +24,8 @@ CHATML = (
 )
 CHATML_WITH_BOS = "{{ bos_token }}" + CHATML
 CHATML_WITH_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Layout.<|im_end|>\n' }}{% endif %}" + CHATML
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Layout.<|im_end|>\n' }}{% endif %}"
+    + CHATML
 )
 # Qwen3's habits: the think block of an answer stands only behind the last question, older thoughts are dropped, content
 # that carries a lone </think> is taken apart, and an open answer may begin with an empty block.
@@ -41,7 +42,8 @@ CHATML_THINKS_LAST = (
     "{{ '<think>\n' + why.strip('\n') + '\n</think>\n\n' + text.lstrip('\n') }}{% else %}{{ text }}{% endif %}"
     "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
 )
 # MiniMind 3's: every answer thinks, and an open one begins with an empty block.
 CHATML_THINKS_ALWAYS = (
@@ -131,9 +133,12 @@ LAYOUTS = {
         template=CHATML_WITH_BOS, adds_bos=True,
     ),
     # no bos at all
-    "qwen2": Layout(cut="bytes", special=CONTROL, bos=None, eos="<|im_end|>", pad=CONTROL[0], template=CHATML_WITH_SYSTEM),
+    "qwen2": Layout(
+        cut="bytes", special=CONTROL, bos=None, eos="<|im_end|>", pad=CONTROL[0], template=CHATML_WITH_SYSTEM
+    ),
     "qwen3": Layout(
-        cut="bytes", special=CONTROL, bos=None, eos="<|im_end|>", pad=CONTROL[0], template=CHATML_THINKS_LAST, tags=THINK
+        cut="bytes", special=CONTROL, bos=None, eos="<|im_end|>", pad=CONTROL[0], template=CHATML_THINKS_LAST,
+        tags=THINK,
     ),
     # bos, eos and pad are one token, no template
     "gpt2": Layout(cut="bytes", special=CONTROL[:1], bos=CONTROL[0], eos=CONTROL[0], pad=CONTROL[0]),
