@@ -278,8 +278,8 @@ def _prompts(model, tokenizer, conversations: list[list[dict]], *, think: bool) 
         prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
     else:  # a turn that says nothing else, without its end
         begun = {"role": "assistant", "content": DIRECT}
-        encoded = encode_chats(tokenizer, [[*turns, begun] for turns in conversations])
-        prompts = [ids[: len(ids) - 1 - ids[::-1].index(tokenizer.im_end_id)] for ids, _ in encoded]
+        encoded = encode_chats(tokenizer, [[*turns, begun] for turns in conversations], train_on="last")
+        prompts = [ids[: len(ids) - 1 - mask[::-1].index(1)] for ids, mask in encoded]
     limit = model.config.max_position_embeddings
     for number, ids in enumerate(prompts):
         if len(ids) >= limit:

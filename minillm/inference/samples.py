@@ -35,7 +35,7 @@ def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) ->
             if len(ids) < model.config.max_position_embeddings:  # room for an answer
                 questions.append(question)
                 prompts.append(ids)
-    answers = _generate(model, tokenizer, prompts, tokenizer.im_end_id)
+    answers = _generate(model, tokenizer, prompts, tokenizer.end_ids)
     return [(question["content"], answer) for question, answer in zip(questions, answers, strict=True)]
 
 
@@ -44,7 +44,7 @@ def _usable(file: str):
     return read_records(file, on_reject=lambda *bad: None)
 
 
-def _generate(model, tokenizer, prompts: list[list[int]], eos_token_id: int) -> list[str]:
+def _generate(model, tokenizer, prompts: list[list[int]], eos_token_id: int | tuple[int, ...]) -> list[str]:
     generator = torch.Generator(device="cpu").manual_seed(0)
     new_ids = generate(
         model,

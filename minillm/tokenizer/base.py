@@ -6,6 +6,7 @@ only looks like a control token stays text. ``encode`` always uses the plain one
 through ``token_id`` alone, which is why no content can ever end its own turn.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -31,6 +32,7 @@ SPECIAL_TOKENS = CONTROL_TOKENS + TAG_TOKENS
 
 # The files of a tokenizer directory. What was loaded is saved again byte for byte.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+GENERATION = "generation_config.json"  # of the model in the same directory; it belongs to the model, so it is only read
 
 MOST_IDS = 1 << 24  # far more than any vocabulary; tables with a place for each id are made
 
@@ -44,9 +46,10 @@ class Tokenizer:
     ``files`` maps file names (see ``FILES``) to their text; only ``tokenizer.json`` is required.
     """
 
-    def __init__(self, files: dict[str, str], *, origin: str = "this tokenizer"):
+    def __init__(self, files: dict[str, str], *, origin: str = "this tokenizer", generation_ends: tuple[int, ...] = ()):
         self.files = dict(files)
         self.origin = origin
+        self.generation_ends = generation_ends  # eos_token_id of the model's generation_config.json
         spec = _parse_json(files["tokenizer.json"], f"{origin}: tokenizer.json")
         self._full = _backend(spec, origin)
         # Without added tokens nothing in a text is special; without a post-processor nothing is added.
@@ -184,10 +187,18 @@ class Tokenizer:
         """Return the id of the token that ends a turn."""
         return self.token_id("<|im_end|>")
 
-    @property
+    @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the eos token, and that of a turn where there is one (some end documents with it)."""
-        return (self.eos_token_id, *([self.im_end_id] if self.has_token("<|im_end|>") else []))
+        """Ids that end an answer, each once: the eos token, ``<|im_end|>`` where there is one, those that the model's
+        generation_config.json names, and the one that its chat template writes behind an answer."""
+        from minillm.tokenizer.chat_format import chat_format  # which reads tokenizers itself
+
+        names = ["<|im_end|>"]
+        with contextlib.suppress(UserError):  # no template that works: chat says so, and texts do not need one
+            names.append(chat_format(self).end_token)
+        turns = [self.token_id(name) for name in names if name is not None and self.has_token(name)]
+        more = [end for end in self.generation_ends if end < self.vocab_size]
+        return tuple(dict.fromkeys([self.eos_token_id, *turns, *more]))
 
     @cached_property
     def content_hash(self) -> str:
@@ -225,9 +236,9 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a directory with a ``tokenizer.json`` (ours, or any fast Hugging Face one), or that file.
 
-    Raises UserError when it is missing or broken. Chat encoding of a foreign tokenizer needs the ChatML
-    tokens ``<|im_start|>`` and ``<|im_end|>``; that is checked when a chat is encoded. Tags such as ``<think>`` that
-    it lacks as single tokens are encoded as plain text there.
+    Raises UserError when it is missing or broken. Chat encoding needs a chat template, or the ChatML tokens
+    ``<|im_start|>`` and ``<|im_end|>``; that is checked when a chat is encoded. Tags such as ``<think>`` that a foreign
+    tokenizer lacks as single tokens are encoded as plain text there.
     """
     path = Path(path)
     directory = path.parent if path.name == "tokenizer.json" else path
@@ -243,7 +254,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         files = {name: (directory / name).read_text(encoding="utf-8") for name in present}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer in '{directory}': {error}") from None
-    return Tokenizer(files, origin=str(directory))
+    return Tokenizer(files, origin=str(directory), generation_ends=_generation_ends(directory / GENERATION))
+
+
+def _generation_ends(path: Path) -> tuple[int, ...]:
+    """Return the ids that end a text according to a model's generation_config.json; none where it is missing."""
+    if not path.is_file():
+        return ()
+    try:
+        ends = _parse_json(path.read_text(encoding="utf-8"), str(path)).get("eos_token_id")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    ends = ends if isinstance(ends, list) else [ends]
+    return tuple(end for end in ends if type(end) is int and end >= 0)
 
 
 def _backend(spec: dict, origin: str) -> tokenizers.Tokenizer:

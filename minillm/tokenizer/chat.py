@@ -1,4 +1,4 @@
-"""Conversations to ids, with the exact mask of what an assistant is to learn. Format: ChatML.
+"""Conversations to ids, with the exact mask of what an assistant is to learn. Our format: ChatML.
 
     <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi!<|im_end|>\\n
     mask:                                                      1111111111111
@@ -11,20 +11,23 @@ Where a token may come from:
 - ``<|im_start|> <|im_end|> <|endoftext|>``: from the format alone, never from content.
 - ``<think> <answer> <tool_call> <tool_response>`` and their ends: from assistant content, and from the
   fields ``reasoning_content`` and ``tool_calls``, and around the content of a ``tool`` message.
-Everywhere else their text stays text. A foreign tokenizer may lack some of these tags as single tokens (MiniMind 2 has
-none of them, MiniMind 3 no ``<answer>``, Qwen2.5 no ``<think>``): those are encoded as the plain text that they are.
+Everywhere else their text stays text. A foreign tokenizer may lack some of these tags as single tokens: those are
+encoded as the plain text that they are.
 
-What a foreign template adds to plain ChatML (a system message of its own, empty ``<think>`` blocks) is added here too:
-``chat_format.py``.
+A model that comes with a chat template of its own speaks the format of that template: ``rendered_chat.py``.
 """
 
 import json
 import re
+import warnings
+from functools import lru_cache
 from itertools import groupby
 
 from minillm.errors import UserError
 from minillm.tokenizer.base import TAG_TOKENS, Tokenizer
-from minillm.tokenizer.chat_format import EMPTY_THINK, ChatFormat, chat_format
+from minillm.tokenizer.chat_format import chat_format
+from minillm.tokenizer.rendered_chat import encode_rendered
+from minillm.tokenizer.template import template_source
 
 ROLES = ("system", "user", "assistant", "tool")
 _TAGS = re.compile("(" + "|".join(map(re.escape, TAG_TOKENS)) + ")")
@@ -61,11 +64,15 @@ def encode_chats(
     add_generation_prompt: bool = False,
 ) -> list[tuple[list[int], list[int]]]:
     """``encode_chat`` of each conversation; all texts are encoded in one parallel call."""
-    _check_tokenizer(tokenizer)
-    style = chat_format(tokenizer)
-    plans = [
-        _segments(c, style, train_on=train_on, add_generation_prompt=add_generation_prompt) for c in conversations
-    ]
+    if train_on not in ("all", "last"):
+        raise UserError(f"train_on is {train_on!r}; allowed: 'all', 'last'")
+    for messages in conversations:
+        check_messages(messages, need_answer=not add_generation_prompt)
+    options = {"train_on": train_on, "add_generation_prompt": add_generation_prompt}
+    if chat_format(tokenizer).template is not None:
+        return encode_rendered(tokenizer, conversations, **options)
+    _say_plain_chatml(tokenizer)
+    plans = [_segments(messages, **options) for messages in conversations]
     plans = [_whole_texts(_split_unknown_tags(tokenizer, plan)) for plan in plans]
     texts = {text: None for plan in plans for text, is_token, _ in plan if not is_token}
     ids_of = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
@@ -137,30 +144,27 @@ def _check_call(place: int, call) -> None:
         raise UserError(f"the arguments of a tool call of message {place} are not JSON: {error}") from None
 
 
-def _segments(messages, style: ChatFormat, *, train_on: str, add_generation_prompt: bool) -> list[Segment]:
+@lru_cache(maxsize=16)  # once for each tokenizer
+def _say_plain_chatml(tokenizer: Tokenizer) -> None:
+    if template_source(tokenizer.files, tokenizer.origin) is None:
+        warnings.warn(
+            f"{tokenizer.origin} has no chat template: conversations are written as plain ChatML", stacklevel=4
+        )
+
+
+def _segments(messages, *, train_on: str, add_generation_prompt: bool) -> list[Segment]:
     """The conversation as single tokens and plain texts, each with whether it is to be learned."""
-    if train_on not in ("all", "last"):
-        raise UserError(f"train_on is {train_on!r}; allowed: 'all', 'last'")
-    check_messages(messages, need_answer=not add_generation_prompt)
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     trained = set(answers if train_on == "all" else answers[-1:])
 
     segments: list[Segment] = []
-    if style.default_system is not None and messages[0]["role"] != "system":
-        segments += [("<|im_start|>", True, False), (f"system\n{style.default_system}", False, False)]
-        segments += [("<|im_end|>", True, False), ("\n", False, False)]
     for place, message in enumerate(messages):
         train = place in trained
         segments += [("<|im_start|>", True, False), (message["role"] + "\n", False, False)]
-        if style.always_thinks and message["role"] == "assistant":
-            think, message = _split_reasoning(message)
-            given = think == style.opens_with  # the prompt holds it already: nothing to learn
-            segments += [(text, is_token, train and not given) for text, is_token in _split_tags(think)]
         segments += [(text, is_token, train) for text, is_token in _body(message)]
         segments += [("<|im_end|>", True, train), ("\n", False, False)]
     if add_generation_prompt:
         segments += [("<|im_start|>", True, False), ("assistant\n", False, False)]
-        segments += [(text, is_token, False) for text, is_token in _split_tags(style.opens_with)]
     return _join_texts(segments)
 
 
@@ -198,23 +202,6 @@ def _body(message: dict) -> list[tuple[str, bool]]:
 def _split_tags(text: str) -> list[tuple[str, bool]]:
     # re.split with a group alternates: text, tag, text, tag, ..., text
     return [(part, bool(n % 2)) for n, part in enumerate(_TAGS.split(text))]
-
-
-def _split_reasoning(message: dict) -> tuple[str, dict]:
-    """An answer of a format that always thinks: its think block, and the message without reasoning.
-
-    Without ``reasoning_content``, what the content holds up to its last ``</think>`` is the reasoning.
-    """
-    content, reasoning = message.get("content") or "", message.get("reasoning_content")
-    if reasoning is None:
-        reasoning, rest = "", content
-        if "</think>" in content:
-            reasoning = content.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2]
-            rest = content.rpartition("</think>")[2]
-        content = rest
-    reasoning = reasoning.strip("\n")
-    block = f"<think>\n{reasoning}\n</think>\n\n" if reasoning else EMPTY_THINK
-    return block, {**message, "reasoning_content": None, "content": content.lstrip("\n")}
 
 
 def _whole_texts(plan: list[Segment]) -> list[tuple[str, bool, str]]:
@@ -256,12 +243,3 @@ def _split_unknown_tags(tokenizer: Tokenizer, plan: list[Segment]) -> list[Segme
     if all(tokenizer.has_token(text) for text, is_token, _ in plan if is_token):
         return plan
     return _join_texts([(t, is_token and tokenizer.has_token(t), train) for t, is_token, train in plan])
-
-
-def _check_tokenizer(tokenizer: Tokenizer) -> None:
-    missing = [name for name in ("<|im_start|>", "<|im_end|>") if not tokenizer.has_token(name)]
-    if missing:
-        raise UserError(
-            f"{tokenizer.origin} is no ChatML tokenizer: it lacks {' and '.join(missing)}; chat needs both "
-            "as single tokens (train_tokenizer.py makes them, Qwen models have them)"
-        )
