@@ -55,8 +55,9 @@ class _ReplyRows(PackedRows):
         length = end - 1  # what follows a reply teaches nothing
         kept, lost = self._check(first, length, max_seq_len, strict)
         if not len(kept):
+            line, reason = next(iter(filter(None, lost)))[0]
             raise UserError(
-                f"no reply of {', '.join(map(str, files))} fits into --max_seq_len {max_seq_len}: raise it, or see "
+                f"no record of {', '.join(map(str, files))} can be used; the first, line {line}: {reason}; see "
                 f"{', '.join(store.publish_rejected(files, lost, Path(cache_dir)))}"
             )
         documents = np.stack([2 * kept, 2 * kept + 1])  # (2, records)
@@ -79,9 +80,12 @@ class _ReplyRows(PackedRows):
             longest = int(max(length[one], length[two]))
             reason = None
             if longest > max_seq_len:
-                reason = f"{longest + 1} tokens with one reply, --max_seq_len {max_seq_len} allows {max_seq_len + 1}"
-            elif first[one] != first[two] or not np.array_equal(self._prompt(one, first), self._prompt(two, first)):
-                reason = "the prompts before the two replies are not the same tokens"
+                reason = f"{longest + 1} tokens with one reply, --max_seq_len {max_seq_len} allows {max_seq_len + 1}: raise it"
+            elif not self._same_prompt(one, two, first):
+                reason = (
+                    "the prompts before the last turns of the two replies are not the same tokens; where replies have "
+                    "several turns, only the last one may differ"
+                )
             if reason is None:
                 kept.append(record)
                 continue
@@ -92,9 +96,21 @@ class _ReplyRows(PackedRows):
             lost[file].append((line, reason))
         return np.asarray(kept, np.int64), lost
 
-    def _prompt(self, document: int, first: np.ndarray) -> np.ndarray:
-        start = self.store.offsets[document]
-        return self.store.gather("tokens", np.arange(start, start + first[document]))
+    def _same_prompt(self, one: int, two: int, first: np.ndarray) -> bool:
+        """Whether the replies of two documents answer the same prompt.
+
+        One reply may begin some tokens later than the other: a template may write an empty think block before it, or
+        a token may join the header with blanks that the other reply begins with. Another turn does not belong there.
+        """
+        common = min(first[one], first[two])
+        prompts = []
+        for document in (one, two):
+            start = self.store.offsets[document]
+            tokens = self.store.gather("tokens", np.arange(start, start + first[document]))
+            if np.isin(tokens[common:], self.tokenizer.end_ids).any():
+                return False
+            prompts.append(tokens[:common])
+        return np.array_equal(*prompts)
 
     def _rows_of(self, lengths: np.ndarray, packing: str, seed: int) -> np.ndarray:
         """Decide which records share a row; return them in their order, and set where each row begins."""

@@ -20,8 +20,8 @@ def answer_turns(store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _edges(shard: Shard) -> np.ndarray:
-    """Return the token indices where the mask turns on and off, alternating. A document begins with
-    <|im_start|>, which is never a target, so no turn reaches over into the next document."""
+    """Return the token indices where the mask turns on and off, alternating. The first token of a document is never
+    marked (nothing stands before it that could predict it), so no turn reaches over into the next document."""
     edges, before = [], np.zeros(1, np.uint8)
     for start in range(0, shard.n_tokens, SCAN):
         mask = np.concatenate([before, shard.mask[start : start + SCAN]])

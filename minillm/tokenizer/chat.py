@@ -11,8 +11,7 @@ Where a token may come from:
 - ``<|im_start|> <|im_end|> <|endoftext|>``: from the format alone, never from content.
 - ``<think> <answer> <tool_call> <tool_response>`` and their ends: from assistant content, and from the
   fields ``reasoning_content`` and ``tool_calls``, and around the content of a ``tool`` message.
-Everywhere else their text stays text. A foreign tokenizer may lack some of these tags as single tokens: those are
-encoded as the plain text that they are.
+Everywhere else their text stays text.
 
 A model that comes with a chat template of its own speaks the format of that template: ``rendered_chat.py``.
 """
@@ -43,11 +42,14 @@ def encode_chat(
 
     messages: dicts with ``role`` (system, user, assistant, tool) and ``content`` (a string); assistants may
         have ``reasoning_content`` (a string) and ``tool_calls`` (OpenAI's form, with or without
-        ``function``), and then no content. Other keys are ignored. Several messages of one role in a row
-        are allowed (tool results come so), and a system message may stand anywhere, as in transformers.
+        ``function``), and then no content. Our format ignores other keys; a foreign template is given them. Several
+        messages of one role in a row are allowed (tool results come so), and a system message may stand anywhere, as in
+        transformers; a foreign template may refuse both.
     train_on: "all" marks every assistant turn, "last" the last one only. Marked are the content and the
-        ``<|im_end|>`` behind it; not the header, and not the newline after the turn.
-    add_generation_prompt: end with an open assistant header; then no assistant turn is required.
+        ``<|im_end|>`` behind it; not the header, and not the newline after the turn. For a foreign template see
+        ``rendered_chat.py``.
+    add_generation_prompt: end with an open assistant header; then no assistant turn is required. A prompt of a foreign
+        template has no marks.
 
     Raises UserError for anything else, naming the message by its place (from 0).
     """
@@ -69,22 +71,22 @@ def encode_chats(
     for messages in conversations:
         check_messages(messages, need_answer=not add_generation_prompt)
     options = {"train_on": train_on, "add_generation_prompt": add_generation_prompt}
-    if chat_format(tokenizer).template is not None:
-        return encode_rendered(tokenizer, conversations, **options)
+    style = chat_format(tokenizer)
     _say_plain_chatml(tokenizer)
+    if style.template is not None:
+        return encode_rendered(tokenizer, conversations, **options)
     plans = [_segments(messages, **options) for messages in conversations]
-    plans = [_whole_texts(_split_unknown_tags(tokenizer, plan)) for plan in plans]
+    plans = [_split_unknown_tags(tokenizer, plan) for plan in plans]
     texts = {text: None for plan in plans for text, is_token, _ in plan if not is_token}
     ids_of = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
 
     encoded = []
     for plan in plans:
         ids, mask = [], []
-        for text, is_token, head in plan:
+        for text, is_token, is_trained in plan:
             piece = [tokenizer.token_id(text)] if is_token else ids_of[text]
-            n_given = len(piece) if head == text else _n_inside(tokenizer, piece, head) if head else 0
             ids += piece
-            mask += [0] * n_given + [1] * (len(piece) - n_given)
+            mask += [int(is_trained)] * len(piece)
         encoded.append((ids, mask))
     return encoded
 
@@ -204,33 +206,8 @@ def _split_tags(text: str) -> list[tuple[str, bool]]:
     return [(part, bool(n % 2)) for n, part in enumerate(_TAGS.split(text))]
 
 
-def _whole_texts(plan: list[Segment]) -> list[tuple[str, bool, str]]:
-    """(text, is_token, beginning of it that is not trained); texts side by side become one.
-
-    A reader of the whole conversation cuts it at its tokens alone. A foreign pre-tokenizer may then join the newline of
-    a header with the blanks that an answer begins with, so the two are encoded together.
-    """
-    whole: list[tuple[str, bool, str]] = []
-    for text, is_token, is_trained in plan:
-        head = "" if is_trained else text
-        if whole and not is_token and not whole[-1][1]:
-            before, _, head_before = whole.pop()
-            head = before + head if head_before == before else head_before
-            text = before + text
-        whole.append((text, is_token, head))
-    return whole
-
-
-def _n_inside(tokenizer: Tokenizer, ids: list[int], head: str) -> int:
-    """How many of ``ids`` lie wholly inside ``head``; a token of header and answer together counts to the answer."""
-    n, room = 0, len(head.encode())
-    while n < len(ids) and (room := room - len(tokenizer.token_bytes(ids[n]))) >= 0:
-        n += 1
-    return n
-
-
 def _join_texts(segments: list[Segment]) -> list[Segment]:
-    """Neighbouring texts of one kind become one: fewer to encode, and as a foreign tokenizer sees them."""
+    """Neighbouring texts of one kind become one: fewer to encode."""
     joined: list[Segment] = []
     for (is_token, is_trained), group in groupby(segments, key=lambda segment: segment[1:]):
         texts = [text for text, _, _ in group]
@@ -239,7 +216,7 @@ def _join_texts(segments: list[Segment]) -> list[Segment]:
 
 
 def _split_unknown_tags(tokenizer: Tokenizer, plan: list[Segment]) -> list[Segment]:
-    """A foreign ChatML tokenizer may lack some tags (Qwen2.5 has no ``<think>``): there they are text."""
+    """A tokenizer that cuts text as ours do may lack some tags: there they are text."""
     if all(tokenizer.has_token(text) for text, is_token, _ in plan if is_token):
         return plan
     return _join_texts([(t, is_token and tokenizer.has_token(t), train) for t, is_token, train in plan])

@@ -1,8 +1,9 @@
 """Which format a tokenizer's conversations have: ours, or that of a foreign chat template.
 
-Ours is plain ChatML, written down in ``chat.py``; a tokenizer without a template that has ChatML's tokens is taken for
-one of ours (``chat.py`` says so once). Every other template is a foreign one. It is a program, so it is asked, not
-parsed: a question and an answer are rendered, and what stands around their words tells how an answer begins and ends.
+Ours is plain ChatML, written down in ``chat.py`` for tokenizers that isolate newlines. Every other template is a foreign
+one. It is a program, so it is asked, not parsed: a question and an answer are rendered, and what stands around their
+words tells how an answer begins and ends. A tokenizer without a template that has ChatML's tokens is given our template
+(``chat.py`` says so once).
 """
 
 import json
@@ -52,12 +53,12 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat:
             f"{tokenizer.origin} has no chat template, and for plain ChatML it lacks {missing}: put the "
             "chat_template.jinja of the model's chat version beside tokenizer.json, or take the chat version itself"
         )
-    if source is None:
-        return ChatFormat()
-    name, text = source
-    if text == resources.files("minillm.tokenizer").joinpath(FILE).read_text(encoding="utf-8"):
-        if missing:
-            raise UserError(f"{name} writes ChatML, and {tokenizer.origin} lacks {missing} as single tokens")
+    ours = resources.files("minillm.tokenizer").joinpath(FILE).read_text(encoding="utf-8")
+    name, text = source or ("plain ChatML", ours)
+    if text == ours and missing:
+        raise UserError(f"{name} writes ChatML, and {tokenizer.origin} lacks {missing} as single tokens")
+    spec = json.loads(tokenizer.files["tokenizer.json"])
+    if text == ours and _isolates_newlines(spec):
         return ChatFormat()
     template = ChatTemplate(name, text, special_tokens(tokenizer.files))
     question, answer = QUESTION[0]["content"], ANSWER[0]["content"]
@@ -65,9 +66,17 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat:
     _, opens_with = split_opening(asked.rpartition(question)[2])
     header = asked.removeprefix(closed).removesuffix(opens_with) if asked.startswith(closed) else ""
     after = template.render(QUESTION + ANSWER).rpartition(answer)[2].lstrip()
-    tokens = [token["content"] for token in json.loads(tokenizer.files["tokenizer.json"]).get("added_tokens", ())]
+    tokens = [token["content"] for token in spec.get("added_tokens", ())]
     end_token = max((token for token in tokens if token and after.startswith(token)), key=len, default=None)
     return ChatFormat(template=template, header=header, opens_with=opens_with, end_token=end_token)
+
+
+def _isolates_newlines(spec: dict) -> bool:
+    """Whether a tokenizer cuts text as ours do, at every newline, and changes nothing in it before."""
+    cutter = spec.get("pre_tokenizer") or {}
+    first = (cutter.get("pretokenizers") or [cutter])[0]
+    pattern = (first.get("pattern") or {}).get("Regex", "")
+    return not spec.get("normalizer") and first.get("behavior") == "Isolated" and pattern.startswith(r"\n|")
 
 
 def split_opening(prompt: str) -> tuple[str, str]:

@@ -138,7 +138,7 @@ class _Reader:
                 tail = self._closing_token(marked)
                 end = len(text)
             self._check_whole(place, messages, text[start:end], marks)
-            if spans and start < spans[-1][1]:
+            if spans and start <= spans[-1][1]:
                 raise UserError(f"the answers before and in message {place} are not apart in the chat template's text")
             spans.append((start, end))
         return _Text(text, spans, self._names if is_broken else None, tail)
@@ -269,7 +269,7 @@ class _Reader:
         if place not in marks and said.strip() not in text:
             raise UserError(f"the chat template does not write the content of message {place} as it is")
         for call in message.get("tool_calls") or ():
-            if (call.get("function") or call)["name"] not in text:
+            if (call.get("function") or call)["name"] not in self._elsewhere.sub("", text):
                 raise UserError(
                     f"the chat template leaves out tool_calls of message {place}: write the call into the content"
                 )
@@ -278,9 +278,10 @@ class _Reader:
         thinking = reasoning or thinking.partition("<think>")[2] if tag or reasoning else ""
         if thinking.strip() not in text:
             what = "reasoning_content" if reasoning else "the thinking in the content"
+            way = "write it into the content as <think>…</think>, " if reasoning else ""
             raise UserError(
-                f"the chat template leaves out {what} of message {place}: write it into the content in the model's "
-                "own way, remove it, or take a template that writes it"
+                f"the chat template leaves out {what} of message {place}: {way}remove it, or take a template that "
+                "writes it"
             )
 
     # ---- ids -------------------------------------------------------------------------------------

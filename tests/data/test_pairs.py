@@ -126,7 +126,7 @@ def test_what_is_too_long_is_set_aside_whole(rows, tokenizer, pairs, tmp_path):
     assert all(f"--max_seq_len {limit}" in line["reason"] for line in lines)
     with pytest.raises(UserError, match=f"line {too_long[0]}"):
         rows(max_seq_len=limit, strict=True)
-    with pytest.raises(UserError, match="no reply of"):
+    with pytest.raises(UserError, match=r"no record of .* can be used; the first, line \d+: .*raise it"):
         rows(max_seq_len=3)
 
 
@@ -177,7 +177,8 @@ def test_prompts_that_become_other_tokens_are_set_aside(write, tokenizer, tmp_pa
     assert found.n_targets == 2
     assert calls
     (line,) = [json.loads(line) for line in (tmp_path / "some.jsonl.rejected.jsonl").read_text().splitlines()]
-    assert (line["line"], line["reason"]) == (2, "the prompts before the two replies are not the same tokens")
+    assert line["line"] == 2
+    assert line["reason"].startswith("the prompts before the last turns of the two replies are not the same tokens")
 
 
 @pytest.mark.parametrize(("settings", "word"), [({"packing": "stream"}, "stream"), ({"max_seq_len": 0}, "max_seq_len")])

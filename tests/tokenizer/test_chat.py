@@ -302,12 +302,13 @@ def foreign(corpus, path, names):
 def test_a_tokenizer_without_chatml_says_what_it_lacks(corpus, tmp_path):
     plain = foreign(corpus, tmp_path, ["<|endoftext|>", "<|im_start|>"])
     assert plain.decode(plain.encode("fine 好")) == "fine 好"
-    with pytest.raises(UserError, match=r"no ChatML tokenizer: it lacks <\|im_end\|>"):
+    with pytest.raises(UserError, match=r"no chat template, and for plain ChatML it lacks <\|im_end\|>"):
         encode_chat(plain, [ANSWER])
 
 
 def test_a_chatml_tokenizer_without_tags_keeps_them_as_text(corpus, tmp_path):
     qwen = foreign(corpus, tmp_path, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    ids, mask = encode_chat(qwen, [say("assistant", "<think>a</think>b")])
+    with pytest.warns(UserWarning, match="no chat template: conversations are written as plain ChatML"):
+        ids, mask = encode_chat(qwen, [say("assistant", "<think>a</think>b")])
     assert ids == ids_by_hand(qwen, (START,), "assistant\n", "<think>a</think>b", (END,), "\n")
     assert sum(mask) == len(qwen.encode("<think>a</think>b")) + 1

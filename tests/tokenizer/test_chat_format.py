@@ -1,6 +1,7 @@
 """Tokenizers of MiniMind's two layouts: what ``tokenizers`` and transformers make of them, we make too."""
 
 import json
+import sys
 
 import pytest
 import tokenizers
@@ -32,10 +33,7 @@ TEMPLATES = {
 }
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
-FORMATS = {
-    "v2": ChatFormat(default_system="Be of use."),
-    "v3": ChatFormat(always_thinks=True, opens_with="<think>\n\n</think>\n\n"),
-}
+OPENS_WITH = {"v2": "", "v3": "<think>\n\n</think>\n\n"}
 
 
 @pytest.fixture(scope="module", params=["v2", "v3"])
@@ -104,8 +102,12 @@ def test_ids_equal_the_library_s(foreign, directory, sentences):
     assert foreign.decode([1, 2, *foreign.encode("a")], skip_special_tokens=True) == "a"
 
 
-def test_the_habits_of_the_template(foreign, layout):
-    assert chat_format(foreign) == FORMATS[layout]
+def test_the_format_of_the_template(foreign, layout):
+    found = chat_format(foreign)
+    assert (found.header, found.opens_with, found.end_token) == (
+        "<|im_start|>assistant\n", OPENS_WITH[layout], "<|im_end|>",
+    )  # fmt: skip
+    assert found.template.source == TEMPLATES[layout]
 
 
 def say(*contents, system=None, **more):
@@ -138,9 +140,11 @@ REASONING = {
 @pytest.mark.parametrize("name", [*CONVERSATIONS, *REASONING])
 @pytest.mark.parametrize("open_turn", [False, True])
 def test_conversations_equal_transformers(foreign, reference, layout, name, open_turn):
-    if layout == "v2" and name in REASONING:
-        pytest.skip("its template drops reasoning_content; we write it")
     messages = (CONVERSATIONS | REASONING)[name]
+    if layout == "v2" and name == "reasoning" and not open_turn:
+        with pytest.raises(UserError, match="the chat template leaves out reasoning_content of message 1"):
+            encode_chat(foreign, messages)
+        return
     wanted = reference.apply_chat_template(messages, return_dict=True, add_generation_prompt=open_turn)["input_ids"]
     ids, mask = encode_chat(foreign, messages, add_generation_prompt=open_turn)
     assert foreign.decode(ids) == reference.apply_chat_template(
@@ -170,24 +174,48 @@ def with_template(foreign, template, **files):
     return type(foreign)(foreign.files | {"tokenizer_config.json": json.dumps(settings)} | files)
 
 
-def test_templates_of_other_kinds_are_taken_for_plain_chatml(foreign):
-    plain = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    last_alone = plain.replace("m.content", "('<think>\n\n</think>\n\n' if loop.last else '') + m.content")
-    for template in (
-        None, plain, last_alone, "{{ raise_exception('no') }}", "{{", "{{ strftime_now('%Y') }}",
-        "{% for m in messages %}[INST]{{ m.content }}{% endfor %}", [{"name": "rag", "template": TEMPLATES["v2"]}],
-    ):  # fmt: skip
-        assert chat_format(with_template(foreign, template)) == ChatFormat()
-    assert chat_format(with_template(foreign, [{"name": "default", "template": TEMPLATES["v2"]}])) == FORMATS["v2"]
-    assert chat_format(with_template(foreign, plain, **{"chat_template.jinja": TEMPLATES["v3"]})) == FORMATS["v3"]
-    spied = "{{ bos_token }}system\n{{ eos_token.__class__ }}<|im_end|>\n" + plain  # the sandbox hides it
-    assert chat_format(with_template(foreign, spied)) == ChatFormat(default_system="")
-    named = "{{ bos_token }}system\nBe {{ pad_token }}{{ eos_token }}\n" + plain
-    assert chat_format(with_template(foreign, named)) == ChatFormat(default_system="Be <|endoftext|>")
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
-def test_our_own_tokenizers_are_plain(tokenizer):
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no, never') }}", "does not accept this conversation: no, never"),
+        ("{{", "tokenizer_config.json does not compile"),
+        (PLAIN + "{{ bos_token.__class__.__mro__ }}", "does not accept this conversation"),  # the sandbox hides it
+        ([{"name": "rag", "template": PLAIN}], "has the chat templates rag and no 'default'"),
+        (7, "chat_template in .*tokenizer_config.json is int"),
+    ],
+)
+def test_a_template_that_does_not_work_is_an_error(foreign, template, message):
+    with pytest.raises(UserError, match=message):
+        encode_chat(with_template(foreign, template), say("q", "a"))
+
+
+def test_which_template_is_taken(foreign):
+    for template in (TEMPLATES["v2"], [{"name": "default", "template": TEMPLATES["v2"]}], {"default": TEMPLATES["v2"]}):
+        assert chat_format(with_template(foreign, template)).template.source == TEMPLATES["v2"]
+    both = with_template(foreign, PLAIN, **{"chat_template.jinja": TEMPLATES["v3"]})
+    assert chat_format(both).template.source == TEMPLATES["v3"]
+
+
+def test_without_jinja2_the_package_is_named(foreign, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2.exceptions", None)
+    other = with_template(foreign, PLAIN + " ")
+    assert other.end_ids == (0, 2)  # texts need no template
+    with pytest.raises(UserError, match="tokenizer_config.json needs the optional package 'jinja2'.*pip install jinja2"):
+        encode_chat(other, say("q", "a"))
+
+
+def test_our_own_tokenizers_are_plain_chatml(tokenizer, foreign):
     assert chat_format(tokenizer) == ChatFormat()
+    bare = type(foreign)({"tokenizer.json": foreign.files["tokenizer.json"]})
+    with pytest.warns(UserWarning, match="has no chat template: conversations are written as plain ChatML") as said:
+        ids, _ = encode_chat(bare, say("q", "a"))
+        encode_chat(bare, say("q", "a"))
+    assert len(said) == 1
+    assert bare.decode(ids) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
