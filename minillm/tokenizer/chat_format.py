@@ -1,9 +1,9 @@
 """Which format a tokenizer's conversations have: ours, or that of a foreign chat template.
 
-Ours is plain ChatML, written down in ``chat.py`` for tokenizers that isolate newlines. Every other template is a foreign
-one. It is a program, so it is asked, not parsed: a question and an answer are rendered, and what stands around their
-words tells how an answer begins and ends. A tokenizer without a template that has ChatML's tokens is given our template
-(``chat.py`` says so once).
+Ours is plain ChatML, written down in ``chat.py`` for tokenizers that isolate newlines. Every other template is a
+foreign one. It is a program, so it is asked, not parsed: a question and an answer are rendered, and what stands around
+their words tells how an answer begins and ends. A tokenizer without a template that has ChatML's tokens is given our
+template (``chat.py`` says so once).
 """
 
 import json

@@ -135,8 +135,7 @@ class _Reader:
             start = self._start(place, marked, text, marks)
             end = self._end_of(place, marked, text, marks, start)
             if end is None:
-                tail = self._closing_token(marked)
-                end = len(text)
+                end, tail = len(text), self._closing_token(marked, text[max(start, marks.get(place, 0)) :])
             self._check_whole(place, messages, text[start:end], marks)
             if spans and start <= spans[-1][1]:
                 raise UserError(f"the answers before and in message {place} are not apart in the chat template's text")
@@ -235,10 +234,13 @@ class _Reader:
             return None
         raise UserError(self._no_end(place, text[content_end:limit]))
 
-    def _closing_token(self, marked: list[dict]) -> str:
-        """Return the end token of a last answer that the template ends only where the next question begins."""
+    def _closing_token(self, marked: list[dict], after: str) -> str:
+        """Return the end token of a last answer that the template ends only where the next question begins.
+
+        after: what the template writes behind the answer's content where it is the last.
+        """
         place = len(marked) - 1
-        nothing = UserError(self._no_end(place, ""))
+        nothing = UserError(self._no_end(place, after))
         mark = chr(MARKS + place)
         try:
             text = self.template.render([*marked, {"role": "user", "content": "question"}])

@@ -8,7 +8,8 @@ import pytest
 from minillm.data import JudgedRows, PairRows, StepBatches
 from minillm.data.pairs import count_pairs, count_replies
 from minillm.errors import UserError
-from minillm.tokenizer import encode_chat
+from minillm.tokenizer import encode_chat, load_tokenizer
+from tests.foreign.layouts import make_tokenizer
 
 from .conftest import sentence
 
@@ -196,3 +197,34 @@ def test_judged_records_of_their_own(write, tokenizer, tmp_path):
     single = write("single.jsonl", lines[:1])
     with pytest.raises(UserError, match="at least two"):
         JudgedRows(single, tokenizer, max_seq_len=60, cache_dir=tmp_path / "cache")
+
+
+def only_rejected(tmp_path, name):
+    return [json.loads(line) for line in (tmp_path / f"{name}.rejected.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", ["minimind3", "qwen3", "llama2", "metaspace_chatml"])
+def test_replies_that_begin_at_different_tokens_are_a_pair(layout, write, tmp_path):
+    """A think block in one reply alone, and blanks that join the header: each reply counts from its own first token."""
+    tokenizer = load_tokenizer(make_tokenizer(layout, tmp_path / layout))
+    thought = "<think>\nr\n</think>\n\nans"
+    replies = [(thought, "b"), ("b", thought), ("   ans", "b"), ("b", "\n\nc")]
+    path = write("some.jsonl", [{"prompt": "q", "chosen": one, "rejected": two} for one, two in replies])
+    found = PairRows(path, tokenizer, max_seq_len=80, cache_dir=tmp_path / "cache", packing="none")
+    assert len(found) == 4
+    for row, pair in zip(map(found.__getitem__, range(4)), replies, strict=True):
+        assert documents_of(row) == [encoded(tokenizer, [{"role": "user", "content": "q"}], reply) for reply in pair]
+    lines = [{"prompt": "q", "completion": reply, "label": True} for pair in replies for reply in pair]
+    judged = write("judged.jsonl", [*lines, {"prompt": "r", "completion": "b", "label": False}])
+    assert JudgedRows(judged, tokenizer, max_seq_len=80, cache_dir=tmp_path / "cache").n_targets > 0
+
+
+def test_replies_of_several_turns_are_named_for_what_they_are(write, tokenizer, tmp_path):
+    roles = ("assistant", "user", "assistant")
+    one, two = ([{"role": role, "content": f"{role} {n}"} for role in roles] for n in (1, 2))
+    short = [{"role": "assistant", "content": "no"}]
+    lines = [{"prompt": [USER], "chosen": a, "rejected": b} for a, b in ((one, two), (one, short), (short, two))]
+    path = write("some.jsonl", lines)
+    with pytest.raises(UserError, match=r"no record of .* can be used; the first, line 1: the prompts before the last"):
+        PairRows(path, tokenizer, max_seq_len=160, cache_dir=tmp_path / "cache")
+    assert [line["line"] for line in only_rejected(tmp_path, "some.jsonl")] == [1, 2, 3]
