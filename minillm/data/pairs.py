@@ -80,9 +80,8 @@ class _ReplyRows(PackedRows):
             longest = int(max(length[one], length[two]))
             reason = None
             if longest > max_seq_len:
-                reason = (
-                    f"{longest + 1} tokens with one reply, --max_seq_len {max_seq_len} allows {max_seq_len + 1}: raise it"
-                )
+                limits = f"--max_seq_len {max_seq_len} allows {max_seq_len + 1}: raise it"
+                reason = f"{longest + 1} tokens with one reply, {limits}"
             elif not self._same_prompt(one, two, first):
                 reason = (
                     "the prompts before the last turns of the two replies are not the same tokens; where replies have "

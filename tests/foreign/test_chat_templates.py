@@ -399,6 +399,7 @@ def test_glm_ends_an_answer_where_the_next_turn_begins(opened):
 # ---- what cannot be proven ---------------------------------------------------------------------------------------
 
 PLAIN = LAYOUTS["metaspace_chatml"].template
+LOOP = "{% for m in messages %}"
 UNPROVEN = {
     "no end": (PLAIN.replace("<|im_end|>", ""), "ends the answer in message 1 with no end token"),
     "an end of its own": (
@@ -408,9 +409,9 @@ UNPROVEN = {
     ),
     "another header": (PLAIN.replace("{{ '<|im_start|>assistant", "{{ '<|im_start|>bot"), "in another way"),
     "a message left out": (
-        PLAIN.replace("{% for m in messages %}", "{% for m in messages if m['content'] != 'Hi' %}"), "leaves out message 0"
+        PLAIN.replace(LOOP, "{% for m in messages if m['content'][:2] != 'Hi' %}"), "leaves out message 0"
     ),
-    "a message twice": (PLAIN.replace("{% for m in messages %}", "{% for m in messages + messages[:1] %}"), "more than once"),
+    "a message twice": (PLAIN.replace(LOOP, "{% for m in messages + messages[:1] %}"), "more than once"),
     "other words": (PLAIN.replace("m['content']", "m['content'] | upper | replace('!', '')"), None),
     "an answer rewritten": (PLAIN.replace("m['content']", "m['content'][:1]"), "leaves out message 0|does not write"),
 }  # fmt: skip
