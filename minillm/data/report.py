@@ -5,6 +5,7 @@ how full are the rows, and is what the model is asked to predict really the text
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ def data_report(rows: PackedRows, tokenizer, *, n_frequent: int = 10) -> dict:
 
     Keys: those of ``rows.summary``; ``histogram`` [(from, to, documents)] of document lengths in pairs;
     ``bytes_per_target``; ``special_share`` of control tokens among targets; ``frequent_targets`` [(token id,
-    text, share)], most frequent first; ``warnings`` (list of sentences).
+    text, share)], most frequent first; ``control_texts`` {control token: how many texts hold its name as text};
+    ``warnings`` (list of sentences).
     """
     counts = rows.target_counts
     n_targets = max(1, int(counts.sum()))
@@ -44,6 +46,7 @@ def data_report(rows: PackedRows, tokenizer, *, n_frequent: int = 10) -> dict:
     report["bytes_per_target"] = rows.target_bytes / n_targets
     report["special_share"] = special_share
     report["frequent_targets"] = frequent
+    report["control_texts"] = _control_texts(rows, tokenizer) if isinstance(rows, TextRows) else {}
     report["warnings"] = _warnings(report, n_targets)
     return report
 
@@ -53,8 +56,26 @@ def special_ids(tokenizer) -> frozenset[int]:
     return frozenset(getattr(tokenizer, "special_ids", ())) | {tokenizer.eos_token_id}
 
 
+def _control_texts(rows: TextRows, tokenizer) -> dict[str, int]:
+    """Return how many texts hold the name of each control token, such as ``<|im_start|>``; none are left out."""
+    names = sorted((tokenizer.token_bytes(i).decode() for i in special_ids(tokenizer)), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, filter(str.strip, names))))
+    counts: dict[str, int] = {}
+    for file in rows.files:
+        for record in read_records(file, on_reject=lambda *bad: None):
+            for name in set(pattern.findall(record.text or "")):
+                counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items()))
+
+
 def _warnings(report: dict, n_targets: int) -> list[str]:
     warnings = []
+    if report["control_texts"]:
+        names = ", ".join(f"{name} in {n:,}" for name, n in report["control_texts"].items())
+        warnings.append(
+            f"texts hold the names of control tokens ({names} of {report['documents']:,}): they are read as ordinary "
+            "text, of several tokens each. Conversations belong into a file of messages, for train_sft.py"
+        )
     if report["special_share"] > MAX_SPECIAL_SHARE:
         warnings.append(
             f"special tokens are {report['special_share']:.1%} of the targets (usual: under "

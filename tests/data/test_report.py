@@ -98,3 +98,12 @@ def test_command_line(write, texts, talks, tokenizer, tmp_path, capsys):
         assert captured.err.startswith("error: ")
         assert captured.err.count("\n") == 1
         assert captured.out == ""
+
+
+def test_names_of_control_tokens_in_texts_are_counted(write, tokenizer, tmp_path):
+    chatml = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>"
+    path = write("texts.jsonl", [{"text": text} for text in (chatml, "plain text", "a <|im_end|> here", "b")])
+    report = data_report(TextRows(path, tokenizer, max_seq_len=40, cache_dir=tmp_path / "cache"), tokenizer)
+    assert report["control_texts"] == {"<|im_end|>": 2, "<|im_start|>": 1}
+    (warning,) = [text for text in report["warnings"] if "control tokens (" in text]
+    assert "<|im_end|> in 2, <|im_start|> in 1 of 4" in warning
