@@ -5,6 +5,7 @@ from itertools import islice
 import torch
 
 from minillm.data import read_records
+from minillm.errors import UserError
 from minillm.inference.generate import generate
 from minillm.tokenizer.chat import encode_chat
 
@@ -31,7 +32,10 @@ def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) ->
     for record in islice(_usable(files[0]), n_samples):
         question = next((m for m in record.messages if m["role"] == "user"), None)
         if question is not None:
-            ids = encode_chat(tokenizer, [question], add_generation_prompt=True)[0]
+            try:
+                ids = encode_chat(tokenizer, [question], add_generation_prompt=True)[0]
+            except UserError:  # training set it aside too, and said why
+                continue
             if len(ids) < model.config.max_position_embeddings:  # room for an answer
                 questions.append(question)
                 prompts.append(ids)

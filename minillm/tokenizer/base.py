@@ -16,6 +16,7 @@ from pathlib import Path
 import tokenizers
 
 from minillm.errors import UserError
+from minillm.tokenizer.chat_format import chat_format
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAG_TOKENS = (
@@ -191,8 +192,6 @@ class Tokenizer:
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end an answer, each once: the eos token, ``<|im_end|>`` where there is one, those that the model's
         generation_config.json names, and the one that its chat template writes behind an answer."""
-        from minillm.tokenizer.chat_format import chat_format  # which reads tokenizers itself
-
         names = ["<|im_end|>"]
         with contextlib.suppress(UserError):  # no template that works: chat says so, and texts do not need one
             names.append(chat_format(self).end_token)

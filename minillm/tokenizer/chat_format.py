@@ -13,7 +13,6 @@ from functools import lru_cache
 from importlib import resources
 
 from minillm.errors import UserError
-from minillm.tokenizer.base import Tokenizer
 from minillm.tokenizer.template import FILE, ChatTemplate, special_tokens, template_source
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -39,8 +38,8 @@ class ChatFormat:
 
 
 @lru_cache(maxsize=16)  # by the object: a Tokenizer never changes
-def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """Return the format of the tokenizer's conversations.
+def chat_format(tokenizer) -> ChatFormat:
+    """Return the format of the conversations of a ``Tokenizer``.
 
     Raises:
         UserError: the tokenizer has neither a chat template nor ChatML's tokens; the template does not compile or

@@ -27,7 +27,8 @@ invisible character; for the tokenizer the control tokens of the template are wr
 import json
 import re
 from bisect import bisect_right
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 
 import tokenizers
 
@@ -69,11 +70,9 @@ class _Text:
         """text: with marks and breakers. names: what to write for each control token; None: write them as they are.
         tail: a control token behind the text, learned."""
         self.is_guarded, self.tail = names is not None, tail
-        pieces = sorted(_PRIVATE.finditer(text), key=re.Match.start)
-        replaced = [(match.start(), match.end(), "") for match in pieces]
+        replaced = [(match.start(), match.end(), "") for match in _PRIVATE.finditer(text)]
         if names is not None:
-            pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-            replaced += [(match.start(), match.end(), names[match[0]]) for match in pattern.finditer(text)]
+            replaced += [(match.start(), match.end(), names[match[0]]) for match in _pattern(names).finditer(text)]
         parts, starts, shifts, end, shift = [], [0], [0], 0, 0
         for first, last, new in sorted(replaced):
             parts += [text[end:first], new]
@@ -81,8 +80,7 @@ class _Text:
             starts.append(last)
             shifts.append(shift)
         self.text = "".join([*parts, text[end:]])
-        move = lambda place: place + shifts[bisect_right(starts, place) - 1]  # noqa: E731
-        self.spans = [(move(first), move(last)) for first, last in spans]
+        self.spans = [tuple(place + shifts[bisect_right(starts, place) - 1] for place in span) for span in spans]
 
 
 class _Reader:
@@ -90,11 +88,12 @@ class _Reader:
 
     def __init__(self, tokenizer: Tokenizer, style: ChatFormat):
         self.tokenizer, self.style, self.template = tokenizer, style, style.template
-        spec = json.loads(tokenizer.files["tokenizer.json"]) | {"post_processor": None}
-        self._full = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
+        unused = {"post_processor": None, "truncation": None, "padding": None}
+        spec = json.loads(tokenizer.files["tokenizer.json"]) | unused
+        self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
         added = {token["content"]: token.get("special", False) for token in spec.get("added_tokens", ())}
         self._ends = [token for token in added if tokenizer.token_id(token) in tokenizer.end_ids]
-        self._end = re.compile("|".join(map(re.escape, sorted(self._ends, key=len, reverse=True))) or "(?!)")
+        self._end = _pattern(self._ends)
         # Control tokens: special ones, and others that the template itself writes.
         known = {*CONTROL_TOKENS, *TAG_TOKENS, *self._ends}
         written = {token for token in added if token.strip() and token in self.template.source}
@@ -297,7 +296,10 @@ class _Reader:
             try:
                 read = encoder.encode_batch([texts[place].text for place in places], add_special_tokens=False)
             except (TypeError, UnicodeEncodeError):
-                raise next(bad_text(texts[place].text) for place in places if not _is_utf8(texts[place].text)) from None
+                for place in places:
+                    if not _is_utf8(texts[place].text):
+                        raise bad_text(texts[place].text) from None
+                raise
             encodings |= zip(places, read, strict=True)
         return [self._with_mask(text, encodings[place]) for place, text in enumerate(texts)]
 
@@ -316,23 +318,21 @@ class _Reader:
             mask[0] = 0  # nothing stands before it that could predict it
         return ids, mask
 
-    @property
+    @cached_property
     def _guarded(self) -> tokenizers.Tokenizer:
         """The tokenizer with its control tokens under private names, so that their texts are ordinary text."""
-        if not hasattr(self, "_guarded_made"):
-            spec = json.loads(json.dumps(self._spec))
-            names, model = self._names, spec["model"]
-            for token in spec["added_tokens"]:
-                token["content"] = names.get(token["content"], token["content"])
-            vocabulary = model["vocab"]
-            if isinstance(vocabulary, dict):
-                model["vocab"] = {names.get(piece, piece): number for piece, number in vocabulary.items()}
-            else:
-                model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
-            if model.get("unk_token") in names:
-                model["unk_token"] = names[model["unk_token"]]
-            self._guarded_made = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
-        return self._guarded_made
+        spec = json.loads(json.dumps(self._spec))
+        names, model = self._names, spec["model"]
+        for token in spec["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {names.get(piece, piece): number for piece, number in vocabulary.items()}
+        else:
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
 @lru_cache(maxsize=16)
@@ -340,7 +340,8 @@ def _reader(tokenizer: Tokenizer) -> _Reader:
     return _Reader(tokenizer, chat_format(tokenizer))
 
 
-def _pattern(tokens: list[str]) -> re.Pattern:
+def _pattern(tokens: Iterable[str]) -> re.Pattern:
+    """Return what matches each of the tokens, of two that begin at one place the longer; nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
