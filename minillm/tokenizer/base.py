@@ -152,10 +152,16 @@ class Tokenizer:
 
     @cached_property
     def eos_token_id(self) -> int:
-        """``<|endoftext|>``, which begins and ends every document; else the eos_token of the directory."""
-        if self.has_token("<|endoftext|>"):
-            return self.token_id("<|endoftext|>")
+        """The token that a document ends with.
+
+        Where the directory names a bos_token, the eos_token beside it is meant: MiniMind, Llama, Mistral and DeepSeek
+        write ``bos text eos``. Where it names none, as Qwen's, or both are one token, as in ours, documents stand
+        between two ``<|endoftext|>``; the eos_token of Qwen's chat models ends a turn there, not a document.
+        """
         name = _token_name(self._settings.get("eos_token"))
+        name = name if name is not None and self.has_token(name) else None
+        if name is None or self._bos_name is None:
+            name = "<|endoftext|>" if self.has_token("<|endoftext|>") else name
         if name is None:
             raise UserError(
                 f"{self.origin} has no '<|endoftext|>' and no eos_token in tokenizer_config.json: add one"
@@ -164,9 +170,21 @@ class Tokenizer:
 
     @cached_property
     def bos_token_id(self) -> int:
-        """The token a document begins with: ``<|endoftext|>`` in ours, bos_token elsewhere, else the eos."""
+        """The token that a document begins with: the directory's bos_token, else the one that it ends with."""
+        return self.eos_token_id if self._bos_name is None else self.token_id(self._bos_name)
+
+    @property
+    def _bos_name(self) -> str | None:
         name = _token_name(self._settings.get("bos_token"))
-        return self.token_id(name) if name is not None and self.has_token(name) else self.eos_token_id
+        return name if name is not None and self.has_token(name) else None
+
+    def document(self, ids: list[int]) -> list[int]:
+        """Return a whole document, ``[bos, *ids, eos]``: so it is trained on, validated and measured."""
+        return [self.bos_token_id, *ids, self.eos_token_id]
+
+    def open_document(self, ids: list[int]) -> list[int]:
+        """Return the beginning of a document, ``[bos, *ids]``, for a model to continue."""
+        return [self.bos_token_id, *ids]
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -186,17 +204,38 @@ class Tokenizer:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the eos token, and that of a turn where there is one (some end documents with it)."""
-        return (self.eos_token_id, *([self.im_end_id] if self.has_token("<|im_end|>") else []))
+        """Ids that end an answer: the end of a document, and that of a turn where there is one."""
+        names = [_token_name(self._settings.get("eos_token")), "<|im_end|>", "<|endoftext|>"]
+        ids = [self.token_id(name) for name in names if name is not None and self.has_token(name)]
+        return tuple(dict.fromkeys([self.eos_token_id, *ids]))
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of what decides the ids: model, pre-tokenizer, normaliser, added tokens."""
+        """SHA-256 (hex) of what decides the ids of a text: model, pre-tokenizer, normaliser, added tokens."""
         spec = json.loads(self.files["tokenizer.json"])
         for unused in ("truncation", "padding", "post_processor"):
             spec.pop(unused, None)
-        canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+        return _hash(spec)
+
+    @property
+    def document_hash(self) -> str:
+        """SHA-256 (hex) of what decides the ids of a document: ``content_hash``, and what begins and ends it."""
+        return _hash([self.content_hash, self.bos_token_id, self.eos_token_id])
+
+    @property
+    def template_hash(self) -> str:
+        """SHA-256 (hex) of what a chat template makes of a conversation: its text, and the names it may write.
+
+        Wherever the template lies, in ``chat_template.jinja`` or in ``tokenizer_config.json``.
+        """
+        template = self.files.get("chat_template.jinja") or self._settings.get("chat_template")
+        names = {key: _token_name(value) for key, value in self._settings.items() if key.endswith("_token")}
+        return _hash([template or None, {key: name for key, name in names.items() if name is not None}])
+
+    @property
+    def encoding_hash(self) -> str:
+        """SHA-256 (hex) of all that decides the ids of a conversation: ``document_hash`` and ``template_hash``."""
+        return _hash([self.document_hash, self.template_hash])
 
     def save(self, path: str | Path) -> None:
         """Write the directory that ``load_tokenizer`` and transformers' AutoTokenizer open.
@@ -263,6 +302,11 @@ def _parse_json(text: str, name: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {type(value).__name__}, not a JSON object; train or copy it again")
     return value
+
+
+def _hash(value) -> str:
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def _mentions_byte_level(part: dict | None) -> bool:
