@@ -92,9 +92,10 @@ class Tokenizer:
     def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
         """Text of ``ids``; bytes that are no whole character become U+FFFD, never an error.
 
-        ``skip_special_tokens`` leaves out control and spare tokens; tags such as ``<think>`` are shown.
+        ``skip_special_tokens`` leaves out control and spare tokens; tags such as ``<think>`` are shown. Ids above the
+        vocabulary say nothing: embeddings are often padded to a round number, and a model may draw one of those.
         """
-        ids = [int(i) for i in ids]
+        ids = [i for i in map(int, ids) if i < self.vocab_size]
         if skip_special_tokens:
             ids = [i for i in ids if i not in self._special_ids]
         if not self._joins_bytes:

@@ -8,8 +8,10 @@ import torch
 
 from minillm.data import StepBatches
 from minillm.lora import disable_lora
+from minillm.training import hardware
 from minillm.training.reference import reply_log_probs
 from minillm.training.tracking import read_metrics
+from minillm.training.validation import evaluate_loss
 from tests.contracts.harness import CONFIG, MOE_CONFIG, tiny_model
 
 from .pair_runs import RaggedPairs, arguments, train
@@ -21,6 +23,12 @@ KINDS = {
     "adapter with pissa": {"lora_name": "a", "lora_init": "pissa", "lora_rank": 3},
     "cached": {"reference": "cached"},
 }
+
+
+@pytest.fixture(autouse=True)
+def no_measured_speed(monkeypatch):
+    """How fast this machine multiplies is measured in every run, for a figure that no test here looks at."""
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: None)
 
 
 def first_batch(rows=None):
@@ -51,6 +59,23 @@ def test_step_0_is_ln_2_and_nothing_has_moved(tmp_path, kind, config, dtype):
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-2 if "pissa" in kind else 1e-7, rel=0)
     if "pissa" not in kind:
         assert (row["margin"], row["reward_chosen"], row["reward_rejected"], row["kl"]) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["copy", "cached", "adapter"])
+def test_validation_is_ln_2_too(tmp_path, kind):
+    """There the kernels are others than in training, for the policy and for its reference, of whatever kind."""
+    results = []
+
+    def validate(run, reference):
+        rows = reference.add_to(RaggedPairs(3), training=False)
+        loader = StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False)
+        results.append(evaluate_loss(run.engine.module, loader, run))
+
+    args = arguments(tmp_path, max_steps=1, dtype="bfloat16", batch_size=3, **KINDS[kind])
+    train(args, before_update=validate, n_rows=3)
+    (result,) = results
+    assert (result["kl"], result["margin"], result["reward_chosen"]) == (0, 0, 0)
+    assert result["loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
