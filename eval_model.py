@@ -100,7 +100,7 @@ def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> l
     """Return the ids before the answer: a conversation in the chat modes, plain text in mode 0."""
     if args.model_mode == 0:
         text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-        return [tokenizer.bos_token_id, *tokenizer.encode(text)]
+        return tokenizer.open_document(tokenizer.encode(text))
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if args.system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": args.system}, *turns]

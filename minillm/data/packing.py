@@ -2,8 +2,8 @@
 
 The shift happens here, once, and nowhere else. A stored document of n + 1 tokens gives n pairs:
 
-    stored        e   a   b   c   e      e is <|endoftext|>, first and last token of a text
-    input_ids     e   a   b   c          all tokens but the last
+    stored        s   a   b   c   e      s begins a text and e ends it; in our own tokenizers both are <|endoftext|>
+    input_ids     s   a   b   c          all tokens but the last
     targets       a   b   c   e          all tokens but the first: targets[t] is the token after input_ids[t]
     position_ids  0   1   2   3
 
@@ -21,13 +21,15 @@ Rows are filled with *pieces*: stretches of pairs, each from one document. In a 
     position_ids    0 1 2 3 4 0 1 2 0 0
 """
 
+import hashlib
+import json
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from minillm.data.shards import TokenStore
+from minillm.data.shards import TokenStore, encoding_identity, split_paths
+from minillm.data.split import DataFiles
 from minillm.errors import UserError
 
 IGNORE_INDEX = -100
@@ -156,9 +158,16 @@ class PackedRows:
     summary: dict
     target_bytes: int
 
-    def __init__(self, store: TokenStore, tokenizer, files: list[Path], *, max_seq_len: int, fixed_len: int | None):
-        self.store, self.tokenizer, self.files = store, tokenizer, files
+    def __init__(self, store: TokenStore, tokenizer, source: DataFiles, *, max_seq_len: int, fixed_len: int | None):
+        self.store, self.tokenizer, self.source, self.files = store, tokenizer, source, split_paths(source)
         self.max_seq_len, self.fixed_len = max_seq_len, fixed_len
+
+    def hash_with(self, *settings) -> str:
+        """Return the hash of everything that decides these rows: data, tokenizer, and ``settings`` (JSON values)."""
+        encoding = encoding_identity(self.tokenizer, is_text=not self.store.has_mask)
+        files = [shard.meta["sha256"] for shard in self.store.shards]
+        everything = [*settings, encoding, self.source.key, files]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def set_pieces(self, pieces: Pieces, packing: str, seed: int) -> None:
         """Lay ``pieces`` out in rows: ``best_fit`` packs them, ``none`` gives each a row of its own."""

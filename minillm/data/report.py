@@ -52,7 +52,7 @@ def data_report(rows: PackedRows, tokenizer, *, n_frequent: int = 10) -> dict:
 
 
 def special_ids(tokenizer) -> frozenset[int]:
-    """Return the ids of control tokens: those of the tokenizer, at least <|endoftext|>."""
+    """Return the ids of control tokens: those of the tokenizer, at least the one that ends a document."""
     return frozenset(getattr(tokenizer, "special_ids", ())) | {tokenizer.eos_token_id}
 
 

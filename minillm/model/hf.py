@@ -106,7 +106,7 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save(path)
         generation["eos_token_id"] = list(tokenizer.end_ids)
-        generation["pad_token_id"] = tokenizer.eos_token_id
+        generation["pad_token_id"] = tokenizer.pad_token_id
     _write_json(path / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
 
 

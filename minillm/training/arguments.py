@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.data.split import DataFiles
 from minillm.errors import UserError
 from minillm.training.command_line import require
 from minillm.training.scale_arguments import ScaleArguments
@@ -18,6 +19,9 @@ class TrainArguments(ScaleArguments):
     """Training data: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
     valid_path: str = ""
     """Validation data; empty: no validation."""
+    valid_ratio: float = 0.0
+    """Without --valid_path: share of the training records to hold out for validation, such as 0.01. They are chosen by
+    a hash of their content, so they are the same in every run and when the file grows."""
     save_dir: str = "out"
     """Directory that holds the run directories."""
     tokenizer_path: str = ""
@@ -118,6 +122,9 @@ class TrainArguments(ScaleArguments):
         other = "choose at least 2, or add --norm_topk_prob 0 (with softmax scores --use_qk_norm too)"
         require(not one_weight, f"--num_experts_per_tok 1: {message}; {other}")
         require(bool(self.data_files), "--data_path names no file: give at least one")
+        require(0 <= self.valid_ratio < 1, f"--valid_ratio {self.valid_ratio}: must be at least 0 and below 1")
+        one_source = not (self.valid_ratio and self.valid_path)
+        require(one_source, f"--valid_ratio {self.valid_ratio} and --valid_path {self.valid_path}: choose one of them")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
 
@@ -146,6 +153,18 @@ class TrainArguments(ScaleArguments):
     def valid_files(self) -> list[str]:
         """Return the files of ``--valid_path``."""
         return [part.strip() for part in self.valid_path.split(",") if part.strip()]
+
+    @property
+    def train_data(self) -> DataFiles:
+        """Return the records to train on: those of ``--data_path``, without what ``--valid_ratio`` holds out."""
+        return DataFiles(self.data_files, self.valid_ratio, "train")
+
+    @property
+    def valid_data(self) -> DataFiles | None:
+        """Return the records to validate with: of ``--valid_path``, or held out; None without validation."""
+        if self.valid_ratio:
+            return DataFiles(self.data_files, self.valid_ratio, "valid")
+        return DataFiles(self.valid_files) if self.valid_files else None
 
     @property
     def token_cache(self) -> str:

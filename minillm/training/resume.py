@@ -15,8 +15,9 @@ COUNTERS = (
 # Flags that decide the schedule, the updates and the order of the data: a run that goes on with others is another run.
 FLAGS = (
     "seed", "max_seq_len", "learning_rate", "lr_scheduler", "warmup_ratio", "min_lr_ratio", "decay_ratio",
-    "weight_decay", "adam_beta1", "adam_beta2", "grad_clip",
+    "weight_decay", "adam_beta1", "adam_beta2", "grad_clip", "valid_ratio",
 )  # fmt: skip
+CHAT_TEMPLATE = "chat template"
 SHARDS = "shards"  # of a checkpoint that all ranks have written together
 
 
@@ -25,7 +26,7 @@ def identity_of(run) -> dict:
     schedule, the model and the loss."""
     return {
         "data": run.loader.rows.data_hash,
-        "tokenizer": getattr(run.tokenizer, "content_hash", None),
+        **_encoding(run),
         **{name: getattr(run.args, name) for name in FLAGS},
         "rows_per_step": run.rows_per_step,
         "total_steps": run.total_steps,
@@ -33,6 +34,19 @@ def identity_of(run) -> dict:
         **run.balance.settings(),
         **run.output.settings(),
         **run.settings,
+    }
+
+
+def _encoding(run) -> dict:
+    """Return what decides the ids of the data; it is in the data's hash too, but here a difference can be named."""
+    if run.tokenizer is None:
+        return {}
+    store = getattr(run.loader.rows, "store", None)
+    is_chat = store is not None and store.has_mask  # texts know no chat template
+    return {
+        "tokenizer": run.tokenizer.content_hash,
+        "tokens around a document": f"{run.tokenizer.bos_token_id} and {run.tokenizer.eos_token_id}",
+        **({CHAT_TEMPLATE: run.tokenizer.template_hash} if is_chat else {}),
     }
 
 
@@ -165,6 +179,11 @@ def _refuse_another_run(run, state: dict, path: Path) -> None:
              if was.get(name) != now.get(name)]  # fmt: skip
     if (n_rows := state["identity"].get("rows_per_step")) != run.rows_per_step:
         different.append(f"--global_batch_size {n_rows} keeps the rows per step on any number of ranks")
+    if state["identity"].get(CHAT_TEMPLATE) != identity_of(run).get(CHAT_TEMPLATE):
+        different.append(
+            f"the chat template changed: {run.tokenizer.origin} holds another one than {path}, whose template goes "
+            f"with this run"
+        )
     text = "; ".join(different + files)
     raise UserError(
         f"--from_resume: {path} was made with other data or settings ({text}); go on with those, or begin anew without "

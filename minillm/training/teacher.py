@@ -1,5 +1,6 @@
 """The teacher of a distillation: a frozen model, or its best tokens kept on disk."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,15 +10,15 @@ from minillm.errors import UserError
 from minillm.losses import top_k_teacher
 from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
-from minillm.training.column_cache import cached_columns, weights_hash
-from minillm.training.weights import pth_config
+from minillm.training.column_cache import cached_columns, model_hash
+from minillm.training.weights import other_format, pth_config
 
 
 class Teacher:
     """A frozen model that says how likely every next token is.
 
     Attributes:
-        hash: of its weights.
+        hash: of its weights and configuration.
 
     Raises:
         UserError: there are no such weights, or they were trained with another tokenizer: equal ids would mean
@@ -37,8 +38,14 @@ class Teacher:
                     f"({tokenizer.vocab_size}): logits compare over one vocabulary only; give both the same one, or "
                     f"let the teacher write texts and train on them with train_sft.py"
                 )
+            if run.ranks.is_main and (difference := other_format(tokenizer, theirs)):
+                print(
+                    f"note: --teacher {args.teacher} was trained with {difference} than the student's: both read the "
+                    f"student's, which the teacher may know less well",
+                    file=sys.stderr,
+                )
         self.model = load_model(path, device=run.device, dtype=torch.float32, config=config).requires_grad_(False)
-        self.hash = weights_hash(self.model)
+        self.hash = model_hash(self.model)
         # In training mode, as the student: both take the same way through the same kernels, and there is no dropout.
         self.model.train()
         if self.model.config.vocab_size < tokenizer.vocab_size:
@@ -88,13 +95,13 @@ class Teacher:
                     "temperature": args.temperature,
                     "vocab_size": vocab_size,
                     "dtype": str(self.run.dtype).removeprefix("torch."),
+                    "device": self.run.device.type,
                 },
                 compute=compute,
                 bytes_per_position=args.top_k * (id_dtype.itemsize + 2),
                 max_gib=args.max_cache_gib,
                 flag="--teacher_cache",
                 batch_size=args.batch_size,
-                must_fit=bool(args.teacher_cache),
             )
         )
 

@@ -1,6 +1,8 @@
 """Where a model comes from: a new one from a preset, or the weights that ``--from_weight`` names."""
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -81,7 +83,7 @@ def create_model(args: TrainArguments, tokenizer, *, dtype: torch.dtype = torch.
             longer than the model's positions.
     """
     config = preset_config(
-        args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
+        args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     if not args.from_weight:
         config = scale_positions(config, args)
@@ -113,7 +115,7 @@ def pth_config(path: Path, args: ModelArguments, tokenizer) -> ModelConfig:
     given = args.model_overrides()
     given = {name: value for name, value in given.items() if value != usual.get(name)}
     fallback = PRESETS[args.preset] | args.expert_defaults()
-    fallback |= {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    fallback |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return infer_config(path, given=given, fallback=fallback)
 
 
@@ -150,7 +152,9 @@ def scale_positions(config: ModelConfig, args: ModelArguments) -> ModelConfig:
 def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
     """Raise ``UserError`` unless ``tokenizer`` is the one that the weights at ``path`` were trained with.
 
-    With another one of the same size every id would mean another text, and nothing else would say so.
+    With another one of the same size every id would mean another text, and nothing else would say so. Another chat
+    template, or other tokens around a document, are allowed, since a model may well be taught a new format; a note
+    says so.
     """
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
@@ -158,11 +162,31 @@ def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
             f"{model.config.vocab_size}; give --tokenizer_path the tokenizer these weights were trained with"
         )
     folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).content_hash != tokenizer.content_hash:
+    if not (folder / "tokenizer.json").is_file():
+        return
+    theirs = load_tokenizer(folder)
+    if theirs.content_hash != tokenizer.content_hash:
         raise UserError(
             f"the tokenizer ({tokenizer.vocab_size} tokens) is not the one that lies beside the weights in {folder}: "
             f"leave --tokenizer_path out, or give it that directory"
         )
+    difference = other_format(tokenizer, theirs)
+    if difference and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"note: {tokenizer.origin} has {difference} than the weights in {folder}; its own is used from now on "
+            f"(leave --tokenizer_path out to keep that of the weights)",
+            file=sys.stderr,
+        )
+
+
+def other_format(tokenizer, theirs) -> str:
+    """Return in words how two tokenizers of one vocabulary differ in what they write; empty where they agree."""
+    differences = []
+    if tokenizer.document_hash != theirs.document_hash:
+        differences.append("other tokens around a document")
+    if tokenizer.template_hash != theirs.template_hash:
+        differences.append("another chat template")
+    return " and ".join(differences)
 
 
 def _check_positions(config: ModelConfig, args: TrainArguments) -> None:

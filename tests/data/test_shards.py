@@ -43,7 +43,7 @@ def test_chunks_change_nothing_and_are_bounded(write, texts, tokenizer, tmp_path
     sizes = []
 
     class Spy:
-        vocab_size, eos_token_id, content_hash = tokenizer.vocab_size, tokenizer.eos_token_id, "spy"
+        vocab_size, document, document_hash = tokenizer.vocab_size, tokenizer.document, "spy"
 
         def encode_batch(self, batch):
             sizes.append(sum(map(len, batch)))
@@ -85,7 +85,8 @@ def test_a_shard_whose_description_changed_is_made_anew(write, tokenizer, tmp_pa
 
 def test_large_vocabularies_take_four_bytes(write, tokenizer, tmp_path):
     class Large:
-        vocab_size, eos_token_id, content_hash = 70_000, 69_999, "large"
+        vocab_size, document_hash = 70_000, "large"
+        document = staticmethod(lambda ids: [69_999, *ids, 69_999])
         encode_batch = staticmethod(tokenizer.encode_batch)
 
     (shard,) = prepare(write("a.jsonl", [{"text": "fox"}]), Large(), kind="text", cache_dir=tmp_path)

@@ -82,7 +82,7 @@ def reference(directory):
 
 def test_the_vocabulary(foreign, layout):
     assert [foreign.token_id(token) for token in CONTROL] == [0, 1, 2]
-    assert (foreign.eos_token_id, foreign.bos_token_id, foreign.pad_token_id, foreign.vocab_size) == (0, 1, 0, 700)
+    assert (foreign.eos_token_id, foreign.bos_token_id, foreign.pad_token_id, foreign.vocab_size) == (2, 1, 0, 700)
     assert (foreign.im_start_id, foreign.im_end_id) == (1, 2)
     assert foreign.has_token("<think>") == (layout == "v3")
     assert not foreign.has_token("<answer>")
