@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None):
                     seed=args.seed,
                     cache_dir=args.token_cache,
                     strict=args.strict,
+                    columns=args.columns,
                 )
             )
 
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None):
 
         # Save
         sample = sample_answers if train_rows.store.has_mask else sample_completions
-        return run.finish(samples=lambda: sample(run.model, tokenizer, args.valid_files or args.data_files))
+        files = args.valid_files or args.data_files
+        return run.finish(samples=lambda: sample(run.model, tokenizer, files, columns=args.columns))
 
 
 if __name__ == "__main__":

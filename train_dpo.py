@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None):
                     seed=args.seed,
                     cache_dir=args.token_cache,
                     strict=args.strict,
+                    columns=args.columns,
                 )
             )
             return found if reference is None else reference.add_to(found)
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+        files = args.valid_files or args.data_files
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, files, columns=args.columns))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None):
                 packing=args.packing,
                 cache_dir=args.token_cache,
                 strict=args.strict,
+                columns=args.columns,
             )
 
         train_rows = run.ranks.main_first(lambda: rows(args.data_files))
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish(samples=lambda: sample_completions(run.model, tokenizer, args.valid_files or args.data_files))
+        files = args.valid_files or args.data_files
+        return run.finish(samples=lambda: sample_completions(run.model, tokenizer, files, columns=args.columns))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None):
                 "seed": args.seed,
                 "cache_dir": args.token_cache,
                 "strict": args.strict,
+                "columns": args.columns,
             }
             return run.ranks.main_first(lambda: kind(files, tokenizer, **settings, **more))
 
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+        files = args.valid_files or args.data_files
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, files, columns=args.columns))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class ChatRows(PackedRows):
     """Rows of conversations.
 
     Args:
-        path: a file, a comma-separated list, or a list of files with conversations (any chat schema).
+        path: files with conversations (any chat schema); whatever ``expand_paths`` takes.
         max_seq_len: row length T in pairs. A longer conversation is cut there; one that has no target left is
             rejected with its line number.
         train_on: "all", "last" or "per_turn", see above.
@@ -37,6 +37,7 @@ class ChatRows(PackedRows):
             each a row of its own.
         cache_dir: where tokenised files are kept (the same for every train_on and packing).
         seed: of the packing. strict: a bad line, or a conversation without target within T, is fatal.
+        columns: the files' names for our keys, ``prompt=question,completion=answer``.
 
     What follows a conversation's last target is left out of the row: nothing would be learned from it.
     ``target_bytes`` counts the targets' UTF-8 bytes, control tokens 0. Raises UserError for bad arguments and
@@ -56,6 +57,7 @@ class ChatRows(PackedRows):
         cache_dir: str | Path = "out/.token_cache",
         seed: int = 0,
         strict: bool = False,
+        columns: str = "",
     ):
         check_max_seq_len(max_seq_len)
         if packing not in PACKINGS:
@@ -63,7 +65,8 @@ class ChatRows(PackedRows):
         if train_on not in TRAIN_ON:
             raise UserError(f"train_on {train_on!r}: allowed are {', '.join(TRAIN_ON)}")
         files = split_paths(path)
-        store = TokenStore(prepare(files, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
+        settings = {"cache_dir": cache_dir, "strict": strict, "columns": columns}
+        store = TokenStore(prepare(files, tokenizer, kind=self.kind, **settings))
         fixed_len = None if packing == "none" else max_seq_len
         super().__init__(store, tokenizer, files, max_seq_len=max_seq_len, fixed_len=fixed_len)
 
@@ -86,6 +89,7 @@ class ChatRows(PackedRows):
         self.log_prob = store.log_prob() if train_on != "last" and has_target.all() and not n_cut else None
         settings = [self.kind, max_seq_len, packing, train_on, seed, tokenizer.content_hash]
         settings += [shard.meta["sha256"] for shard in store.shards]
+        settings += [columns] if columns else []  # another choice of columns is other data
         self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         places = store.publish_rejected(files, lost, Path(cache_dir))
         wanted = (end - first)[is_last] if train_on == "last" else end - first

@@ -41,12 +41,14 @@ class _ReplyRows(PackedRows):
         cache_dir: str | Path = "out/.token_cache",
         seed: int = 0,
         strict: bool = False,
+        columns: str = "",
     ):
         check_max_seq_len(max_seq_len)
         if packing not in PACKINGS:
             raise UserError(f"packing {packing!r} for replies: allowed are {', '.join(PACKINGS)}")
         files = split_paths(path)
-        store = TokenStore(prepare(files, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
+        settings = {"cache_dir": cache_dir, "strict": strict, "columns": columns}
+        store = TokenStore(prepare(files, tokenizer, kind=self.kind, **settings))
         row_len = self.documents_in_a_row * max_seq_len
         fixed_len = None if packing == "none" else row_len
         super().__init__(store, tokenizer, files, max_seq_len=row_len, fixed_len=fixed_len)
@@ -64,6 +66,7 @@ class _ReplyRows(PackedRows):
         self.n_targets, self.log_prob, self.target_bytes = float(len(kept)), None, 0
         settings = [self.kind, max_seq_len, packing, seed, tokenizer.content_hash]
         settings += [shard.meta["sha256"] for shard in store.shards]
+        settings += [columns] if columns else []  # another choice of columns is other data
         self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         places = store.publish_rejected(files, lost, Path(cache_dir))
         n_lost = sum(map(len, lost))
@@ -113,10 +116,10 @@ class PairRows(_ReplyRows):
     """Rows of pairs, chosen and rejected in turn.
 
     Args:
-        path: a file, a comma-separated list, or a list of files with preferences (``chosen``, ``rejected``).
+        path: files with preferences (``chosen``, ``rejected``); whatever ``expand_paths`` takes.
         max_seq_len: the longest conversation in pairs of tokens; a row holds two of them or more shorter ones.
         packing: "best_fit" fills rows with pairs; "none" gives each a row of its own.
-        cache_dir, seed, strict: as for ``ChatRows``.
+        cache_dir, seed, strict, columns: as for ``ChatRows``.
 
     ``n_targets`` counts pairs. Raises UserError for bad arguments and files, and when no pair fits.
     """

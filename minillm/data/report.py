@@ -149,7 +149,8 @@ def _paint(tokens: list[tuple[int, bool]], tokenizer) -> str:
 def open_rows(data_path: str, tokenizer, *, kind: str = "auto", **settings) -> PackedRows:
     """Return ``TextRows`` or ``ChatRows`` of the files, as ``kind`` says; "auto" asks the first usable record."""
     if kind == "auto":
-        first = next(iter(read_records(split_paths(data_path)[0], on_reject=lambda *bad: None)))
+        file, columns = split_paths(data_path)[0], settings.get("columns", "")
+        first = next(iter(read_records(file, on_reject=lambda *bad: None, columns=columns)))
         if first.kind not in ("text", "chat"):
             raise UserError(f"{data_path} holds {first.kind} records; the report reads text and conversations")
         kind = first.kind
@@ -161,7 +162,9 @@ class ReportArguments:
     """Read data files as training would, and print what is in them."""
 
     data_path: str
-    """Data files, separated by commas."""
+    """Data files, separated by commas; directories and patterns (data/*.jsonl) too."""
+    columns: str = ""
+    """The files' names for our keys: prompt=question,completion=answer."""
     tokenizer_path: str = "out/tokenizer"
     """Directory with tokenizer.json."""
     kind: Literal["auto", "text", "chat"] = "auto"
@@ -184,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         tokenizer = load_tokenizer(args.tokenizer_path)
         settings = {"max_seq_len": args.max_seq_len, "cache_dir": args.cache_dir, "strict": args.strict}
+        settings["columns"] = args.columns
         report = data_report(open_rows(args.data_path, tokenizer, kind=args.kind, **settings), tokenizer)
         if args.json_path:
             text = json.dumps(report, ensure_ascii=False, indent=1)

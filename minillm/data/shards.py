@@ -32,19 +32,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minillm.data.columns import parse_columns
+from minillm.data.files import check_file, expand_paths
 from minillm.data.judged import mismatched
 from minillm.data.reasoning import parse_reasoning
 from minillm.data.rejects import publish_rejected, reject_line
-from minillm.data.schema import Record, check_file, read_records
+from minillm.data.schema import Record, read_records
 from minillm.data.sealed import read_sealed, write_sealed
 from minillm.errors import UserError
 from minillm.tokenizer.chat import encode_chat, encode_chats
 
-FORMAT = 1  # raise it when the files' meaning changes: old shards are then ignored
+FORMAT = 2  # raise it when the files' meaning changes: old shards are then ignored
 CHUNK_CHARS = 1 << 20  # text handed to the tokenizer at once; its working memory is about 200 times this
 CHUNK_RECORDS = 8192
 COLUMNS = {"offsets": np.int64, "lines": np.int64, "bytes": np.int64, "log_prob": np.float64}
 LABEL = {"label": np.int8}
+STAGES = {
+    "text": "train_pretrain.py", "chat": "train_sft.py", "preference": "train_dpo.py",
+    "judged": "train_dpo.py --loss_type kto",
+}  # fmt: skip
 
 
 class Shard:
@@ -107,33 +113,34 @@ class Shard:
 
 
 def split_paths(path: str | Path | list) -> list[Path]:
-    """Return the files of a path, a comma-separated list, or a list of either."""
-    if isinstance(path, (list, tuple)):
-        return [part for item in path for part in split_paths(item)]
-    parts = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
-    if not parts:
+    """Return the files that ``path`` names (see ``expand_paths``), at least one."""
+    files = expand_paths(path)
+    if not files:
         raise UserError("no data file given: set --data_path")
-    return parts
+    return files
 
 
-def prepare(path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool = False) -> list[Shard]:
+def prepare(
+    path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool = False, columns: str = ""
+) -> list[Shard]:
     """Return the shards of all files, tokenising those that the cache lacks.
 
     Where the cache is complete nothing is written: in a distributed run let rank 0 call this first, wait at
     a barrier, then let the others call it.
 
     Args:
-        path: a file, a comma-separated list, or a list.
+        path: whatever ``expand_paths`` takes.
         kind: the records expected: "text", "chat", "reason" (chats whose last answer thinks first, see
             ``parse_reasoning``), "preference", "judged" (which takes preferences too, as a good and a bad answer).
         strict: a bad line is fatal.
+        columns: the files' names for our keys (see ``columns.py``); another choice is another shard.
 
     Raises UserError for unreadable files, files without a usable record, an unwritable cache directory.
     """
     files = [check_file(file) for file in split_paths(path)]
     if kind != "text":  # a tokenizer without chat tokens is one error, not one per record
         encode_chat(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    shards = [_prepare_one(file, tokenizer, kind, Path(cache_dir), strict) for file in files]
+    shards = [_prepare_one(file, tokenizer, kind, Path(cache_dir), strict, columns) for file in files]
     for file, shard in zip(files, shards, strict=True):
         if strict and shard.meta["n_rejected"]:
             first = json.loads(next(shard.rejected_lines()))
@@ -150,11 +157,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _prepare_one(file: Path, tokenizer, kind: str, cache_dir: Path, strict: bool) -> Shard:
+def _prepare_one(file: Path, tokenizer, kind: str, cache_dir: Path, strict: bool, columns: str) -> Shard:
     content = file_hash(file)
     # A .txt and a .jsonl of equal bytes read differently, so the kind of file belongs to the key.
-    settings = [FORMAT, kind, "".join(file.suffixes[-2:]), content, tokenizer.content_hash]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    settings = [FORMAT, kind, "".join(file.suffixes[-2:]), content, tokenizer.content_hash, parse_columns(columns)]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     final = cache_dir / key
     shard = Shard.open_if_whole(final)
     if shard is not None:
@@ -165,7 +172,7 @@ def _prepare_one(file: Path, tokenizer, kind: str, cache_dir: Path, strict: bool
         remove_orphans(cache_dir, key)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write(partial, file, tokenizer, kind, strict, content)
+        _write(partial, file, tokenizer, kind, strict, content, columns)
         if final.exists():  # damaged, or another process was faster: either way ours is whole
             shutil.rmtree(final, ignore_errors=True)
         with contextlib.suppress(FileExistsError):
@@ -194,7 +201,7 @@ def remove_orphans(cache_dir: Path, key: str) -> None:
             continue  # alive, another user's
 
 
-def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, content: str) -> None:
+def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, content: str, columns: str) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     names = ["tokens", *COLUMNS] + (["mask"] if kind != "text" else []) + (["label"] if kind == "judged" else [])
     counts = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0, "n_rejected": 0}
@@ -219,7 +226,8 @@ def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, cont
             counts["n_rejected"] += 1
             rejects.write(reject_line(line, reason, raw))
 
-        wanted = _only(kind, read_records(source, strict=strict, on_reject=reject), reject)
+        records = read_records(source, strict=strict, on_reject=reject, columns=columns)
+        wanted = _only(kind, records, reject)
         for chunk in _chunks(wanted):
             encoded = _encode(chunk, tokenizer, kind, reject)
             _append(files, encoded, dtype, counts)
@@ -245,7 +253,8 @@ def _is(kind: str, record: Record, reject) -> bool:
     wanted = {"judged": ("judged", "preference"), "reason": ("chat",)}.get(kind, (kind,))
     try:
         if record.kind not in wanted:
-            raise UserError(f"a {record.kind} record, where {wanted[0]} records are expected")
+            meant = STAGES[record.kind]
+            raise UserError(f"a {record.kind} record, where {wanted[0]} records are expected: it is data for {meant}")
         if kind == "reason":
             answer = [message for message in record.messages if message["role"] == "assistant"][-1]
             thinking = answer.get("reasoning_content")

@@ -19,13 +19,14 @@ class TextRows(PackedRows):
     """Rows of plain text. A document of n tokens, stored with <|endoftext|> at both ends, gives n + 1 pairs.
 
     Args:
-        path: a file, a comma-separated list, or a list of files with ``{"text"}`` records, or ``.txt``.
+        path: files with ``{"text"}`` records, or ``.txt``; whatever ``expand_paths`` takes.
         max_seq_len: row length T in pairs.
         packing: "stream" lays all documents end to end and cuts every T pairs, so only the last row is short;
             a document that goes on in the next row restarts there at position 0, without its beginning.
             "best_fit" keeps documents whole and fills rows with those that fit; "none" gives each a row of
             its own. In both, a document of more than T pairs is cut into rows.
         cache_dir: where tokenised files are kept. strict: a bad line is fatal. seed: of the packing.
+        columns: the files' names for our keys, ``text=content``.
 
     ``target_bytes`` counts the documents' UTF-8 bytes; <|endoftext|> counts 0. ``summary["cut"]`` counts the
     documents longer than a row. Raises UserError for bad arguments and files (see ``prepare``).
@@ -41,12 +42,13 @@ class TextRows(PackedRows):
         cache_dir: str | Path = "out/.token_cache",
         strict: bool = False,
         seed: int = 0,
+        columns: str = "",
     ):
         check_max_seq_len(max_seq_len)
         if packing not in PACKINGS:
             raise UserError(f"packing {packing!r} for text: allowed are {', '.join(PACKINGS)}")
         files = split_paths(path)
-        store = TokenStore(prepare(files, tokenizer, kind="text", cache_dir=cache_dir, strict=strict))
+        store = TokenStore(prepare(files, tokenizer, kind="text", cache_dir=cache_dir, strict=strict, columns=columns))
         fixed_len = None if packing == "none" else max_seq_len
         super().__init__(store, tokenizer, files, max_seq_len=max_seq_len, fixed_len=fixed_len)
         self.packing = packing
@@ -61,6 +63,7 @@ class TextRows(PackedRows):
         self.log_prob = store.log_prob()
         settings = ["text", max_seq_len, packing, seed, tokenizer.content_hash]
         settings += [shard.meta["sha256"] for shard in store.shards]
+        settings += [columns] if columns else []  # another choice of columns is other data
         self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         cut = int(np.count_nonzero(np.diff(store.offsets) - 1 > max_seq_len))
         places = store.publish_rejected(files, [[] for _ in files], Path(cache_dir))

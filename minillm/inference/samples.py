@@ -11,10 +11,12 @@ from minillm.tokenizer.chat import encode_chat
 MAX_NEW_TOKENS = 64
 
 
-def sample_completions(model, tokenizer, files: list[str], *, n_samples: int = 4) -> list[tuple[str, str]]:
+def sample_completions(
+    model, tokenizer, files: list[str], *, n_samples: int = 4, columns: str = ""
+) -> list[tuple[str, str]]:
     """Return ``(beginning, continuation)`` for the first quarter of the first ``n_samples`` texts of ``files``."""
     beginnings = []
-    for record in islice(_usable(files[0]), n_samples):
+    for record in islice(_usable(files[0], columns), n_samples):
         ids = tokenizer.encode(record.text)
         beginnings.append(ids[: max(1, min(len(ids) // 4, 32))])
     prompts = [[tokenizer.eos_token_id, *ids] for ids in beginnings]
@@ -22,13 +24,15 @@ def sample_completions(model, tokenizer, files: list[str], *, n_samples: int = 4
     return [(tokenizer.decode(ids), answer) for ids, answer in zip(beginnings, answers, strict=True)]
 
 
-def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) -> list[tuple[str, str]]:
+def sample_answers(
+    model, tokenizer, files: list[str], *, n_samples: int = 6, columns: str = ""
+) -> list[tuple[str, str]]:
     """Return ``(question, answer)`` for the first user turn of the first ``n_samples`` conversations of ``files``.
 
     A conversation without a user turn, or with one that fills the model's positions, gives none.
     """
     questions, prompts = [], []
-    for record in islice(_usable(files[0]), n_samples):
+    for record in islice(_usable(files[0], columns), n_samples):
         question = next((m for m in record.messages if m["role"] == "user"), None)
         if question is not None:
             ids = encode_chat(tokenizer, [question], add_generation_prompt=True)[0]
@@ -39,9 +43,9 @@ def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) ->
     return [(question["content"], answer) for question, answer in zip(questions, answers, strict=True)]
 
 
-def _usable(file: str):
+def _usable(file: str, columns: str):
     """The file's records; its bad lines were reported when the data was read, and are left as they are."""
-    return read_records(file, on_reject=lambda *bad: None)
+    return read_records(file, on_reject=lambda *bad: None, columns=columns)
 
 
 def _generate(model, tokenizer, prompts: list[list[int]], eos_token_id: int) -> list[str]:

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.data.columns import parse_columns
+from minillm.data.files import expand_paths
 from minillm.errors import UserError
 from minillm.training.command_line import require
 from minillm.training.scale_arguments import ScaleArguments
@@ -15,9 +17,12 @@ class TrainArguments(ScaleArguments):
     """What every training stage shares."""
 
     data_path: str
-    """Training data: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
+    """Training data: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with commas; directories
+    and patterns (data/*.jsonl) too."""
     valid_path: str = ""
     """Validation data; empty: no validation."""
+    columns: str = ""
+    """The files' names for our keys, ours=theirs: prompt=question,completion=answer."""
     save_dir: str = "out"
     """Directory that holds the run directories."""
     tokenizer_path: str = ""
@@ -120,6 +125,7 @@ class TrainArguments(ScaleArguments):
         require(bool(self.data_files), "--data_path names no file: give at least one")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
+        parse_columns(self.columns)
 
     def rows_per_step(self, world_size: int) -> int:
         """Return the rows of one update over all ranks.
@@ -140,12 +146,12 @@ class TrainArguments(ScaleArguments):
     @property
     def data_files(self) -> list[str]:
         """Return the files of ``--data_path``."""
-        return [part.strip() for part in self.data_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.data_path)]
 
     @property
     def valid_files(self) -> list[str]:
         """Return the files of ``--valid_path``."""
-        return [part.strip() for part in self.valid_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.valid_path)]
 
     @property
     def token_cache(self) -> str:
@@ -184,9 +190,12 @@ class TokenizerArguments:
     """Training a tokenizer; it is saved in SAVE_DIR/tokenizer."""
 
     data_path: str
-    """Text to learn from, of any schema: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
+    """Text to learn from, of any schema: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with
+    commas; directories and patterns (data/*.jsonl) too."""
     valid_path: str = ""
     """Held-out text for bytes per token (default: every 20th record of the data, kept out of training)."""
+    columns: str = ""
+    """The files' names for our keys, ours=theirs: prompt=question,completion=answer."""
     save_dir: str = "out"
     """Directory that holds the run directories; the tokenizer goes to SAVE_DIR/tokenizer."""
     vocab_size: int = 6400
@@ -214,13 +223,14 @@ class TokenizerArguments:
             for path in files:
                 require(os.path.isfile(path), f"--{flag} {path}: no such file")
         require(bool(self.data_files), "--data_path names no file: give at least one")
+        parse_columns(self.columns)
 
     @property
     def data_files(self) -> list[str]:
         """Return the files of ``--data_path``."""
-        return [part.strip() for part in self.data_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.data_path)]
 
     @property
     def valid_files(self) -> list[str]:
         """Return the files of ``--valid_path``."""
-        return [part.strip() for part in self.valid_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.valid_path)]

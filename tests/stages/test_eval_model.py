@@ -268,7 +268,7 @@ def test_rope_scaling_of_a_model_trained_without_it(run, out, tmp_path):
 def test_refusals_are_one_line_and_exit_code_2(run, out, tokenizer, tmp_path):
     empty = write(tmp_path / "empty.txt", "", "  ")
     broken = write(tmp_path / "broken.jsonl", {"prompt": "a"}, "{")
-    keyless = write(tmp_path / "keyless.jsonl", {"question": "a"})
+    keyless = write(tmp_path / "keyless.jsonl", {"asked": "a"})
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     answerless = write(tmp_path / "answerless.jsonl", {"messages": turns})
     roleless = write(tmp_path / "roleless.jsonl", {"messages": [{"role": "robot", "content": "a"}]})
