@@ -159,22 +159,18 @@ def check_encoding(path: Path) -> None:
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """Return UTF-16 or UTF-32 where the bytes say so: by their mark, or by zero bytes in one place of every unit."""
+    """Return UTF-16 or UTF-32 where the bytes say so: by their mark, or as they read well so and hold zero bytes."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
-    units = len(head) // 4
-    for name, width, zeros in (
-        ("UTF-32LE", 4, (2, 3)), ("UTF-32BE", 4, (0, 1)), ("UTF-16LE", 2, (1,)), ("UTF-16BE", 2, (0,)),
-    ):  # fmt: skip
-        n_expected = sum(head[place : 4 * units : width].count(0) for place in zeros)
-        others = [place for place in range(width) if place not in zeros]
-        n_other = sum(head[place : 4 * units : width].count(0) for place in others)
-        n_most = len(zeros) * 4 * units // width
-        # Chinese has few zero bytes in UTF-16, but the marks of JSON, blanks and line ends have one each.
-        if units and n_expected >= n_most / 8 and n_other <= n_expected / 8:
-            return name
+    if head.count(0) < max(2, len(head) // 128):  # even Chinese has one per blank, line end or mark of JSON
+        return None
+    for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(name)().decode(head)
+            if text and "\x00" not in text:
+                return name
     return None
 
 
