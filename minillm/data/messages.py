@@ -147,7 +147,8 @@ def _calls(place: int, value) -> list[dict]:
     calls = calls if isinstance(calls, list) else [calls]
     functions = [call.get("function") or call if isinstance(call, dict) else {} for call in calls]
     if not calls or not all(isinstance(function, dict) and "name" in function for function in functions):
-        raise UserError(f'a function call is no JSON like {{"name": "…", "arguments": {{…}}}}: message {place}')
+        form = '{"name": "…", "arguments": {…}}'
+        raise UserError(f"a function call is not JSON with a name: message {place}; write {form}, or a list of such")
     return [
         {"type": "function", "function": {"name": function["name"], "arguments": function.get("arguments", {})}}
         for function in functions

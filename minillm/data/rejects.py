@@ -22,8 +22,8 @@ def reason_kind(reason: str) -> str:
     "message 3 has the unknown role 'bot'; allowed: user" becomes "message N has the unknown role …", so that a
     ``Counter`` of kinds tells how often each thing was wrong.
     """
-    sentence = re.split(r"[:;] ", reason, maxsplit=1)[0]
-    return re.sub(r"\d[\d,.]*", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "…", sentence))
+    without_texts = re.sub(r"(?<!\w)'[^']*'|\"[^\"]*\"", "…", reason)
+    return re.sub(r"\d[\d,.]*", "N", re.split(r"[:;] ", without_texts, maxsplit=1)[0])
 
 
 def publish_rejected(source: Path, lines: Iterable[str], *, fallback_dir: Path | None) -> Path | None:

@@ -472,7 +472,7 @@ def _with_system(value: dict, messages: list[dict]) -> tuple[list[dict], set[str
     systems = {name: value[name] for name in names}
     for name, system in systems.items():
         if not isinstance(system, str):
-            raise UserError(f"{name} must be a string, not {type(system).__name__}")
+            raise UserError(f"{name} must be a string: it is of type {type(system).__name__}; give its text alone")
     if messages and messages[0]["role"] == "system":
         systems["the first message"] = messages[0].get("content") or ""
         messages = messages[1:]
