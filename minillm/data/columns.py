@@ -1,7 +1,7 @@
 """``--columns``: other people's names for what a record is made of.
 
-    --columns prompt=question,completion=answer       left: our name; right: the file's
-    --columns messages=data.dialogue                  a dot leads into an object, where no key has the whole name
+--columns prompt=question,completion=answer       left: our name; right: the file's
+--columns messages=data.dialogue                  a dot leads into an object, where no key has the whole name
 """
 
 from minillm.errors import UserError

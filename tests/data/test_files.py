@@ -95,7 +95,7 @@ def test_a_broken_array_is_refused_where_it_breaks(tmp_path, content, message):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_an_array_reads_the_same_in_chunks_of_any_size(tmp_path, monkeypatch, size):
-    values = [{"text": "a\\\"b狐\u2028"}, 12, -0.5e3, True, None, "[{", [], {}, [[{"a": [1]}]], 1234567]
+    values = [{"text": 'a\\"b狐\u2028'}, 12, -0.5e3, True, None, "[{", [], {}, [[{"a": [1]}]], 1234567]
     (tmp_path / "a.json").write_text(json.dumps(values, indent=19), encoding="utf-8")  # blanks longer than a chunk
     monkeypatch.setattr(files, "JSON_CHUNK", size)
     assert [value for _, _, value in read_raw(tmp_path / "a.json")] == values

@@ -135,7 +135,7 @@ CHATS = {
     ),
     "both forms mixed": ({"messages": [said("human", "q"), ANSWER]}, [USER, ANSWER]),
     "a table with empty columns": (
-        {"messages": [{**USER, "tool_calls": "", "name": None, "weight": None}, {**ANSWER, "tools": ""}], "tools": "[]"},
+        {"messages": [{**USER, "tool_calls": "", "name": None, "weight": None}, {**ANSWER, "tools": ""}], "tools": ""},
         [USER, ANSWER],
     ),
     "notes": ({"messages": [{**USER, "id": "7", "timestamp": 5}, {**ANSWER, "model": "m"}]}, [USER, ANSWER]),
@@ -435,7 +435,7 @@ def test_cells_of_a_table_are_what_they_write(tmp_path):
     (tmp_path / "c.csv").write_text('chosen,rejected\n"{}","{}"\n'.format(*sides))
     (pair,) = read_records(tmp_path / "c.csv")
     assert (pair.messages, pair.chosen, pair.rejected) == ([USER], [ANSWER], [WORSE])
-    (tmp_path / "d.csv").write_text("text\n{\"\"a\"\": 1}\n")
+    (tmp_path / "d.csv").write_text('text\n{""a"": 1}\n')
     assert [r.text for r in read_records(tmp_path / "d.csv")] == ['{""a"": 1}']
 
 
