@@ -74,7 +74,8 @@ def expand_paths(path: str | Path | list | tuple) -> list[Path]:
 
 def _exists(parts: list[str]) -> bool:
     name = ",".join(parts).strip()
-    return bool(name) and os.path.exists(name)
+    matches = glob.iglob(name, recursive=True) if glob.has_magic(name) else ()
+    return bool(name) and (os.path.exists(name) or any(True for _ in matches))
 
 
 def _expand_one(name: str) -> list[Path]:
