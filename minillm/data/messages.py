@@ -26,7 +26,7 @@ ROLE_NAMES = {
     "function_call": CALL, "tool_call": CALL,
 }  # fmt: skip
 NOTES = ("id", "turn_id", "timestamp", "meta", "metadata", "source", "model", "lang", "language")
-TRAIN_KEYS = ("train", "trainable", "loss", "weight")
+TRAIN_KEYS = ("train", "trainable", "loss", "weight", "loss_weight")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _OF_TOOL = ("name", "tool_call_id")
 _OF_ASSISTANT = ("reasoning_content", "tool_calls")
@@ -77,6 +77,9 @@ def refuse_tools(tools) -> None:
 
 def _one_turn(place: int, item: dict) -> list[dict]:
     role_name = _only_one(place, item, "role", "from")
+    if role_name is None:
+        keys = ", ".join(map(str, item)) or "none"
+        raise UserError(f"a turn without a role: message {place} has the keys {keys}; give role and content")
     role = ROLE_NAMES.get(role_name.strip().lower()) if isinstance(role_name, str) else None
     if role is None:
         allowed = ", ".join([*ROLES, *(name for name in ROLE_NAMES if name not in ROLES)])
@@ -121,12 +124,13 @@ def _joined_parts(place: int, parts: list) -> str:
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
+        text = part.get("text", part.get("value")) if kind == "text" else None
+        if not isinstance(text, str):
             raise UserError(
-                f"a part of a turn is no text: message {place} has a part of type {kind!r}; allowed is "
+                f"a part of a turn is not text: message {place} has a part of type {kind!r}; allowed is "
                 '{"type": "text", "text": "…"}, for the models here read text alone'
             )
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 

@@ -37,6 +37,7 @@ SCHEMAS = (
     "question+answer; prompt+chosen+rejected; chosen+rejected; each of them with label"
 )
 CONTEXTS = ("input", "history", "context", "choices", "options")  # what a question may need to be understood
+TABLES = (".csv", ".tsv")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as tables write them
 
 
@@ -98,7 +99,7 @@ def read_prompts(path: str | Path, *, columns: str = "") -> list[str | list[dict
             continue
         for line, _, value in read_raw(check_file(file)):
             try:
-                prompts.append(parse_prompt(_named(file, value, names)))
+                prompts.append(parse_prompt(_named(value, names, data_suffix(file) in TABLES)))
             except UserError as error:
                 raise UserError(f"{file}, line {line}: {error}") from None
     if not prompts:
@@ -152,9 +153,10 @@ def _read_and_publish(path: Path, strict: bool, columns: dict[str, str]) -> Iter
 def _read(path: Path, strict: bool, on_reject: Callable, columns: dict[str, str]) -> Iterator[Record]:
     n_usable = n_rejected = 0
     first_reason = ""
+    is_table = data_suffix(path) in TABLES
     for line, raw, value in read_raw(path):
         try:
-            record = parse_record(_named(path, value, columns), line)
+            record = parse_record(_named(value, columns, is_table), line)
         except UserError as error:
             if strict:
                 raise UserError(f"{path}, line {line}: {error}") from None
@@ -171,13 +173,13 @@ def _read(path: Path, strict: bool, on_reject: Callable, columns: dict[str, str]
         raise UserError(f"{path} is empty: give a file with at least one record")
 
 
-def _named(path: Path, value: object, columns: dict[str, str]) -> object:
+def _named(value: object, columns: dict[str, str], is_table: bool) -> object:
     """Return a raw record under our names, with the cells of a table as the values that they write."""
     if isinstance(value, UserError):
         raise value
     if isinstance(value, dict):
         value = rename_columns(value, columns)
-        if data_suffix(path) in (".csv", ".tsv"):
+        if is_table:
             value = {key: _cell(key, item) for key, item in value.items()}
     return value
 
@@ -247,9 +249,9 @@ def _refuse_what_would_be_lost(value: dict) -> None:
     refuse_tools(value.get("functions"))
     if value.get("weight", 1) != 1:
         raise UserError(f"a record has a weight of its own: {value['weight']!r}; all records count alike, leave it out")
-    text = "" if _has_turns(value) else str(value.get("text", ""))
-    for key in MEDIA:
-        if not is_empty(value.get(key)) and (_has_turns(value) or f"<{key.rstrip('s')}>" in text):
+    for key in _names_of(value, MEDIA):
+        is_meant = _has_turns(value) or f"<{key.rstrip('s')}>" in str(value.get("text"))
+        if is_meant and not is_empty(value[key]):
             raise UserError(f"{key} in a record: the models here read text alone; leave such records out")
 
 

@@ -141,6 +141,15 @@ CHATS = {
     "notes": ({"messages": [{**USER, "id": "7", "timestamp": 5}, {**ANSWER, "model": "m"}]}, [USER, ANSWER]),
     "weights that are as they are": ({"messages": [{**USER, "weight": 0}, {**ANSWER, "train": True}]}, [USER, ANSWER]),
     "parts": ({"messages": [turn("user", [{"type": "text", "text": "q"}]), ANSWER]}, [USER, ANSWER]),
+    "parts and weights of llama-factory's new form": (
+        {
+            "messages": [
+                {**turn("user", [{"type": "text", "value": "q"}]), "loss_weight": 0.0},
+                {**turn("assistant", [{"type": "text", "value": "a"}]), "loss_weight": 1.0},
+            ]
+        },
+        [USER, ANSWER],
+    ),
     "two parts": (
         {"messages": [turn("user", [{"type": "text", "text": "q"}, {"type": "text", "text": " i"}]), ANSWER]},
         [turn("user", "q i"), ANSWER],
@@ -325,8 +334,10 @@ TALK = [USER, ANSWER]
         ({"messages": [USER, {**ANSWER, "thinking": "why"}]}, "an unknown key inside a turn"),
         ({"messages": [{**USER, "name": "Ann"}, ANSWER]}, "an unknown key inside a turn"),
         ({"messages": [{**USER, "images": ["a.png"]}, ANSWER]}, "images inside a turn"),
-        ({"messages": [turn("user", [{"type": "image", "image": "a"}]), ANSWER]}, "a part of a turn is no text"),
+        ({"messages": [turn("user", [{"type": "image", "image": "a"}]), ANSWER]}, "a part of a turn is not text"),
         ({"messages": [{**USER, "value": "other"}, ANSWER]}, "a turn has both content and value"),
+        ({"messages": [{"speaker": "user", "content": "q"}, ANSWER]}, "a turn without a role"),
+        ({"messages": [{"role": "robot", "content": "q"}, ANSWER]}, "message N has the unknown role …"),
         ({"conversation": [{"input": "q", "output": "a", "output_with_loss": "no"}]}, "an unknown key inside a turn"),
         (
             {"conversations": [said("human", "q"), said("function_call", "weather()")]},
