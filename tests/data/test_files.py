@@ -187,6 +187,14 @@ def test_a_bad_byte_of_one_line_costs_that_line(tmp_path):
     assert "GB18030" in json.loads((tmp_path / "a.jsonl.rejected.jsonl").read_text())["reason"]
 
 
+def test_lines_appended_in_another_encoding_cost_those_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "plain"}\n' * 400 + '{"text": "你好"}\n'.encode("utf-16-le"))
+    assert texts_of_good(path) == ["plain"] * 400
+    aside = [json.loads(line) for line in (tmp_path / "a.jsonl.rejected.jsonl").read_text().splitlines()]
+    assert aside[0]["line"] == 401
+
+
 def texts_of_good(path) -> list[str]:
     return [record.text for record in read_records(path)]
 
@@ -254,6 +262,11 @@ def folder(tmp_path, monkeypatch):
 def test_paths_are_files_folders_and_patterns(folder, path, expected):
     assert [str(file) for file in expand_paths(path)] == expected
     assert [str(file) for file in expand_paths(expand_paths(path))] == expected
+
+
+def test_a_whole_name_comes_before_its_parts(folder):
+    (folder / "b.jsonl,a.json").write_text("x")
+    assert [str(file) for file in expand_paths("b.jsonl,a.json")] == ["b.jsonl,a.json"]
 
 
 def test_paths_that_name_nothing(folder):
