@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None):
 
         train_rows = run.ranks.main_first(lambda: rows(args.train_data))
         if args.replay_path:
-            old_rows = run.ranks.main_first(lambda: rows(args.replay_files))
+            old_rows = run.ranks.main_first(lambda: rows(args.replay_data))
             train_rows = ReplayRows(train_rows, old_rows, share=args.replay_ratio)
         loader = StepBatches(train_rows, **run.batching())
         valid_loader = None

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None):
 
         train_rows = rows(ReasonRows, args.train_data, tag_weight=args.tag_weight)
         if args.replay_path:
-            train_rows = ReplayRows(train_rows, rows(ChatRows, args.replay_files), share=args.replay_ratio)
+            train_rows = ReplayRows(train_rows, rows(ChatRows, args.replay_data), share=args.replay_ratio)
         loader = StepBatches(train_rows, **run.batching())
         valid_loader = None
         if args.valid_data:  # all tokens weigh the same there: nats per token, as in every other stage

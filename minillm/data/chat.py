@@ -28,8 +28,8 @@ class ChatRows(PackedRows):
     """Rows of conversations.
 
     Args:
-        path: a file, a comma-separated list, a list, or ``DataFiles`` (one side of a split), of files with
-            conversations (any chat schema).
+        path: files with conversations (any chat schema); whatever ``expand_paths`` takes, or ``DataFiles`` (one side of
+            a split, other names for keys).
         max_seq_len: row length T in pairs. A longer conversation is cut there; one that has no target left is
             rejected with its line number.
         train_on: "all", "last" or "per_turn", see above.

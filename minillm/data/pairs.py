@@ -127,8 +127,7 @@ class PairRows(_ReplyRows):
     """Rows of pairs, chosen and rejected in turn.
 
     Args:
-        path: a file, a comma-separated list, a list, or ``DataFiles`` (one side of a split), of files with
-            preferences (``chosen``, ``rejected``).
+        path: files with preferences (``chosen``, ``rejected``); whatever ``expand_paths`` takes, or ``DataFiles``.
         max_seq_len: the longest conversation in pairs of tokens; a row holds two of them or more shorter ones.
         packing: "best_fit" fills rows with pairs; "none" gives each a row of its own.
         cache_dir, seed, strict: as for ``ChatRows``.

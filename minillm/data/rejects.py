@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,16 @@ def reject_line(line: int, reason: str, raw: str | None = None) -> str:
     # Lone surrogates (legal in JSON escapes) have no UTF-8 form; escaped they survive.
     text = json.dumps(entry, ensure_ascii=False)
     return (text if text.isprintable() else json.dumps(entry)) + "\n"
+
+
+def reason_kind(reason: str) -> str:
+    """Return what reasons of one kind have in common: the sentence before the first colon or semicolon, without values.
+
+    "message 3 has the unknown role 'bot'; allowed: user" becomes "message N has the unknown role …", so that a
+    ``Counter`` of kinds tells how often each thing was wrong.
+    """
+    without_texts = re.sub(r"(?<!\w)'[^']*'|\"[^\"]*\"", "…", reason)
+    return re.sub(r"\d[\d,.]*", "N", re.split(r"[:;] ", without_texts, maxsplit=1)[0])
 
 
 def publish_rejected(source: Path, lines: Iterable[str], *, fallback_dir: Path | None) -> Path | None:

@@ -17,6 +17,7 @@ from minillm.data.chat import ChatRows
 from minillm.data.packing import IGNORE_INDEX, PackedRows
 from minillm.data.schema import read_records
 from minillm.data.shards import split_paths
+from minillm.data.split import DataFiles
 from minillm.data.text import TextRows
 from minillm.errors import UserError
 from minillm.tokenizer import load_tokenizer
@@ -167,10 +168,12 @@ def _paint(tokens: list[tuple[int, bool]], tokenizer) -> str:
     return "".join(painted)
 
 
-def open_rows(data_path: str, tokenizer, *, kind: str = "auto", **settings) -> PackedRows:
+def open_rows(data_path: str | DataFiles, tokenizer, *, kind: str = "auto", **settings) -> PackedRows:
     """Return ``TextRows`` or ``ChatRows`` of the files, as ``kind`` says; "auto" asks the first usable record."""
     if kind == "auto":
-        first = next(iter(read_records(split_paths(data_path)[0], on_reject=lambda *bad: None)))
+        source = DataFiles.of(data_path)
+        records = read_records(split_paths(source)[0], on_reject=lambda *bad: None, columns=source.columns)
+        first = next(iter(records))
         if first.kind not in ("text", "chat"):
             raise UserError(f"{data_path} holds {first.kind} records; the report reads text and conversations")
         kind = first.kind
@@ -182,7 +185,9 @@ class ReportArguments:
     """Read data files as training would, and print what is in them."""
 
     data_path: str
-    """Data files, separated by commas."""
+    """Data files, separated by commas; directories and patterns (data/*.jsonl) too."""
+    columns: str = ""
+    """The files' names for our keys: prompt=question,completion=answer."""
     tokenizer_path: str = "out/tokenizer"
     """Directory with tokenizer.json."""
     kind: Literal["auto", "text", "chat"] = "auto"
@@ -205,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         tokenizer = load_tokenizer(args.tokenizer_path)
         settings = {"max_seq_len": args.max_seq_len, "cache_dir": args.cache_dir, "strict": args.strict}
-        report = data_report(open_rows(args.data_path, tokenizer, kind=args.kind, **settings), tokenizer)
+        source = DataFiles(args.data_path, columns=args.columns)
+        report = data_report(open_rows(source, tokenizer, kind=args.kind, **settings), tokenizer)
         if args.json_path:
             text = json.dumps(report, ensure_ascii=False, indent=1)
             try:

@@ -32,21 +32,26 @@ import numpy as np
 from tqdm import tqdm
 
 from minillm.data.file_hash import file_hash
+from minillm.data.files import check_file, expand_paths
 from minillm.data.judged import mismatched
 from minillm.data.reasoning import parse_reasoning
 from minillm.data.rejects import publish_rejected, reject_line
-from minillm.data.schema import Record, check_file, read_records
+from minillm.data.schema import Record, read_records
 from minillm.data.sealed import read_sealed, write_sealed
 from minillm.data.split import DataFiles
 from minillm.data.whole_directory import build_directory
 from minillm.errors import UserError
 from minillm.tokenizer.chat import encode_chat, encode_chats
 
-FORMAT = 2  # raise it when the files' meaning changes, or how texts become ids: old shards are then ignored
+FORMAT = 3  # raise it when the files' meaning changes, or how texts become ids: old shards are then ignored
 CHUNK_CHARS = 1 << 20  # text handed to the tokenizer at once; its working memory is about 200 times this
 CHUNK_RECORDS = 8192
 COLUMNS = {"offsets": np.int64, "lines": np.int64, "bytes": np.int64, "log_prob": np.float64}
 LABEL = {"label": np.int8}
+STAGES = {
+    "text": "train_pretrain.py", "chat": "train_sft.py", "preference": "train_dpo.py",
+    "judged": "train_dpo.py --loss_type kto",
+}  # fmt: skip
 
 
 class Shard:
@@ -112,15 +117,11 @@ class Shard:
 
 
 def split_paths(path: str | Path | list | DataFiles) -> list[Path]:
-    """Return the files of a path, a comma-separated list, or a list of either."""
-    if isinstance(path, DataFiles):
-        return split_paths(path.path)
-    if isinstance(path, (list, tuple)):
-        return [part for item in path for part in split_paths(item)]
-    parts = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
-    if not parts:
+    """Return the files that ``path`` names (see ``expand_paths``), at least one."""
+    files = expand_paths(path.path if isinstance(path, DataFiles) else path)
+    if not files:
         raise UserError("no data file given: set --data_path")
-    return parts
+    return files
 
 
 def prepare(path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool = False) -> list[Shard]:
@@ -130,7 +131,7 @@ def prepare(path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool =
     a barrier, then let the others call it.
 
     Args:
-        path: a file, a comma-separated list, a list, or one side of a split (``DataFiles``).
+        path: whatever ``expand_paths`` takes, or ``DataFiles``: one side of a split, other names for keys.
         kind: the records expected: "text", "chat", "reason" (chats whose last answer thinks first, see
             ``parse_reasoning``), "preference", "judged" (which takes preferences too, as a good and a bad answer).
         strict: a bad line is fatal.
@@ -169,7 +170,7 @@ def _prepare_one(file: Path, source: DataFiles, tokenizer, kind: str, cache_dir:
     # A .txt and a .jsonl of equal bytes read differently, so the kind of file belongs to the key.
     suffixes = "".join(file.suffixes[-2:])
     settings = [FORMAT, kind, suffixes, content, encoding_identity(tokenizer, is_text=kind == "text"), source.key]
-    final = cache_dir / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    final = cache_dir / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     shard = Shard.open_if_whole(final)
     if shard is not None:
         return shard
@@ -226,7 +227,7 @@ def _write(
         where = f"{path}, {source.side} side of --valid_ratio {source.valid_ratio}" if source.valid_ratio else str(path)
         # A line that is no record has no side: the training side reports it.
         on_reject = (lambda *bad: None) if source.valid_ratio and source.side == "valid" else reject
-        records = one_side(read_records(path, strict=strict, on_reject=on_reject))
+        records = one_side(read_records(path, strict=strict, on_reject=on_reject, columns=source.columns))
         for chunk in _chunks(_only(kind, records, reject, where)):
             encoded = _encode(chunk, tokenizer, kind, reject)
             _append(files, encoded, dtype, counts)
@@ -258,7 +259,8 @@ def _is(kind: str, record: Record, reject) -> bool:
     wanted = {"judged": ("judged", "preference"), "reason": ("chat",)}.get(kind, (kind,))
     try:
         if record.kind not in wanted:
-            raise UserError(f"a {record.kind} record, where {wanted[0]} records are expected")
+            meant = STAGES[record.kind]
+            raise UserError(f"a {record.kind} record, where {wanted[0]} records are expected: it is data for {meant}")
         if kind == "reason":
             answer = [message for message in record.messages if message["role"] == "assistant"][-1]
             thinking = answer.get("reasoning_content")

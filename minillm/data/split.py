@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minillm.data.columns import parse_columns
 from minillm.data.schema import Record
 from minillm.errors import UserError
 
@@ -29,11 +30,13 @@ class DataFiles:
         path: a file, a comma-separated list, or a list of either.
         valid_ratio: share of the records that is held out, below 1; 0: none, and ``side`` means nothing.
         side: "train" or "valid".
+        columns: the files' names for our keys, such as ``prompt=question`` (see ``columns.py``).
     """
 
     path: str | Path | list
     valid_ratio: float = 0.0
     side: Literal["train", "valid"] = "train"
+    columns: str = ""
 
     def __post_init__(self):
         if not 0 <= self.valid_ratio < 1:
@@ -49,8 +52,9 @@ class DataFiles:
 
     @property
     def key(self) -> list:
-        """What of this decides which records are read, for hashes: nothing without a split."""
-        return [self.side, self.valid_ratio] if self.valid_ratio else []
+        """What of this decides which records are read and how, for hashes; empty where nothing is asked for."""
+        split = [self.side, self.valid_ratio] if self.valid_ratio else []
+        return split + ([parse_columns(self.columns)] if self.columns else [])
 
     def takes(self, record: Record) -> bool:
         """Return whether ``record`` is on this side."""

@@ -18,8 +18,8 @@ class TextRows(PackedRows):
     """Rows of plain text. A document of n tokens, stored with its beginning and end, gives n + 1 pairs.
 
     Args:
-        path: a file, a comma-separated list, a list, or ``DataFiles`` (one side of a split), of files with
-            ``{"text"}`` records, or ``.txt``.
+        path: files with ``{"text"}`` records, or ``.txt``; whatever ``expand_paths`` takes, or ``DataFiles`` (one
+            side of a split, other names for keys).
         max_seq_len: row length T in pairs.
         packing: "stream" lays all documents end to end and cuts every T pairs, so only the last row is short;
             a document that goes on in the next row restarts there at position 0, without its beginning.

@@ -47,7 +47,8 @@ def sample_answers(model, tokenizer, files: DataFiles | list[str], *, n_samples:
 def _usable(files: DataFiles | list[str]) -> Iterator[Record]:
     """The first file's records; its bad lines were reported when the data was read, and are left as they are."""
     source = DataFiles.of(files)
-    return filter(source.takes, read_records(split_paths(source)[0], on_reject=lambda *bad: None))
+    records = read_records(split_paths(source)[0], on_reject=lambda *bad: None, columns=source.columns)
+    return filter(source.takes, records)
 
 
 def _generate(model, tokenizer, prompts: list[list[int]]) -> list[str]:

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.data.columns import parse_columns
+from minillm.data.files import expand_paths
 from minillm.data.split import DataFiles
 from minillm.errors import UserError
 from minillm.training.command_line import require
@@ -16,12 +18,15 @@ class TrainArguments(ScaleArguments):
     """What every training stage shares."""
 
     data_path: str
-    """Training data: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
+    """Training data: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with commas; directories
+    and patterns (data/*.jsonl) too."""
     valid_path: str = ""
     """Validation data; empty: no validation."""
     valid_ratio: float = 0.0
     """Without --valid_path: share of the training records to hold out for validation, such as 0.01. They are chosen by
     a hash of their content, so they are the same in every run and when the file grows."""
+    columns: str = ""
+    """The files' names for our keys, ours=theirs: prompt=question,completion=answer."""
     save_dir: str = "out"
     """Directory that holds the run directories."""
     tokenizer_path: str = ""
@@ -127,6 +132,7 @@ class TrainArguments(ScaleArguments):
         require(one_source, f"--valid_ratio {self.valid_ratio} and --valid_path {self.valid_path}: choose one of them")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
+        parse_columns(self.columns)
 
     def rows_per_step(self, world_size: int) -> int:
         """Return the rows of one update over all ranks.
@@ -147,24 +153,24 @@ class TrainArguments(ScaleArguments):
     @property
     def data_files(self) -> list[str]:
         """Return the files of ``--data_path``."""
-        return [part.strip() for part in self.data_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.data_path)]
 
     @property
     def valid_files(self) -> list[str]:
         """Return the files of ``--valid_path``."""
-        return [part.strip() for part in self.valid_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.valid_path)]
 
     @property
     def train_data(self) -> DataFiles:
         """Return the records to train on: those of ``--data_path``, without what ``--valid_ratio`` holds out."""
-        return DataFiles(self.data_files, self.valid_ratio, "train")
+        return DataFiles(self.data_files, self.valid_ratio, "train", self.columns)
 
     @property
     def valid_data(self) -> DataFiles | None:
         """Return the records to validate with: of ``--valid_path``, or held out; None without validation."""
         if self.valid_ratio:
-            return DataFiles(self.data_files, self.valid_ratio, "valid")
-        return DataFiles(self.valid_files) if self.valid_files else None
+            return DataFiles(self.data_files, self.valid_ratio, "valid", self.columns)
+        return DataFiles(self.valid_files, columns=self.columns) if self.valid_files else None
 
     @property
     def token_cache(self) -> str:
@@ -203,9 +209,12 @@ class TokenizerArguments:
     """Training a tokenizer; it is saved in SAVE_DIR/tokenizer."""
 
     data_path: str
-    """Text to learn from, of any schema: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
+    """Text to learn from, of any schema: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with
+    commas; directories and patterns (data/*.jsonl) too."""
     valid_path: str = ""
     """Held-out text for bytes per token (default: every 20th record of the data, kept out of training)."""
+    columns: str = ""
+    """The files' names for our keys, ours=theirs: prompt=question,completion=answer."""
     save_dir: str = "out"
     """Directory that holds the run directories; the tokenizer goes to SAVE_DIR/tokenizer."""
     vocab_size: int = 6400
@@ -233,13 +242,14 @@ class TokenizerArguments:
             for path in files:
                 require(os.path.isfile(path), f"--{flag} {path}: no such file")
         require(bool(self.data_files), "--data_path names no file: give at least one")
+        parse_columns(self.columns)
 
     @property
     def data_files(self) -> list[str]:
         """Return the files of ``--data_path``."""
-        return [part.strip() for part in self.data_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.data_path)]
 
     @property
     def valid_files(self) -> list[str]:
         """Return the files of ``--valid_path``."""
-        return [part.strip() for part in self.valid_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.valid_path)]

@@ -80,8 +80,8 @@ def test_cut_and_rejected_are_counted_and_explained(write, tokenizer, tmp_path):
     lines = {}
     for path in (first, second):
         rejected = (path.parent / (path.name + ".rejected.jsonl")).read_text("utf-8").splitlines()
-        lines[path] = [(json.loads(r)["line"], json.loads(r)["reason"][:12]) for r in rejected]
-    assert lines == {first: [(2, "broken JSON "), (4, "no target wi")], second: [(1, "no target wi")]}
+        lines[path] = [(json.loads(r)["line"], json.loads(r)["reason"][:11]) for r in rejected]
+    assert lines == {first: [(2, "broken JSON"), (4, "no target w")], second: [(1, "no target w")]}
     with pytest.raises(UserError, match=r"b\.jsonl, line 1: no target within --max_seq_len 30"):
         ChatRows(second, tokenizer, strict=True, **settings)
     with pytest.raises(UserError, match=r"no conversation of .* within --max_seq_len 2"):

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from minillm.data import shards
+from minillm.data import ChatRows, DataFiles, PairRows, TextRows, shards
 from minillm.data.shards import TokenStore, prepare, split_paths
 from minillm.errors import UserError
 from minillm.tokenizer.chat import encode_chat
@@ -107,6 +107,39 @@ def test_bad_records_and_wrong_kinds_are_set_aside(write, tokenizer, tmp_path):
     assert not list((tmp_path / "c").glob(".*"))  # no half-written leftovers
 
 
+def test_columns_are_part_of_the_key_and_of_the_hash(write, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"q": "fox", "good": "the dog", "bad": "the tree"}])
+    settings = {"max_seq_len": 50, "cache_dir": tmp_path / "c"}
+    names = ["prompt=q,completion=good", "prompt=q,completion=bad", "completion=good,prompt=q"]
+    rows = [ChatRows(DataFiles(path, columns=columns), tokenizer, **settings) for columns in names]
+    answers = [row[0]["input_ids"].tolist() for row in rows]
+    assert answers[0] == answers[2] != answers[1]
+    assert rows[0].data_hash != rows[1].data_hash
+    assert rows[0].store.shards[0].path == rows[2].store.shards[0].path != rows[1].store.shards[0].path
+    pairs = write("b.jsonl", [{"q": "fox", "good": "the dog", "bad": "the tree"}])
+    both = [
+        PairRows(DataFiles(pairs, columns=f"prompt=q,chosen={one},rejected={other}"), tokenizer, **settings)
+        for one, other in (("good", "bad"), ("bad", "good"))
+    ]
+    assert both[0].data_hash != both[1].data_hash
+    texts = [TextRows(DataFiles(path, columns=f"text={name}"), tokenizer, **settings) for name in ("good", "bad")]
+    assert texts[0].data_hash != texts[1].data_hash
+
+
+def test_records_of_another_stage_say_whose_they_are(write, tokenizer, tmp_path):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    records = {
+        "text": {"text": "t"}, "chat": {"messages": talk}, "judged": {"messages": talk, "label": False},
+        "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    }  # fmt: skip
+    for kind, record in records.items():
+        wanted = "text" if kind == "chat" else "chat"
+        stage = {"text": "pretrain", "chat": "sft", "judged": "dpo.py --loss_type kto", "preference": "dpo"}[kind]
+        message = f"a {kind} record, where {wanted} records are expected: it is data for train_{stage}"
+        with pytest.raises(UserError, match=message):
+            prepare(write("a.jsonl", [record]), tokenizer, kind=wanted, cache_dir=tmp_path / "c")
+
+
 def test_errors(write, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": "fox"}])
     (tmp_path / "file").touch()
@@ -133,7 +166,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(write, tokenizer, t
     path = write("a.jsonl", [{"text": f"the fox {n}"} for n in range(50)])
     code = """
         import sys, time
-        from minillm.data import shards
+        from minillm.data import ChatRows, PairRows, TextRows, shards
         from minillm.tokenizer import load_tokenizer
         shards.CHUNK_CHARS = 100
         append = shards._append
