@@ -63,8 +63,10 @@ class TextRows(PackedRows):
         settings += [shard.meta["sha256"] for shard in store.shards]
         self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         cut = int(np.count_nonzero(np.diff(store.offsets) - 1 > max_seq_len))
-        places = store.publish_rejected(files, [[] for _ in files], Path(cache_dir))
-        self.summary = self._summarise(rejected=0, cut=cut, targets_lost=0, rejected_files=places)
+        nothing = [[] for _ in files]
+        self.summary = self._summarise(
+            "documents", set_aside=nothing, cut=cut, targets_lost=0, cache_dir=Path(cache_dir)
+        )
 
     def __len__(self) -> int:
         return self._n_rows if self.packing == "stream" else super().__len__()
