@@ -77,10 +77,10 @@ def check_rejected(summary: dict, *, flag: str, allow: bool) -> None:
     n_records, n_rejected = summary.get("records", 0), summary.get("rejected", 0)
     if allow or n_rejected <= MAX_REJECTED_SHARE * n_records:
         return
-    most = summary["reasons"][0]
+    most, share = summary["reasons"][0], n_rejected / n_records
     where = ", ".join(summary["rejected_files"]) or "no file: their directory is read-only"
     raise UserError(
-        f"{flag}: {n_rejected:,} of {n_records:,} records ({n_rejected / n_records:.0%}) were rejected, and the limit is "
-        f"{MAX_REJECTED_SHARE:.0%}; most often ({most['count']:,}): {most['reason']} ({most['first']}); all of them are "
-        f"in {where}; mend the data, or train on the rest with --allow_rejected"
+        f"{flag}: {n_rejected:,} of {n_records:,} records ({share:.0%}) were rejected, and the limit is "
+        f"{MAX_REJECTED_SHARE:.0%}; most often ({most['count']:,}): {most['reason']} ({most['first']}); all of them "
+        f"are in {where}; mend the data, or train on the rest with --allow_rejected"
     )

@@ -101,7 +101,7 @@ def data_lines(summary: dict) -> list[str]:
         where = ", ".join(summary["rejected_files"]) or "no place to write them was found"
         lines.append(f"{summary['rejected']:,} rejected ({summary['rejected'] / n_records:.1%}), kept in {where}")
         shown, others = summary["reasons"][:MAX_REASONS], summary["reasons"][MAX_REASONS:]
-        lines += [f"{reason['count']:>9,} x {reason['reason']} ({reason['first']})" for reason in shown]
+        lines += [f"{each['count']:>9,} x {_short(each['reason'])} ({each['first']})" for each in shown]
         if others:
             lines.append(f"{sum(reason['count'] for reason in others):>9,} x {len(others):,} other reasons")
     if summary["targets_lost"]:
@@ -113,6 +113,10 @@ def data_lines(summary: dict) -> list[str]:
         f"({summary['fill']:.0%} full)" + (f", {summary['targets']:,} of them targets" if counts_tokens else "")
     )
     return lines
+
+
+def _short(reason: str, limit: int = 120) -> str:
+    return reason if len(reason) <= limit else reason[: limit - 3] + "..."
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -152,7 +156,8 @@ def _shown(tokenizer, token_id: int) -> str:
 def colour_targets(batch: dict, tokenizer) -> str:
     """Return the first row of ``batch`` as text: targets on green, context dim, one paragraph per document.
 
-    Where no colours are to be written (``use_colour``), targets stand between ``[[`` and ``]]``. Every token stands where it is read, so a token is green when predicting it is learned.
+    Where no colours are to be written (``use_colour``), targets stand between ``[[`` and ``]]``. Every token stands
+    where it is read, so a token is green when predicting it is learned.
     """
     columns = {name: np.asarray(batch[name][0]) for name in ("input_ids", "targets", "document_ids")}
     paragraphs = []
