@@ -16,8 +16,8 @@ MODES = {"pretrain": 0, "full_sft": 1, "rlhf": 2, "reason": 3}  # of eval_model.
 class Header:
     """The facts of a run before its first step.
 
-    ``data``: (name, summary) of the rows of each kind, see ``PackedRows.summary``. ``few_updates``: what to change when
-    the updates are too few, else empty.
+    ``data``: (name, summary) of the rows of each kind, see ``PackedRows.summary``. ``warnings``: what is odd about
+    the settings, with what to change.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Header:
     learning_rate: str
     device: str
     directory: str
-    few_updates: str = ""
+    warnings: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return the block of lines."""
@@ -43,8 +43,7 @@ class Header:
         lines += _entry("rate", [self.learning_rate])
         lines += _entry("device", [self.device])
         lines += _entry("directory", [self.directory])
-        if self.few_updates:
-            lines.append(f"warning: {self.few_updates}")
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -112,7 +111,7 @@ def header_of(run) -> Header:
         updates += f"; {_plural(args.epochs, 'epoch')} of {run.loader.steps_per_epoch:,}"
     if run.step:
         updates += f"; resumed at step {run.step:,}"
-    few = few_updates(run.total_steps, args) if not args.max_steps else ""
+    warnings = "" if args.max_steps else few_updates(run.total_steps, args), _untrained_biases(run)
     warmup = f"{_plural(run.n_warmup_steps, 'step')} of warm-up"
     tokenizer = run.tokenizer
     origin = getattr(tokenizer, "origin", "none")
@@ -127,8 +126,17 @@ def header_of(run) -> Header:
         learning_rate=f"{rate(args.learning_rate)}, {args.lr_scheduler}, {warmup}",
         device=f"{run.device}, {dtype}, {_plural(n_ranks, 'rank')} ({args.parallel})",
         directory=str(run.directory),
-        few_updates=few,
+        warnings=tuple(filter(None, warnings)),
     )
+
+
+def _untrained_biases(run) -> str:
+    """Return what to say where ``--lora_bias`` means biases that the model has not."""
+    if not run.output.is_adapter or run.args.lora_bias == "none":
+        return ""
+    if any(name.endswith(".bias") and tensor.requires_grad for name, tensor in run.model.named_parameters()):
+        return ""
+    return f"--lora_bias {run.args.lora_bias}: the layers that it means have no biases, so none are trained"
 
 
 def few_updates(n_updates: int, args) -> str:

@@ -62,6 +62,7 @@ class Run:
         self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
         self.dtype = precision.choose_dtype(args.dtype, self.device)
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of losses
+        _ = self.rows_per_step  # raises for flags that contradict each other, before any work
         engine = engine or engines.find(args.parallel)
         self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype), args, self.dtype)
         self.step = self.epoch = self.step_in_epoch = 0

@@ -28,7 +28,7 @@ def falling(start, end, n, per_step=0.02):
 
 
 QUIET = {
-    "pretraining": (falling(6.95, 0.92, 2000), 0.05, {"from_scratch": True}),
+    "pretraining": (falling(6.95, 0.92, 2000), 0.02, {"from_scratch": True}),
     "fine-tuning to a loss near zero": (falling(3.0, 0.012, 1500), 0.5, {}),
     "batches of one row, some of them hard": ([0.01 if step % 9 else 3.0 for step in range(500)], 0.2, {}),
     "a learned model, hard rows first": ([0.02, 0.03, 2.5] + [0.1] * 100, 0.1, {}),
