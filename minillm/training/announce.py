@@ -88,21 +88,21 @@ def _entry(name: str, lines: list[str]) -> list[str]:
     return [f"  {'' if number else name:<15} {line}" for number, line in enumerate(lines)]
 
 
-def check_data(args, loader, valid_loader) -> None:
-    """Raise ``UserError`` when more than a tenth of the data was rejected, unless ``--allow_rejected``."""
-    train = getattr(loader.rows, "summary", {})
-    valid = getattr(valid_loader.rows, "summary", {}) if valid_loader is not None else {}
-    for flag, summary in (
-        ("--data_path", train), ("--replay_path", train.get("replayed", {})), ("--valid_path", valid)
-    ):  # fmt: skip
-        check_rejected(summary, flag=flag, allow=args.allow_rejected)
+def check_rows(rows, args, *, flag: str) -> None:
+    """Raise ``UserError`` when more than a tenth of the data was rejected, unless ``--allow_rejected``.
+
+    Args:
+        flag: that names the files of ``rows``, for the message.
+    """
+    check_rejected(rows.summary, flag=flag, allow=args.allow_rejected)
+    check_rejected(rows.summary.get("replayed", {}), flag="--replay_path", allow=args.allow_rejected)
 
 
 def header_of(run) -> Header:
     """Return the header of a run that is about to begin, or to go on, its steps."""
     args, n_ranks, dtype = run.args, run.ranks.world_size, str(run.dtype).removeprefix("torch.")
     splits = [("training data", run.loader)] + ([("validation data", run.valid_loader)] if run.valid_loader else [])
-    summaries = [(name, getattr(loader.rows, "summary", {})) for name, loader in splits]
+    summaries = [(name, loader.rows.summary) for name, loader in splits]
     summaries += [("replayed data", summary["replayed"]) for _, summary in summaries if "replayed" in summary]
     updates = f"{run.total_steps:,}, each of {run.rows_per_step:,} rows x {args.max_seq_len:,} tokens"
     if args.max_steps:

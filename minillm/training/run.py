@@ -172,7 +172,9 @@ class Run:
             UserError: before anything is written, more than a tenth of the data was rejected; no checkpoint to resume.
         """
         args = self.args
-        announce.check_data(args, loader, valid_loader)
+        announce.check_rows(loader.rows, args, flag="--data_path")
+        if valid_loader is not None:
+            announce.check_rows(valid_loader.rows, args, flag="--valid_path")
         self.optimizer, self.loader, self.valid_loader = optimizer, loader, valid_loader
         self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
         self.prepare = prepare or (lambda micro_batches, training: micro_batches)
