@@ -176,7 +176,7 @@ class Run:
         if valid_loader is not None:
             announce.check_rows(valid_loader.rows, args, flag="--valid_path")
         self.optimizer, self.loader, self.valid_loader = optimizer, loader, valid_loader
-        self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
+        self.tokenizer, self.loss, self.count = tokenizer, loss, count
         self.prepare = prepare or (lambda micro_batches, training: micro_batches)
         self.measures, self.unit, self.settings = measures, unit, settings or {}
         if watch is not None and not self.engine.shows_gradients:
