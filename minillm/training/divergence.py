@@ -3,12 +3,16 @@
 Guessing among V tokens costs ln V nats per target; a model that has learned anything costs less. That holds for the
 cross-entropy of tokens alone. Losses of pairs, and of distillation, are compared with their own past: with their best,
 and with their value before the first update, which for DPO is ln 2.
+
+A base model that has never seen the markers of a chat may begin above ln V, and is below within some steps: at first,
+weights that come from elsewhere are only expected to stay below twice that.
 """
 
 import math
 
 LAST_STEPS = 0.95  # weight of a step's past in the running mean: about the last 20 steps count
 MIN_STEPS, BEST_FROM = 10, 5  # steps before the best is compared with, and before a mean can be the best
+GRACE_STEPS = 30  # in which weights that come from elsewhere may be above ln V
 TIMES_BEST = 3.0
 MARGIN = 0.5  # nats above either limit: a loss near 0 may triple by chance
 
@@ -44,11 +48,12 @@ class LossAlarm:
         self._first: float | None = None  # before any update
         self._sums = [0.0, 0.0]  # of weighted losses, of their weights
         self._n_steps = 0
+        self._was_below = from_scratch  # whether the loss has been below ln V; random weights begin there
         self._best = {"training": math.inf, "validation": math.inf}
         self._wrong: set[str] = set()  # episodes that go on
 
     def train(self, step: int, loss: float) -> str | None:
-        """See the mean loss of a step that was applied."""
+        """See the mean loss of a step that was applied. The sentence begins with "note: " where all may be well."""
         if self._first is None:
             self._first = loss
             if self.from_scratch and self.is_cross_entropy and abs(loss - self.uniform) > MARGIN:
@@ -62,12 +67,19 @@ class LossAlarm:
         mean = self._sums[0] / self._sums[1]
         if self._n_steps >= BEST_FROM:
             self._best["training"] = min(self._best["training"], mean)
+        self._was_below |= mean < self.uniform
         what = "the loss of the first step" if step == 1 else "the training loss (mean of the last steps)"
         if step == 1 and not self.from_scratch:
             advice = "do the weights know this tokenizer and this kind of text? look at --from_weight and the data"
         else:
             advice = self.advice
-        return self._see("training", step, mean, self.is_cross_entropy, f"{what} is {mean:.3f}", advice)
+        message = self._see("training", step, mean, self.is_cross_entropy, f"{what} is {mean:.3f}", advice)
+        if message is None and step == 1 and self.is_cross_entropy and loss > self.uniform and not self.from_scratch:
+            return (
+                f"note: {what} is {loss:.3f}, more than ln V = {self.uniform:.3f}: some tokens of this data, the "
+                "markers of a chat perhaps, are new to the weights; it should fall soon"
+            )
+        return message
 
     def valid(self, step: int, loss: float) -> str | None:
         """See a validation loss."""
@@ -79,17 +91,20 @@ class LossAlarm:
     def state(self) -> dict:
         """Return what a checkpoint keeps."""
         return {"first": self._first, "sums": self._sums, "n_steps": self._n_steps, "best": self._best,
-                "wrong": sorted(self._wrong), "messages": self.messages}  # fmt: skip
+                "was_below": self._was_below, "wrong": sorted(self._wrong), "messages": self.messages}  # fmt: skip
 
     def load_state(self, state: dict | None) -> None:
         """Go on from it; None: the checkpoint was made without an alarm."""
         if state is not None:
             self._first, self._sums, self._n_steps = state["first"], list(state["sums"]), state["n_steps"]
             self._best, self._wrong = dict(state["best"]), set(state["wrong"])
+            self._was_below = state["was_below"]
             self.messages = list(state["messages"])
 
     def _see(self, split: str, step: int, loss: float, is_cross_entropy: bool, text: str, advice: str) -> str | None:
-        if is_cross_entropy and self._begins(f"{split} above uniform", loss > self.uniform + MARGIN):
+        is_new = not self._was_below and step < GRACE_STEPS
+        limit = 2 * self.uniform if is_new else self.uniform + MARGIN
+        if is_cross_entropy and self._begins(f"{split} above uniform", loss > limit):
             return self._say(f"step {step}: {text}, more than ln V = {self.uniform:.3f}, that of guessing; {advice}")
         best = self._best[split]
         if split == "training" and self._n_steps < MIN_STEPS:

@@ -378,7 +378,7 @@ class Run:
 
     def _warn(self, message: str | None) -> None:
         if message is not None:
-            self.tracker.print(f"warning: {message}")
+            self.tracker.print(message if message.startswith("note: ") else f"warning: {message}")
 
     def _row(self, split: str, loss: float | None) -> dict:
         place = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, "split": split}
