@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None):
             loss=causal_lm_loss,  # validation: plain cross-entropy, which compares with every other stage
             prepare=OnPolicy(run, tokenizer, generate) if args.on_policy else None,
             settings=distill_loss.settings(),
+            is_cross_entropy=False,
         )
 
         # The loop: one step = one optimizer update

@@ -73,7 +73,9 @@ class ChatRows(PackedRows):
         reachable = first <= max_seq_len
         has_target = np.zeros(store.n_documents, bool)
         has_target[document[reachable & is_last if train_on == "last" else reachable]] = True
-        n_cut = int(np.count_nonzero(end[is_last] - 1 > max_seq_len)) - int(np.count_nonzero(~has_target))
+        # Of a usable conversation, those of its targets that lie beyond the row are lost; a rejected one is not cut.
+        is_wanted = has_target[document] & (is_last if train_on == "last" else True)
+        n_cut = int(np.count_nonzero(is_wanted & is_last & (end - 1 > max_seq_len)))
         lost = self._explain_lost(np.flatnonzero(~has_target), self.files, strict)
 
         pieces, self.n_targets = _choose(document, first, end, is_last, max_seq_len, train_on)
@@ -85,13 +87,12 @@ class ChatRows(PackedRows):
         self.set_pieces(pieces, packing, seed)
         self.log_prob = store.log_prob() if train_on != "last" and has_target.all() and not n_cut else None
         self.data_hash = self.hash_with(self.kind, max_seq_len, packing, train_on, seed)
-        places = store.publish_rejected(source, lost, Path(cache_dir))
-        wanted = (end - first)[is_last] if train_on == "last" else end - first
         self.summary = self._summarise(
-            rejected=sum(map(len, lost)),
+            "conversations",
+            set_aside=lost,
             cut=n_cut,
-            targets_lost=int(wanted.sum() - self.n_targets),
-            rejected_files=places,
+            targets_lost=int((end - first)[is_wanted].sum() - self.n_targets),
+            cache_dir=Path(cache_dir),
         )
 
     def _explain_lost(self, documents: np.ndarray, files: list[Path], strict: bool) -> list[list[tuple]]:

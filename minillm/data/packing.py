@@ -24,10 +24,12 @@ Rows are filled with *pieces*: stretches of pairs, each from one document. In a 
 import hashlib
 import json
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from minillm.data.rejects import count_reasons, reject_line
 from minillm.data.shards import TokenStore, encoding_identity, split_paths
 from minillm.data.split import DataFiles
 from minillm.errors import UserError
@@ -205,21 +207,50 @@ class PackedRows:
             counts += np.bincount(targets[targets != IGNORE_INDEX], minlength=len(counts))
         return counts
 
-    def _summarise(self, *, rejected: int, cut: int, targets_lost: int, rejected_files: list[str]) -> dict:
+    def _summarise(
+        self,
+        unit: str,
+        *,
+        set_aside: list[list[tuple[int, str]]],
+        cut: int,
+        targets_lost: int,
+        cache_dir: Path,
+        documents_per_record: int = 1,
+    ) -> dict:
+        """Return the ``summary``; write the rejected records of every file beside it.
+
+        Args:
+            unit: what a usable record is, for people: "documents", "conversations", "pairs", "replies".
+            set_aside: (line, reason) of the records that were read and are in no row, by file.
+            cut: how many usable records lose a part at ``max_seq_len``. targets_lost: by that.
+        """
         shards = self.store.shards
-        per_file = [
-            {"path": str(file), "sha256": s.meta["sha256"], "documents": s.n_documents, "tokens": s.n_tokens}
-            for file, s in zip(self.files, shards, strict=True)
+        places = self.store.publish_rejected(self.source, set_aside, cache_dir)
+        rejected_lines = [
+            (file, [*shard.rejected_lines(), *(reject_line(*pair) for pair in aside)])
+            for file, shard, aside in zip(self.files, shards, set_aside, strict=True)
+        ]
+        files = [
+            {
+                "path": str(file),
+                "sha256": shard.meta["sha256"],
+                "records": shard.n_documents // documents_per_record + shard.meta["n_rejected"],
+                "rejected": len(lines),
+                "documents": shard.n_documents - documents_per_record * len(aside),
+                "tokens": shard.n_tokens,
+            }
+            for (file, lines), shard, aside in zip(rejected_lines, shards, set_aside, strict=True)
         ]
         n_pairs = int(self.lengths.sum())
         return {
-            "files": per_file,
-            "documents": self.store.n_documents - rejected,  # those that are in the rows
-            "tokens": self.store.n_tokens,
-            "rejected": sum(shard.meta["n_rejected"] for shard in shards) + rejected,
-            "rejected_files": rejected_files,
+            "files": files,
+            "unit": unit,
+            **{name: sum(file[name] for file in files) for name in ("records", "rejected", "documents", "tokens")},
+            "usable": sum(file["records"] - file["rejected"] for file in files),
+            "reasons": count_reasons(rejected_lines),
+            "rejected_files": places,
             "cut": cut,
-            "targets_lost": targets_lost,  # by cutting, those of rejected documents included
+            "targets_lost": targets_lost,  # of usable records, by cutting
             "rows": len(self),
             "pairs": n_pairs,
             "targets": int(self.n_targets),

@@ -63,10 +63,14 @@ class _ReplyRows(PackedRows):
         self._lay_out(documents, length, packing, seed)
         self.n_targets, self.log_prob, self.target_bytes = float(len(kept)), None, 0
         self.data_hash = self.hash_with(self.kind, max_seq_len, packing, seed)
-        places = store.publish_rejected(source, lost, Path(cache_dir))
-        n_lost = sum(map(len, lost))
-        self.summary = self._summarise(rejected=2 * n_lost, cut=0, targets_lost=0, rejected_files=places)
-        self.summary["rejected"] -= n_lost  # a record is two documents
+        self.summary = self._summarise(
+            "pairs" if self.kind == "preference" else "replies",
+            set_aside=lost,
+            cut=0,
+            targets_lost=0,
+            cache_dir=Path(cache_dir),
+            documents_per_record=2,
+        )
 
     def _check(self, first, length, max_seq_len: int, strict: bool) -> tuple[np.ndarray, list[list[tuple]]]:
         """Return the numbers of the records to use, and (line, reason) of the others, by file."""

@@ -29,7 +29,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from minillm.data.file_hash import file_hash
 from minillm.data.files import check_file, expand_paths
@@ -41,11 +40,14 @@ from minillm.data.sealed import read_sealed, write_sealed
 from minillm.data.split import DataFiles
 from minillm.data.whole_directory import build_directory
 from minillm.errors import UserError
+from minillm.terminal import progress, shows_progress
 from minillm.tokenizer.chat import encode_chat, encode_chats
 
 FORMAT = 3  # raise it when the files' meaning changes, or how texts become ids: old shards are then ignored
 CHUNK_CHARS = 1 << 20  # text handed to the tokenizer at once; its working memory is about 200 times this
 CHUNK_RECORDS = 8192
+LARGE_FILE = 4 << 20  # bytes, from which on tokenising is announced
+BY_LINES = (".jsonl", ".csv", ".tsv", ".txt")  # files whose records know their line, and so how far reading is
 COLUMNS = {"offsets": np.int64, "lines": np.int64, "bytes": np.int64, "log_prob": np.float64}
 LABEL = {"label": np.int8}
 STAGES = {
@@ -165,6 +167,12 @@ def encoding_identity(tokenizer, *, is_text: bool) -> str:
     return tokenizer.document_hash if is_text else tokenizer.encoding_hash
 
 
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a file, at least 1."""
+    with path.open("rb") as file:
+        return max(1, sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")))
+
+
 def _prepare_one(file: Path, source: DataFiles, tokenizer, kind: str, cache_dir: Path, strict: bool) -> Shard:
     content = file_hash(file, memory=cache_dir / "file_hashes")
     # A .txt and a .jsonl of equal bytes read differently, so the kind of file belongs to the key.
@@ -200,16 +208,13 @@ def _write(
         files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in names}
         rejects = stack.enter_context((partial / "rejected.jsonl").open("w", encoding="utf-8"))
         np.zeros(1, np.int64).tofile(files["offsets"])
-        bar = stack.enter_context(
-            tqdm(
-                desc=f"tokenising {path.name}",
-                unit="B",
-                unit_scale=True,
-                delay=2,
-                leave=False,
-                disable=None,
-            )
-        )
+        n_bytes = path.stat().st_size
+        if n_bytes >= LARGE_FILE and not shows_progress():
+            print(f"tokenising {path} ({n_bytes / 2**20:,.0f} MiB)", flush=True)
+        # Bytes of the file where its lines tell how far reading is, else bytes of text, without a total.
+        n_lines = count_lines(path) if path.suffix in BY_LINES and n_bytes >= LARGE_FILE else 0
+        bar = {"desc": f"tokenising {path.name}", "unit": "B", "unit_scale": True}
+        bar = stack.enter_context(progress(total=n_bytes if n_lines else None, **bar))
 
         def reject(line: int, reason: str, raw: str | None) -> None:
             if strict:
@@ -231,7 +236,7 @@ def _write(
         for chunk in _chunks(_only(kind, records, reject, where)):
             encoded = _encode(chunk, tokenizer, kind, reject)
             _append(files, encoded, dtype, counts)
-            bar.update(sum(n_bytes for _, _, _, n_bytes in encoded))
+            bar.update(n_bytes * chunk[-1].line // n_lines - bar.n if n_lines else sum(one[-1] for one in encoded))
     if not counts["n_documents"] and not counts["n_other_side"]:
         with (partial / "rejected.jsonl").open(encoding="utf-8") as file:
             first = json.loads(next(file))

@@ -61,8 +61,10 @@ class TextRows(PackedRows):
         self.log_prob = store.log_prob()
         self.data_hash = self.hash_with("text", max_seq_len, packing, seed)
         cut = int(np.count_nonzero(np.diff(store.offsets) - 1 > max_seq_len))
-        places = store.publish_rejected(source, [[] for _ in self.files], Path(cache_dir))
-        self.summary = self._summarise(rejected=0, cut=cut, targets_lost=0, rejected_files=places)
+        nothing = [[] for _ in self.files]
+        self.summary = self._summarise(
+            "documents", set_aside=nothing, cut=cut, targets_lost=0, cache_dir=Path(cache_dir)
+        )
 
     def __len__(self) -> int:
         return self._n_rows if self.packing == "stream" else super().__len__()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minillm.data.schema import Record
 from minillm.errors import UserError
+from minillm.terminal import progress
 
 TEXTS_AT_ONCE = 4096  # tokenised and sorted together, so that a large file needs little memory
 CHUNK_NUMEL = 32 * 1024 * 1024  # logits held at a time: 128 MiB in float32
@@ -223,7 +224,7 @@ def _text_losses(model, texts: list[_Text], max_seq_len: int, overlap: int, batc
     windows.sort(key=lambda window: len(window.inputs), reverse=True)  # the largest batch first: it must fit
     sums = [0.0] * len(texts)
     device = next(model.parameters()).device
-    for first in range(0, len(windows), batch_size):
+    for first in progress(range(0, len(windows), batch_size), desc="measuring", unit="batch"):
         batch = windows[first : first + batch_size]
         for window, loss_sum in zip(batch, _window_losses(model, batch, device), strict=True):
             sums[window.text] += loss_sum

@@ -37,6 +37,8 @@ class TrainArguments(ScaleArguments):
     """Where tokenised data is kept (default: SAVE_DIR/.token_cache)."""
     strict: bool = False
     """Refuse data files that hold a bad line, instead of setting the line aside."""
+    allow_rejected: bool = False
+    """Train even if more than a tenth of the records of a file were rejected."""
 
     epochs: int = 1
     """Passes over the data."""
@@ -141,8 +143,14 @@ class TrainArguments(ScaleArguments):
             UserError: ``--global_batch_size`` is no multiple of what one micro-batch of all ranks takes.
         """
         per_micro_step = self.batch_size * world_size
+        n_rows = per_micro_step * self.accumulation_steps
         if not self.global_batch_size:
-            return per_micro_step * self.accumulation_steps
+            return n_rows
+        if self.accumulation_steps > 1 and self.global_batch_size != n_rows:
+            raise UserError(
+                f"--accumulation_steps {self.accumulation_steps} x --batch_size {self.batch_size} x {world_size} ranks "
+                f"= {n_rows} rows, but --global_batch_size is {self.global_batch_size}: leave one of them out"
+            )
         if self.global_batch_size % per_micro_step:
             raise UserError(
                 f"--global_batch_size {self.global_batch_size} is not a multiple of batch_size x ranks = "

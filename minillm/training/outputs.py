@@ -19,6 +19,7 @@ TRAINED = "trained.safetensors"
 class WholeModel:
     """A run of a stage that trains all weights: ``SAVE_DIR/<stage>_<hidden_size>``, a Hugging Face directory."""
 
+    is_adapter = False
     is_large = True  # too large for one rank to write, where ranks hold parts of it
     tags = "library_name: transformers\npipeline_tag: text-generation"
     usage = "Opens as it is with `transformers.AutoModelForCausalLM.from_pretrained`."
@@ -48,6 +49,7 @@ class WholeModel:
 class AdapterAlone(WholeModel):
     """A run that trains an adapter: ``SAVE_DIR/lora/<lora_name>_<hidden_size>``, a directory as peft's."""
 
+    is_adapter = True
     is_large = False
     tags = "library_name: peft"
     usage = (

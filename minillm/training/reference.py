@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minillm.lora import disable_lora
 from minillm.losses import linear_log_probs
+from minillm.training import announce
 from minillm.training.column_cache import cached_columns, model_hash
 
 COLUMN = "reference_log_probs"
@@ -65,6 +66,7 @@ class Reference:
         if self.kind != "cached":
             return rows
         args = self.run.args
+        announce.check_rows(rows, args, flag="the data")  # before time is spent on it
         self.model.to(self.run.device).train(training)
         return self.run.ranks.main_first(
             lambda: cached_columns(

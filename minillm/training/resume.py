@@ -90,6 +90,7 @@ def state_of(run, rng_states: list[dict], measures: list, optimizer: dict | None
         "measures": measures,
         "experts": run.balance.state(),
         "watch": run.watch.state(),
+        "alarm": run.alarm.state(),
         "identity": identity_of(run),
         "surroundings": surroundings_of(run),
         "data_files": files_of(run.loader.rows),
@@ -158,6 +159,7 @@ def restore(run, path: Path) -> str | None:
     run.measures.load_state(state["measures"], run.ranks)
     run.balance.load_state(state.get("experts"))  # checkpoints of dense models may lack it
     run.watch.load_state(state.get("watch"))
+    run.alarm.load_state(state.get("alarm"))
     if len(state["rng"]) == run.ranks.world_size:
         checkpoint.set_rng_state(state["rng"][run.ranks.rank])
     else:  # the ranks' own states are of no use to another number of them

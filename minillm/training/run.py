@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from minillm.errors import UserError
 from minillm.losses import count_targets
 from minillm.model import RouterStats
-from minillm.training import checkpoint, engines, hardware, precision, resume
+from minillm.training import announce, checkpoint, engines, hardware, precision, resume
 from minillm.training.arguments import TrainArguments, as_dict
+from minillm.training.divergence import LossAlarm, advice_of
 from minillm.training.interrupt import Interrupted, StopSignals
 from minillm.training.lock import lock_directory
 from minillm.training.measures import NO_MEASURES, Measures
-from minillm.training.nonfinite import compare_with_uniform, stop_for_nonfinite
+from minillm.training.nonfinite import stop_for_nonfinite
 from minillm.training.outputs import WholeModel
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
 from minillm.training.routing import Balance, active_parameters, describe_parameters, flops_per_token
 from minillm.training.saving import Saver
 from minillm.training.schedule import Schedule, schedule_factor
 from minillm.training.summary import write_run_file, write_summary
-from minillm.training.tracking import NotWatched, Tracker
+from minillm.training.tracking import NotWatched, Tracker, rate
 from minillm.training.validation import evaluate_loss
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
@@ -61,6 +62,7 @@ class Run:
         self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
         self.dtype = precision.choose_dtype(args.dtype, self.device)
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of losses
+        _ = self.rows_per_step  # raises for flags that contradict each other, before any work
         engine = engine or engines.find(args.parallel)
         self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype), args, self.dtype)
         self.step = self.epoch = self.step_in_epoch = 0
@@ -68,6 +70,7 @@ class Run:
         self.seconds = 0.0  # spent in steps, without validation and saving
         self.skipped_steps = self._skipped_in_a_row = 0
         self.best_loss = math.inf
+        self.last_train_loss: float | None = None  # of the last row of metrics
         self.last_eval: dict = {}
         self._eval_step = self._save_step = -1
         self.tracker: Tracker | None = None
@@ -149,6 +152,7 @@ class Run:
         measures: Measures = NO_MEASURES,
         unit: str = "token",
         settings: dict | None = None,
+        is_cross_entropy: bool = True,
     ) -> nn.Module:
         """Open the run directory, restore the newest checkpoint if asked, and return the module to call.
 
@@ -162,24 +166,39 @@ class Run:
             measures: what the loss writes down beside itself, for the rows of metrics.
             unit: what the loss counts, for people.
             settings: of the loss; a checkpoint made with others is not gone on with.
+            is_cross_entropy: False where the loop's loss of tokens is another one, which ln V says nothing about.
+
+        Raises:
+            UserError: before anything is written, more than a tenth of the data was rejected; no checkpoint to resume.
         """
         args = self.args
+        announce.check_rows(loader.rows, args, flag="--data_path")
+        if valid_loader is not None:
+            announce.check_rows(valid_loader.rows, args, flag="--valid_path")
         self.optimizer, self.loader, self.valid_loader = optimizer, loader, valid_loader
-        self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
+        self.tokenizer, self.loss, self.count = tokenizer, loss, count
         self.prepare = prepare or (lambda micro_batches, training: micro_batches)
         self.measures, self.unit, self.settings = measures, unit, settings or {}
         if watch is not None and not self.engine.shows_gradients:
             raise UserError(f"--monitor with --parallel {args.parallel}: no rank has the gradients whole; use ddp")
         self.watch = watch if watch is not None and self.ranks.is_main else NotWatched()
         self.total_steps = args.max_steps or args.epochs * loader.steps_per_epoch
+        self.n_warmup_steps = math.ceil(args.warmup_ratio * self.total_steps)
         factor = schedule_factor(
             args.lr_scheduler,
             total_steps=self.total_steps,
-            warmup_steps=math.ceil(args.warmup_ratio * self.total_steps),
+            warmup_steps=self.n_warmup_steps,
             min_ratio=args.min_lr_ratio,
             decay_ratio=args.decay_ratio,
         )
         self.schedule = Schedule(optimizer, factor)
+        self.alarm = LossAlarm(
+            vocab_size=self.model.config.vocab_size,
+            from_scratch=from_scratch,
+            unit=unit,
+            is_cross_entropy=is_cross_entropy,
+            advice=advice_of(args),
+        )
         module = self.engine.attach(optimizer)
         resume.refuse_nothing(self, is_there=bool(checkpoint.list_checkpoints(self.directory / "checkpoints")))
         self._lock = self.ranks.main_alone(lambda: lock_directory(self.directory))
@@ -197,7 +216,7 @@ class Run:
             self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
-        self.tracker.print(f"{self.directory.name}, parameters: {self.parameters_text}")
+        self.tracker.print(announce.header_of(self).text())
         module.train()
         return module
 
@@ -255,8 +274,8 @@ class Run:
             self.balance.apply()
             self.watch.after_update(self.step + 1, self.optimizer)
         self._advance(loss_sum if applied else 0.0, applied)
-        if self.step == 1 and self.from_scratch:
-            compare_with_uniform(self, loss_sum / max(self._n_targets, 1e-12))
+        if applied and self._n_targets:
+            self._warn(self.alarm.train(self.step, loss_sum / self._n_targets))
         if self.step % self.args.log_interval == 0 or self.step == self.total_steps:
             self._log(lr, grad_norm)
         if self.args.eval_interval and self.step % self.args.eval_interval == 0:
@@ -288,7 +307,7 @@ class Run:
             with self.autocast():  # a frozen model may have a shorter dtype than what is trained of it
                 texts = samples() if samples is not None else []
             write_summary(self, texts)
-            self.tracker.print(f"{self.stage}: saved {self.directory}")
+            self.tracker.print(announce.footer_of(self).text())
         self.ranks.barrier()
         return self.last_eval
 
@@ -317,6 +336,7 @@ class Run:
         if "floor" in result:
             text += f", {result['loss'] - result['floor']:.4f} above the floor"
         self.tracker.print(text + self.measures.text(result))
+        self._warn(self.alarm.valid(self.step, result["loss"]))
         if result["loss"] < self.best_loss:
             self.best_loss = result["loss"]
             model = self.saver.whole_model()
@@ -356,6 +376,10 @@ class Run:
         self._window["seconds"] += elapsed
         self.tracker.advance()
 
+    def _warn(self, message: str | None) -> None:
+        if message is not None:
+            self.tracker.print(message if message.startswith("note: ") else f"warning: {message}")
+
     def _row(self, split: str, loss: float | None) -> dict:
         place = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, "split": split}
         return place | {"loss": loss, "seconds": round(self.seconds, 3)}
@@ -374,9 +398,11 @@ class Run:
             self.tracker.print(f"step {self.step}: {note}")
         self.tracker.log(row | self.balance.row() | measured)
         memory = hardware.memory_bytes(self.device) / 2**30
-        shown_loss = "skipped" if loss is None else f"{loss:.4f}"
-        shown = {"loss": shown_loss, "tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
-        self.tracker.show(**shown, **({"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}))
+        self.last_train_loss = loss
+        shown = {"loss": "skipped" if loss is None else f"{loss:.4f}", "lr": rate(lr)}
+        shown |= {"tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
+        shown |= {"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}
+        self.tracker.show(self.step, epoch=self.epoch + self.step_in_epoch / self.loader.steps_per_epoch, **shown)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0}
 
     def _count_skips(self, applied: bool, loss_sum: float, grad_norm: float) -> None:

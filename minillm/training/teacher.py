@@ -10,6 +10,7 @@ from minillm.errors import UserError
 from minillm.losses import top_k_teacher
 from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
+from minillm.training import announce
 from minillm.training.column_cache import cached_columns, model_hash
 from minillm.training.weights import other_format, pth_config
 
@@ -71,6 +72,7 @@ class Teacher:
     def add_to(self, rows, *, vocab_size: int):
         """Return ``rows`` with the columns ``teacher_ids`` and ``teacher_log_probs`` (T, k) of the k best tokens."""
         args = self.run.args
+        announce.check_rows(rows, args, flag="--data_path")  # before time is spent on it
         id_dtype = torch.int16 if vocab_size <= 1 << 15 else torch.int32
 
         def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,23 +1,28 @@
-"""Where a run's numbers go: ``metrics.jsonl``, the progress bar, and Weights & Biases if asked."""
+"""Where a run's numbers go: ``metrics.jsonl``, the progress bar or the log, and Weights & Biases if asked."""
 
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minillm.errors import UserError, missing_package
+from minillm.terminal import shows_progress
 
 
 class Tracker:
     """Writes metric rows of one run. Only the main rank has one that is ``enabled``.
 
     A row holds ``step, epoch, tokens, loss, lr, grad_norm, tokens_per_s, seconds, split`` and what else is known.
+    At a terminal a bar moves; elsewhere every log interval is a line, and no carriage return is written.
     """
 
     def __init__(self, directory: Path, *, enabled: bool, total_steps: int, first_step: int, name: str):
         self.directory, self.path, self.enabled = directory, directory / "metrics.jsonl", enabled
+        self.total_steps, self.first_step = total_steps, first_step
+        self._began = time.perf_counter()
         self.wandb = None
         self.run_id: str | None = None
         self._sent: dict[str, int] = {}  # the last step of each split that wandb's run has
@@ -25,8 +30,9 @@ class Tracker:
             return
         truncate_metrics(self.path, after_step=first_step)
         self.bar = tqdm(
-            total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0
-        )
+            total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0,
+            disable=not shows_progress(),
+        )  # fmt: skip
 
     def start_wandb(self, *, project: str, config: dict, run_id: str | None) -> None:
         """Begin (or, with ``run_id``, go on with) a run at Weights & Biases.
@@ -85,14 +91,24 @@ class Tracker:
         if self.enabled:
             self.bar.update(1)
 
-    def show(self, **values: str) -> None:
-        """Show ``values`` behind the bar."""
-        if self.enabled:
-            self.bar.set_postfix(values, refresh=False)
+    def show(self, step: int, *, epoch: float, **values: str) -> None:
+        """Show the numbers of a log interval behind the bar, or as a line with the time left."""
+        if not self.enabled:
+            return
+        if not self.bar.disable:
+            self.bar.set_postfix({"epoch": f"{epoch:.2f}"} | values, refresh=False)
+            return
+        n_left, n_done = self.total_steps - step, max(1, step - self.first_step)
+        seconds_left = (time.perf_counter() - self._began) / n_done * n_left
+        numbers = {"step": f"{step}/{self.total_steps}", "epoch": f"{epoch:.2f}"} | values
+        numbers["eta"] = duration(seconds_left)
+        print("  ".join(f"{name} {value}" for name, value in numbers.items()), flush=True)
 
     def print(self, message: str) -> None:
-        """Print a line above the bar (main rank only)."""
-        if self.enabled:
+        """Print a line, above the bar if there is one (main rank only)."""
+        if self.enabled and self.bar.disable:
+            print(message, flush=True)
+        elif self.enabled:
             tqdm.write(message)
 
     def close(self) -> None:
@@ -101,6 +117,21 @@ class Tracker:
             self.bar.close()
             if self.wandb is not None:
                 self.wandb.finish()
+
+
+def rate(value: float) -> str:
+    """Return a learning rate as 4.9e-4, a large one as 0.05."""
+    if value == 0 or value >= 1e-2:
+        return f"{value:g}"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def duration(seconds: float) -> str:
+    """Return ``seconds`` as 4:05, or 1:02:03 from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class NotWatched:

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from minillm.terminal import progress
+
 
 @torch.no_grad()
 def evaluate_loss(module, loader, run) -> dict:
@@ -17,7 +19,9 @@ def evaluate_loss(module, loader, run) -> dict:
     module.eval()
     totals = torch.zeros(2, dtype=run.sum_dtype, device=run.device)  # Σ loss, Σ targets
     of_training = run.measures.exchange(None)
-    for _, micro_batches in loader.iterate(0, 0, num_workers=0):
+    steps = loader.iterate(0, 0, num_workers=0)
+    bar = {"total": loader.steps_per_epoch, "desc": "validation", "enabled": run.ranks.is_main}
+    for _, micro_batches in progress(steps, **bar):
         for batch in run.prepare(micro_batches, False):
             batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
             with run.autocast():

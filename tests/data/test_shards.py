@@ -209,3 +209,33 @@ def test_speed_of_a_finished_cache(write, texts, tokenizer, tmp_path):
     began = time.perf_counter()
     prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     assert time.perf_counter() - began < 0.5
+
+
+def test_a_large_file_is_announced_where_no_bar_can_be_shown(write, texts, tokenizer, tmp_path, capsys, monkeypatch):
+    path = write("a.jsonl", [{"text": text} for text in texts])
+    size = path.stat().st_size
+    monkeypatch.setattr(shards, "LARGE_FILE", size + 1)
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "small")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(shards, "LARGE_FILE", size)
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "large")
+    assert capsys.readouterr() == (f"tokenising {path} ({size / 2**20:,.0f} MiB)\n", "")
+
+
+def test_at_a_terminal_the_bar_of_a_large_file_counts_its_bytes(write, texts, tokenizer, tmp_path, capsys, monkeypatch):
+    path = write("a.jsonl", ["{", *({"text": text} for text in texts)])
+    bars, real = [], shards.progress
+
+    def progress(**settings):
+        bars.append(real(**settings, delay=0, mininterval=0))
+        return bars[-1]
+
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(shards, "progress", progress)
+    monkeypatch.setattr(shards, "CHUNK_RECORDS", 7)
+    monkeypatch.setattr(shards, "LARGE_FILE", 1)
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (bar,) = bars
+    assert bar.n == bar.total == path.stat().st_size
+    assert "tokenising a.jsonl:  20%" in capsys.readouterr().err  # at line 8 of 41: the first is bad

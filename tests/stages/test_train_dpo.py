@@ -126,7 +126,8 @@ def test_judged_replies(tuned, dpo):
     assert "nats/reply" in done.out
 
 
-def test_a_dry_run_leaves_nothing(tuned, call):
+def test_a_dry_run_leaves_nothing(tuned, call, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
     done = call(train_dpo.main, tuned, "--data_path", tuned.pairs, *DATA, "--dry_run")
     assert done.code == 0, done.err
     assert "\x1b[30;42m" in done.out
@@ -147,7 +148,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_pair_is_set_aside_or_with_strict_fatal(tuned, call, read_jsonl, bad):
     record, word = BAD[bad]
-    tuned.write(tuned.pairs, [*(pair(n) for n in range(4)), record, pair(5)])
+    tuned.write(tuned.pairs, [*(pair(n) for n in range(4)), record, *(pair(n) for n in range(5, 11))])
     done = call(train_dpo.main, tuned, "--data_path", tuned.pairs, *DATA, "--strict")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "line 5" in done.err

@@ -115,7 +115,7 @@ def test_too_many_skips_stop_the_run(tmp_path):
 @pytest.mark.parametrize("wrong", [True, False])
 def test_first_loss_is_compared_with_ln_v(tmp_path, capsys, wrong):
     def prepare(run):
-        run.from_scratch = True
+        run.alarm.from_scratch = True
         with torch.no_grad():
             for parameter in run.model.parameters():
                 parameter.mul_(3.0 if wrong else 0.1)
