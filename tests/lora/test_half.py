@@ -66,7 +66,7 @@ def test_the_output_is_that_of_the_merge_in_float32(dtype, use_dora, tmp_path):
         base = nn.functional.linear(x.double(), layer.weight.double())
         error = float((ours - wanted).norm() / wanted.norm())
         assert error < 2 * torch.finfo(dtype).eps, name  # roundings of the products
-        assert gain(ours - base, wanted - base) == pytest.approx(1, abs=1e-3), name
+        assert gain(ours - base, wanted - base) == pytest.approx(1, abs=1.5e-3), name
 
 
 @pytest.mark.parametrize("base, product", [(a, b) for a in HALF for b in HALF if a != b])
