@@ -71,6 +71,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"use_qk_norm": True},
     "glm4_moe": {"scoring_func": "sigmoid"},
 }
+BIASED = ("qwen2", "qwen2_moe", "glm4_moe")
 WINDOWED = ("mistral", "mixtral")
 # Releases and families differ in the name; the first one is what transformers 4 and 5 both read.
 N_EXPERTS = {
@@ -309,8 +310,7 @@ def _refuse_unsupported(raw: dict[str, Any], values: dict[str, Any], model_type:
             raise UserError(f"{name} is {value!r}: it must be a list")
     has_norm = FIXED.get(model_type, {}).get("use_qk_norm", False)
     refused = {
-        # Qwen's classes have these biases whatever a file says under this name; only Qwen2-MoE can be without.
-        "attention_bias": (model_type not in ("qwen2", "qwen2_moe", "glm4_moe") and raw.get("attention_bias")) or None,
+        "attention_bias": None if model_type in BIASED else raw.get("attention_bias") or None,
         "mlp_bias": raw.get("mlp_bias") or None,
         "use_qk_norm": None if is_glm else _unless(has_norm, raw.get("use_qk_norm")),
         "use_sliding_window": (not windowed and raw.get("use_sliding_window")) or None,
@@ -321,7 +321,6 @@ def _refuse_unsupported(raw: dict[str, Any], values: dict[str, Any], model_type:
         "scoring_func": _unless("sigmoid" if is_glm else "softmax", raw.get("scoring_func")),
         "decoder_sparse_step": None if model_type in CHOOSING else _unless(1, raw.get("decoder_sparse_step")),
         "mlp_only_layers": None if model_type in CHOOSING else only_dense or None,
-        # Softmax routing with shared experts is another family, whose files have other names.
         "n_shared_experts": (model_type in ("mixtral", "qwen3_moe") and raw.get("n_shared_experts")) or None,
         "router_jitter_noise": raw.get("router_jitter_noise") or None,
         "per_layer_config": raw.get("per_layer_config") or None,

@@ -111,7 +111,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     """More blocks with a dense layer, by number (softmax routing only)."""
     decoder_sparse_step: int = 1
-    """Only every so manieth block has experts, the first of them block decoder_sparse_step - 1 (softmax routing only)."""
+    """One block in so many has experts, block decoder_sparse_step - 1 the first of them (softmax routing only)."""
     scoring_func: str = "softmax"
     """Scores of the router: ``softmax`` over the experts, or a ``sigmoid`` for each (DeepSeek-V3, GLM-4.5)."""
     norm_topk_prob: bool = True
@@ -258,8 +258,8 @@ class ModelConfig:
             )
         if not self.n_sparse_layers:
             raise UserError(
-                f"mlp_only_layers {list(self.mlp_only_layers)}, decoder_sparse_step {self.decoder_sparse_step}: none of "
-                f"the {self.num_hidden_layers} blocks (num_hidden_layers) would have experts; leave some in, or "
+                f"mlp_only_layers {list(self.mlp_only_layers)}, decoder_sparse_step {self.decoder_sparse_step}: none "
+                f"of the {self.num_hidden_layers} blocks (num_hidden_layers) would have experts; leave some in, or "
                 f"num_experts 0"
             )
         per_group, rest = divmod(self.num_experts, self.n_group)

@@ -85,6 +85,8 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
         stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
         _write_whole(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
         base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
+        if base and Path(base).exists():  # as it is found from anywhere
+            base = Path(base).resolve()
         whole = [n for n in layers if any(ends_with(n, name) for name in adapter.config.modules_to_save)]
         whole = [name for name in whole if ".lora" not in name]  # whole names: peft takes any name with such an end
         config = adapter.config.to_peft(names=adapter.names, whole=whole, base=base and str(base))
@@ -111,7 +113,7 @@ def load_lora(
 
     Raises:
         UserError: nothing to read there; damaged, or with code in it; not LoRA, or with settings not built here;
-            layers that the model does not have, or of other shapes; made for another model; numbers that are not finite.
+            layers that the model does not have, or of other shapes; made for another model; not finite.
     """
     path = Path(path)
     config, tensors = read_adapter(path)

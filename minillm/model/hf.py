@@ -82,8 +82,8 @@ def load_model(
     for name in gates:
         if stored[name].read().any():
             raise UserError(
-                f"{path}: {name} is not zero, but the configuration says shared_expert_gate false: the gate was trained "
-                f"since, set it to true"
+                f"{path}: {name} is not zero, but the configuration says shared_expert_gate false: the gate was "
+                f"trained since, set it to true"
             )
     buffers = dict(model.named_buffers())
     for name, tensor in state.items():
@@ -117,8 +117,8 @@ def save_model(
     path = Path(path)
     if any(".lora." in name for name, _ in model.named_parameters()):
         raise UserError(
-            f"the model has an adapter, which {path} could not hold: merge_lora(model, keep_base=False) first, or write "
-            f"the adapter alone with save_lora"
+            f"the model has an adapter, which {path} could not hold: merge_lora(model, keep_base=False) first, or "
+            f"write the adapter alone with save_lora"
         )
     dtype = dtype or next(model.parameters()).dtype
     weights = _pieces_to_write(model, dtype)
@@ -147,7 +147,7 @@ def _state(model: Transformer) -> dict[str, Tensor]:
 
 
 def _pieces_to_write(model: Transformer, dtype: torch.dtype) -> dict[str, tuple[Tensor, torch.dtype, float]]:
-    """Return the tensors under their names on disk, as parts of the model's; the dtype, and the scale, of each there."""
+    """Return the tensors under their names on disk, as parts of the model's; dtype and scale of each there."""
     buffers = dict(model.named_buffers())
     wide = torch.promote_types(dtype, torch.float32)
     weights = {
@@ -155,8 +155,8 @@ def _pieces_to_write(model: Transformer, dtype: torch.dtype) -> dict[str, tuple[
         for name, tensor in _state(model).items()
         for piece in pieces_of(name, model.config)
     }
-    zeros = torch.zeros(1, model.config.hidden_size)
-    return weights | {name: (zeros, dtype, 1.0) for name in zero_gates(model.config)}
+    dim = model.config.hidden_size
+    return weights | {name: (torch.zeros(1, dim), dtype, 1.0) for name in zero_gates(model.config)}
 
 
 def _write_weights(weights: dict[str, tuple[Tensor, torch.dtype, float]], path: Path, max_shard_size: int) -> set[str]:
@@ -191,12 +191,12 @@ def _check_finite(weights: dict[str, tuple[Tensor, torch.dtype, float]]) -> None
     for name, (tensor, dtype, scale) in weights.items():
         low, high = (bound.item() * scale for bound in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise UserError(f"{name} has numbers that are not finite: nothing was written; go back to weights before it")
+            raise UserError(f"{name} has numbers that are not finite: nothing was written; take older weights")
         if max(-low, high) > torch.finfo(dtype).max:
             short = str(dtype).removeprefix("torch.")
             raise UserError(
-                f"{name} has the number {max(-low, high):.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}: nothing "
-                f"was written; choose bfloat16 or float32"
+                f"{name} has the number {max(-low, high):.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}: "
+                f"nothing was written; choose bfloat16 or float32"
             )
 
 

@@ -60,7 +60,8 @@ def test_the_output_is_that_of_the_merge_in_float32(dtype, use_dora, tmp_path):
     for name, layer in adapted_layers(model).items():
         x = inputs(layer, dtype)
         if use_dora:
-            layer.lora.magnitude.mul_(1 + 0.02 * torch.rand(len(layer.weight), generator=torch.Generator().manual_seed(3)))
+            generator = torch.Generator().manual_seed(3)
+            layer.lora.magnitude.mul_(1 + 0.02 * torch.rand(len(layer.weight), generator=generator))
         wanted = nn.functional.linear(x.double(), layer.weight.double() + layer.lora.delta(layer).double())
         ours = layer(x).double() - (0 if layer.bias is None else layer.bias.double())
         base = nn.functional.linear(x.double(), layer.weight.double())
@@ -109,7 +110,7 @@ def test_any_dropout_below_1_gives_finite_numbers_of_the_right_mean(dropout):
     y = low_rank_linear(x.requires_grad_(), weight, None, a, b, one, dropout)
     y.sum().backward()
     assert x.grad.isfinite().all()
-    assert float(y.detach().mean()) == pytest.approx(64 * 0.1 * 2 * 0.1, rel=0.15)  # 256,000 inputs, of which 1,000 stay
+    assert float(y.detach().mean()) == pytest.approx(64 * 0.1 * 2 * 0.1, rel=0.15)  # 256,000 inputs, 1,000 stay
 
 
 def test_what_was_taken_out_of_a_weight_moves_with_the_model():
