@@ -101,7 +101,9 @@ MINIMIND: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True,
     "head_dim": None,
 }  # fmt: skip
-MINIMIND_2: dict[str, Any] = {"hidden_size": 512, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2}
+MINIMIND_2: dict[str, Any] = {
+    "hidden_size": 512, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2,
+}  # fmt: skip
 LARGEST = 2**31 - 1  # of a whole number in a configuration: products of several stay within what torch can count
 ROPE_KEYS_ELSEWHERE = ("rope_theta", "partial_rotary_factor", "type")
 

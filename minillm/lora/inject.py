@@ -79,8 +79,8 @@ def add_adapter(
     names = find_targets(model, config) if names is None else names
     whole = whole_names(model, config, names)  # raises before anything is changed
     if config.bias != "none" and not any(name.endswith(".bias") for name in whole):
-        where = "the model" if config.bias == "all" else "none of the adapted layers"
-        raise UserError(f"bias {config.bias!r}: {where} has {'no ' if config.bias == 'all' else 'a '}bias; leave it out")
+        what = "the model has no bias" if config.bias == "all" else "no adapted layer has a bias"
+        raise UserError(f"bias {config.bias!r}: {what}; leave it out")
     layers = dict(model.named_modules())
     check_kinds(layers, names, config)
     tensors: dict[str, Tensor] = {}

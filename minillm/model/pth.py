@@ -177,7 +177,7 @@ def _check_given(path: str | Path, given: Mapping[str, Any], told: Mapping[str, 
     if "num_experts_per_tok" not in given:
         raise UserError(
             f"{path} does not tell how many experts a token goes through: give num_experts_per_tok "
-            f"(--use_moe --num_experts_per_tok 1 for MiniMind 3, 2 for MiniMind 2 and ours, unless training set another)"
+            f"(--use_moe --num_experts_per_tok 1 for MiniMind 3, 2 for MiniMind 2 and ours, as a rule)"
         )
     if "norm_topk_prob" not in given:
         raise UserError(

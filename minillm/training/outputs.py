@@ -63,7 +63,8 @@ class AdapterAlone(WholeModel):
     @property
     def tags(self) -> str:
         """Return the head of the model card; it names the adapted model."""
-        return "library_name: peft" + (f"\nbase_model: {json.dumps(self.base, ensure_ascii=False)}" if self.base else "")
+        base = f"\nbase_model: {json.dumps(self.base, ensure_ascii=False)}" if self.base else ""
+        return f"library_name: peft{base}"
 
     def directory(self, args, stage: str, config) -> Path:
         """Return the run's directory."""
