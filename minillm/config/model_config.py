@@ -237,7 +237,7 @@ class ModelConfig:
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise UserError(f"scoring_func is {self.scoring_func!r}: choose softmax or sigmoid")
         usual = self.n_shared_experts * self.moe_intermediate_size
-        if self.shared_expert_intermediate_size is None or not self.n_shared_experts:
+        if self.shared_expert_intermediate_size in (None, 0) or not self.n_shared_experts:
             object.__setattr__(self, "shared_expert_intermediate_size", usual)
         self._check_whole("shared_expert_intermediate_size", least=min(1, self.n_shared_experts))
         layers = self.mlp_only_layers

@@ -119,4 +119,5 @@ def test_the_base_is_found_from_anywhere(tools, tmp_path, monkeypatch):
         if not hasattr(model, "lora_adapters"):
             apply_lora(model, rank=2)
         save_lora(model, "adapter")
-        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == wanted
+        said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == wanted
