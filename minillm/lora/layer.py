@@ -83,6 +83,7 @@ class LoRA(nn.Module):
 
     @initial.setter
     def initial(self, matrices: tuple[Tensor, Tensor] | None) -> None:
+        """Keep (A, B), or None."""
         self.initial_a, self.initial_b = matrices or (None, None)
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
