@@ -206,7 +206,7 @@ def _feed_forward(step: Step, layer: int) -> int:
     weighing = rows * dim * (8 + (c if c < 4 else 0))
     inside = 2 * rows * width * c - rows * dim * c
     inside += config.num_experts * dim * width * (number - c * step.is_mixed)  # a cast copy is no longer needed
-    largest, shared = max(weighing, inside), config.n_shared_experts * width
+    largest, shared = max(weighing, inside), config.shared_expert_intermediate_size
     if shared:  # their gradients are made first, and what they kept is gone then
         gone = (2 if step.lora_rank else 3) * n * shared * c
         largest = max(swiglu(n, shared), largest - gone + 3 * dim * shared * number + n * dim * c)

@@ -124,9 +124,10 @@ class TrainArguments(ScaleArguments):
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be at least 0 and below 2^63")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
         super().check()
-        one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob
+        one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob is not False
         message = "the weight of a single expert, divided by itself, is always 1, and the router learns nothing"
-        other = "choose at least 2, or add --norm_topk_prob 0 (with softmax scores --use_qk_norm too)"
+        other = "choose at least 2, or add --norm_topk_prob 0"
+        other += " (with softmax scores --use_qk_norm or --n_shared_experts 1 too)"
         require(not one_weight, f"--num_experts_per_tok 1: {message}; {other}")
         require(bool(self.data_files), "--data_path names no file: give at least one")
         require(0 <= self.valid_ratio < 1, f"--valid_ratio {self.valid_ratio}: must be at least 0 and below 1")

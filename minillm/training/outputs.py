@@ -1,5 +1,6 @@
 """What a run writes of its model and reads back: all of it, or its adapter alone."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
 from minillm.lora import save_lora
+from minillm.lora.base import BASE
 from minillm.lora.merge import merge_adapters
 from minillm.lora.state import load_trained_state, trained_state
 from minillm.model.hf import load_model, save_model
@@ -51,7 +53,7 @@ class AdapterAlone(WholeModel):
 
     is_adapter = True
     is_large = False
-    tags = "library_name: peft"
+    base: str | None = None
     usage = (
         "An adapter: `python eval_model.py --lora_name` uses it, `peft.PeftModel.from_pretrained` loads it, and "
         "`python -m minillm.lora merge` adds it to its model for good."
@@ -60,6 +62,12 @@ class AdapterAlone(WholeModel):
     def __init__(self, args):
         self.args = args
 
+    @property
+    def tags(self) -> str:
+        """Return the head of the model card; it names the adapted model."""
+        base = f"\nbase_model: {json.dumps(self.base, ensure_ascii=False)}" if self.base else ""
+        return f"library_name: peft{base}"
+
     def directory(self, args, stage: str, config) -> Path:
         """Return the run's directory."""
         return adapter_directory(args.lora_name, save_dir=args.save_dir, config=config)
@@ -67,6 +75,7 @@ class AdapterAlone(WholeModel):
     def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:
         """Write the adapter; it stays float32, being small."""
         save_lora(model, path)
+        self.base = json.loads((path / BASE).read_text(encoding="utf-8"))["base"]
 
     def write_checkpoint(self, model, path: Path, *, tokenizer) -> None:
         """Write the adapter as others read it, and once more as it is trained."""
