@@ -229,7 +229,7 @@ def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, cont
             first = json.loads(next(file))
         raise UserError(f"{source} has no usable record; the first, line {first['line']}: {first['reason']}")
     for path in partial.iterdir():
-        with path.open("rb") as file:
+        with path.open("rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
     sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
     meta = counts | {"kind": kind, "dtype": dtype.name, "sha256": content, "sizes": sizes}
