@@ -211,8 +211,8 @@ def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generato
             ids = torch.where(is_finite, new, -1).tolist()
             if min(ids) < 0:
                 raise UserError(
-                    f"prompt {running[ids.index(-1)]}: the model's logits are not finite (NaN or infinity) at new token "
-                    f"{step + 1}: its weights are damaged or overflow their dtype; load them in float32 (--dtype "
+                    f"prompt {running[ids.index(-1)]}: the model's logits are not finite (NaN or infinity) at new "
+                    f"token {step + 1}: its weights are damaged or overflow their dtype; load them in float32 (--dtype "
                     f"float32), or use an earlier checkpoint"
                 )
             yield [rows[index].push(token) for index, token in zip(running, ids, strict=True)]

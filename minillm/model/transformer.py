@@ -178,8 +178,8 @@ class Transformer(nn.Module):
         if "forward" not in vars(self.lm_head):
             return True
         warnings.warn(
-            "the output layer's forward was replaced (by a hook?): all logits are held at once, which takes positions x "
-            "vocabulary x 4 bytes and more; remove the hook to train by chunks",
+            "the output layer's forward was replaced (by a hook?): all logits are held at once, which takes positions "
+            "x vocabulary x 4 bytes and more; remove the hook to train by chunks",
             stacklevel=3,
         )
         return False

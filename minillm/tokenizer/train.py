@@ -190,7 +190,7 @@ class CountedTexts:
 
 
 # Where a piece may be too long: no piece reaches over a blank, but for the one before it, nor over a newline.
-_LONG_RUN = re.compile(r"(?<!\S)\S{%d,}|(?<![^\S\n])[^\S\n]{%d,}" % (MAX_PIECE_LEN, MAX_PIECE_LEN))
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_PIECE_LEN},}}|(?<![^\S\n])[^\S\n]{{{MAX_PIECE_LEN},}}")
 
 
 def without_long_pieces(text: str, pattern: str) -> Iterator[str]:

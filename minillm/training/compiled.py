@@ -4,7 +4,6 @@ Each block is compiled by itself, which takes a fraction of the time of compilin
 alike share the result. Decoding runs uncompiled (``inference.generate``), and so do the losses.
 """
 
-import torch
 from torch import nn
 
 BACKEND = "inductor"  # torch's own; tests count graphs with another one

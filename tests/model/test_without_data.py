@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minillm.config import ModelConfig
-from minillm.losses import causal_lm_loss
 from minillm.lora import apply_lora
+from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.model.attention import document_positions, needs_equal_heads
 from minillm.model.norm import RMSNorm

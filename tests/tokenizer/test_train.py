@@ -155,7 +155,9 @@ def test_bytes_per_token(tokenizer, sentences):
     assert bytes_per_token(tokenizer, []) == {}
 
 
-@pytest.mark.parametrize("text", ["春眠不觉晓" * 700, "x" * 2_500, " " * 2_500, "a " + "-=" * 1_200 + " end", "中 " * 2000])
+@pytest.mark.parametrize(
+    "text", ["春眠不觉晓" * 700, "x" * 2_500, " " * 2_500, "a " + "-=" * 1_200 + " end", "中 " * 2000]
+)
 def test_pieces_are_cut_at_a_length(text):
     """Parts are the text; no piece of one is longer than the limit; what has no such piece stays whole."""
     pattern = _PIECES.replace("{han}", "+")

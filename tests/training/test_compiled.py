@@ -9,8 +9,8 @@ import train_pretrain
 import train_sft
 from minillm.config import ModelConfig
 from minillm.inference import generate
-from minillm.losses import causal_lm_loss
 from minillm.lora import apply_lora
+from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.training import compiled
 from minillm.training.compiled import compile_blocks
@@ -111,7 +111,8 @@ def test_the_limit_is_enough_for_adapted_blocks(graphs):
 STAGES = {
     "pretrain": (train_pretrain, "text", []),
     "sft": (train_sft, "chat", ["--packing", "none", "--from_weight", "pretrain"]),
-    "lora": (train_lora, "chat", ["--packing", "none", "--from_weight", "pretrain", "--lora_name", "x", "--target_modules", "q_proj"]),
+    "lora": (train_lora, "chat", ["--packing", "none", "--from_weight", "pretrain", "--lora_name", "x",
+                                  "--target_modules", "q_proj"]),
 }
 
 
@@ -127,8 +128,8 @@ def base(world, call):  # noqa: F811
 def test_a_stage_is_compiled_in_few_graphs(stage, world, call, base, graphs):  # noqa: F811
     """Training, validation, samples at the end; in ``sft`` and ``lora`` every row has its own length."""
     train, data, more = STAGES[stage]
-    argv = [*base, *more, "--data_path", str(getattr(world, data)), "--valid_path", str(getattr(world, f"{data}_valid")),
-            "--max_steps", "4", "--eval_interval", "2", "--log_interval", "1"]  # fmt: skip
+    argv = [*base, *more, "--data_path", str(getattr(world, data)),
+            "--valid_path", str(getattr(world, f"{data}_valid")), "--max_steps", "4", "--eval_interval", "2", "--log_interval", "1"]  # fmt: skip
     losses = []
     for compile_flags in ([], ["--compile"]):
         result = call(train.main, world, *argv, *compile_flags)
