@@ -129,7 +129,8 @@ def test_a_stage_is_compiled_in_few_graphs(stage, world, call, base, graphs):  #
     """Training, validation, samples at the end; in ``sft`` and ``lora`` every row has its own length."""
     train, data, more = STAGES[stage]
     argv = [*base, *more, "--data_path", str(getattr(world, data)),
-            "--valid_path", str(getattr(world, f"{data}_valid")), "--max_steps", "4", "--eval_interval", "2", "--log_interval", "1"]  # fmt: skip
+            "--valid_path", str(getattr(world, f"{data}_valid")),
+            "--max_steps", "4", "--eval_interval", "2", "--log_interval", "1"]  # fmt: skip
     losses = []
     for compile_flags in ([], ["--compile"]):
         result = call(train.main, world, *argv, *compile_flags)
