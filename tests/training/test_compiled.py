@@ -109,7 +109,6 @@ def test_the_limit_is_enough_for_adapted_blocks(graphs):
 
 
 STAGES = {
-    "pretrain": (train_pretrain, "text", []),
     "sft": (train_sft, "chat", ["--packing", "none", "--from_weight", "pretrain"]),
     "lora": (train_lora, "chat", ["--packing", "none", "--from_weight", "pretrain", "--lora_name", "x",
                                   "--target_modules", "q_proj"]),
