@@ -242,7 +242,7 @@ def _write(
             first = json.loads(next(file))
         raise UserError(f"{path} has no usable record; the first, line {first['line']}: {first['reason']}")
     for part in partial.iterdir():
-        with part.open("rb") as file:
+        with part.open("rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
     sizes = {part.name: part.stat().st_size for part in partial.iterdir()}
     meta = counts | {"kind": kind, "dtype": dtype.name, "sha256": content, "sizes": sizes}

@@ -242,7 +242,12 @@ def sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a directory, have reached the disk."""
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
+        return  # it opens no directories; its file system writes names down by itself
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR | os.O_BINARY if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -45,8 +45,7 @@ class DistillLoss:
             "divergence": args.divergence,
         }
         if "teacher_ids" in batch:
-            # In float16, as they lie on disk: the dtype tells the loss how well "the rest" of the probability is known.
-            taught = {"teacher_ids": batch["teacher_ids"], "teacher_log_probs": batch["teacher_log_probs"].half()}
+            taught = {name: batch[name] for name in ("teacher_ids", "teacher_log_probs", "teacher_log_rest")}
         else:
             taught = self.teacher.outputs(batch)
 

@@ -19,6 +19,7 @@ from minillm.losses import count_targets
 from minillm.model import RouterStats
 from minillm.training import announce, checkpoint, engines, hardware, precision, resume
 from minillm.training.arguments import TrainArguments, as_dict
+from minillm.training.compiled import compile_blocks
 from minillm.training.divergence import LossAlarm, advice_of
 from minillm.training.interrupt import Interrupted, StopSignals
 from minillm.training.lock import lock_directory
@@ -132,9 +133,7 @@ class Run:
         self._flops_per_token = flops_per_token(model, self.args.max_seq_len)
         self.saver = Saver(self)
         if self.args.compile:
-            self.model.block_attention = False  # the compiler has its own way with torch's attention
-            for block in self.model.model.layers:  # all blocks share one compiled code; the loss stays eager
-                block.compile(dynamic=False)
+            compile_blocks(self.model)
         return self.engine.wrap(self.model, self.device)
 
     def start(

@@ -70,7 +70,8 @@ class Teacher:
         return {"teacher_hidden": hidden, "teacher_weight": weight}
 
     def add_to(self, rows, *, vocab_size: int):
-        """Return ``rows`` with the columns ``teacher_ids`` and ``teacher_log_probs`` (T, k) of the k best tokens."""
+        """Return ``rows`` with the columns of ``top_k_teacher``: ``teacher_ids``, ``teacher_log_probs`` (T, k) and
+        ``teacher_log_rest`` (T, 1)."""
         args = self.run.args
         announce.check_rows(rows, args, flag="--data_path")  # before time is spent on it
         id_dtype = torch.int16 if vocab_size <= 1 << 15 else torch.int32
@@ -78,14 +79,15 @@ class Teacher:
         def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             batch = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
             with self.run.autocast():
-                ids, log_probs = top_k_teacher(
+                ids, log_probs, log_rest = top_k_teacher(
                     **self.outputs(batch),
                     targets=batch["targets"],
                     k=args.top_k,
                     temperature=args.temperature,
                     vocab_size=vocab_size,
                 )
-            return {"teacher_ids": ids.to(id_dtype), "teacher_log_probs": log_probs.to(torch.float16)}
+            columns = {"teacher_ids": ids.to(id_dtype), "teacher_log_probs": log_probs.to(torch.float16)}
+            return columns | {"teacher_log_rest": log_rest.float()}
 
         return self.run.ranks.main_first(
             lambda: cached_columns(
@@ -98,9 +100,10 @@ class Teacher:
                     "vocab_size": vocab_size,
                     "dtype": str(self.run.dtype).removeprefix("torch."),
                     "device": self.run.device.type,
+                    "columns": "ids, log-probabilities, log of the rest",
                 },
                 compute=compute,
-                bytes_per_position=args.top_k * (id_dtype.itemsize + 2),
+                bytes_per_position=args.top_k * (id_dtype.itemsize + 2) + 4,
                 max_gib=args.max_cache_gib,
                 flag="--teacher_cache",
                 batch_size=args.batch_size,
