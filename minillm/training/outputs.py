@@ -27,7 +27,9 @@ class WholeModel:
     usage = "Opens as it is with `transformers.AutoModelForCausalLM.from_pretrained`."
 
     def directory(self, args, stage: str, config) -> Path:
-        """Return the run's directory."""
+        """Return the run's directory: ``--run_name``, or a name of stage and width."""
+        if args.run_name:
+            return Path(args.save_dir) / args.run_name
         has_experts = bool(config.num_experts)
         return Path(args.save_dir) / run_name(stage, hidden_size=config.hidden_size, has_experts=has_experts)
 
@@ -70,6 +72,8 @@ class AdapterAlone(WholeModel):
 
     def directory(self, args, stage: str, config) -> Path:
         """Return the run's directory."""
+        if args.run_name:
+            raise UserError(f"--run_name {args.run_name}: an adapter is named by --lora_name")
         return adapter_directory(args.lora_name, save_dir=args.save_dir, config=config)
 
     def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:

@@ -15,6 +15,8 @@ from minillm.terminal import shows_progress
 class Tracker:
     """Writes metric rows of one run. Only the main rank has one that is ``enabled``.
 
+    ``begin`` comes before the first row: until then nothing in the directory has changed.
+
     A row holds ``step, epoch, tokens, loss, lr, grad_norm, tokens_per_s, seconds, split`` and what else is known.
     At a terminal a bar moves; elsewhere every log interval is a line, and no carriage return is written.
     """
@@ -28,17 +30,21 @@ class Tracker:
         self._sent: dict[str, int] = {}  # the last step of each split that wandb's run has
         if not enabled:
             return
-        truncate_metrics(self.path, after_step=first_step)
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0,
             disable=not shows_progress(),
         )  # fmt: skip
 
+    def begin(self, *, after_step: int, without_validation: bool = False) -> None:
+        """Drop what ``metrics.jsonl`` holds past ``after_step``; see ``truncate_metrics``."""
+        if self.enabled:
+            truncate_metrics(self.path, after_step=after_step, without_validation=without_validation)
+
     def start_wandb(self, *, project: str, config: dict, run_id: str | None) -> None:
         """Begin (or, with ``run_id``, go on with) a run at Weights & Biases.
 
         Raises:
-            UserError: wandb is not installed.
+            UserError: wandb is not installed, or cannot start (not logged in, say).
         """
         if not self.enabled:
             return
@@ -46,14 +52,21 @@ class Tracker:
             import wandb
         except ImportError:
             raise missing_package("wandb", purpose="--use_wandb", extra="track") from None
-        self.wandb = wandb.init(
-            project=project,
-            name=self.directory.name,
-            config=config,
-            dir=str(self.directory),
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
+        try:
+            self.wandb = wandb.init(
+                project=project,
+                name=self.directory.name,
+                config=config,
+                dir=str(self.directory),
+                id=run_id,
+                resume="allow" if run_id else None,
+            )
+        except Exception as error:  # not logged in, no network, a refused project: wandb has an error for each
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"--use_wandb: wandb cannot start ({reason}); run `wandb login`, set WANDB_MODE=offline, or leave the "
+                f"flag out"
+            ) from error
         self.run_id = self.wandb.id
         self._sent = _read_sent(self._sent_path())
 
@@ -163,9 +176,15 @@ def read_metrics(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
 
-def truncate_metrics(path: Path, *, after_step: int) -> None:
-    """Drop the rows past ``after_step``: a resumed run writes them anew. Step 0 starts the file afresh."""
+def truncate_metrics(path: Path, *, after_step: int, without_validation: bool = False) -> None:
+    """Drop the rows past ``after_step``: a resumed run writes them again. Step 0 starts the file afresh.
+
+    Args:
+        without_validation: drop the validation of ``after_step`` too, because it is repeated.
+    """
     rows = [row for row in read_metrics(path) if row["step"] <= after_step] if after_step else []
+    if without_validation:
+        rows = [row for row in rows if (row["step"], row.get("split")) != (after_step, "valid")]
     _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
