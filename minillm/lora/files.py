@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minillm.errors import UserError
+from minillm.files import use_umask
 from minillm.lora.adapters import (
     Adapter,
     Adapters,
@@ -84,6 +85,7 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
         layers = dict(model.named_modules())
         stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
         _write_whole(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
+        use_umask(path / WEIGHTS)
         base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
         if base and Path(base).exists():  # as it is found from anywhere
             base = Path(base).resolve()

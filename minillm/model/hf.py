@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import UserError
+from minillm.files import use_umask
 from minillm.model.experts_on_disk import (
     SHARED,
     SHARED_GATE,
@@ -31,6 +32,7 @@ from minillm.model.pth import load_pth
 from minillm.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PICKLED = "pytorch_model.bin"  # as older releases wrote it, and MiniMind's export does: a .pth by another name
 TIED = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints hold this table; ours follows from the configuration
@@ -90,6 +92,7 @@ def load_model(
         as_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
         state[name] = _read(pieces[name], stored, tensor.shape, as_dtype, device)
     model.load_state_dict(state, assign=True, strict=False)  # strict was _check_fit; a tied matrix comes once
+    model.generation_config = _read_generation(path)
     model.tie_weights()
     return model.requires_grad_(True)
 
@@ -107,7 +110,8 @@ def save_model(
     Each file appears under its name only when it is whole.
 
     Args:
-        tokenizer: saved beside the model, and its end tokens written to ``generation_config.json``.
+        tokenizer: saved beside the model; its end tokens are added to ``generation_config.json``, which otherwise stays
+            what the model came with.
         dtype: of the stored weights; default: the model's. The correction biases of routers stay float32 at least.
         max_shard_size: bytes per weight file; so much is copied at a time if the weights are elsewhere or other.
 
@@ -130,12 +134,32 @@ def save_model(
             stale.unlink()
     config = model.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(path / "config.json", config)
-    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     if tokenizer is not None:
         tokenizer.save(path)
-        generation["eos_token_id"] = list(tokenizer.end_ids)
-        generation["pad_token_id"] = tokenizer.pad_token_id
-    _write_json(path / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    _write_json(path / GENERATION, _generation_config(model, tokenizer))
+
+
+def _generation_config(model: Transformer, tokenizer) -> dict:
+    """Return what the model came with (its temperature, say), with the tokens that end its answers now."""
+    came_with = model.generation_config
+    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    ends = came_with.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer is not None:
+        ids["pad_token_id"] = tokenizer.pad_token_id
+        if not set(tokenizer.end_ids) <= set(ends):
+            ids["eos_token_id"] = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
+            came_with = {key: value for key, value in came_with.items() if key != "eos_token_id"}
+    return {key: value for key, value in (ids | came_with).items() if value is not None}
+
+
+def _read_generation(path: Path) -> dict:
+    """Return the content of a directory's generation_config.json; empty where it is missing or broken."""
+    try:
+        content = json.loads((path / GENERATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _state(model: Transformer) -> dict[str, Tensor]:
@@ -204,6 +228,7 @@ def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         save_file(shard, temporary, metadata={"format": "pt"})
+        use_umask(temporary)
     except SafetensorError as error:  # it wraps the system's errors, a full disk among them
         temporary.unlink(missing_ok=True)
         raise OSError(str(error)) from error

@@ -91,6 +91,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.generation_config: dict = {}  # of the directory it was read from; ``save_model`` writes it back
         self.block_attention = True
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
+from minillm.files import use_umask
 from minillm.lora import save_lora
 from minillm.lora.base import BASE
 from minillm.lora.merge import merge_adapters
@@ -85,6 +86,7 @@ class AdapterAlone(WholeModel):
         """Write the adapter as others read it, and once more as it is trained."""
         save_lora(model, path)
         save_file(trained_state(model), path / TRAINED)
+        use_umask(path / TRAINED)
 
     def read_checkpoint(self, model, path: Path) -> None:
         """Read it back into ``model``."""
