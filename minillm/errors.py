@@ -69,6 +69,6 @@ def _is_stdout_closed() -> bool:
 
 
 def after_the_first_rank() -> None:
-    """Wait, in ranks other than the first: where that one ends with the same error, the launcher ends these meanwhile."""
+    """Wait, in ranks but the first: where that one ends with the same error, the launcher ends these meanwhile."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)

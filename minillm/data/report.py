@@ -211,7 +211,7 @@ def _known_tokenizer() -> str:
     for directory in ("out/tokenizer", "out/demo/tokenizer"):
         if Path(directory, "tokenizer.json").is_file():
             return directory
-    raise UserError("no tokenizer in out/ or out/demo/: give --tokenizer_path, or run `python train_tokenizer.py` first")
+    raise UserError("no tokenizer in out/ or out/demo/: run `python train_tokenizer.py` first, or give one")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def _find(args) -> tuple[Path, str]:
 
     Without ``--from_weight`` and ``--save_dir``, the demo's runs serve where ``out/`` has none of the stage.
     """
-    stage, save_dir = STAGES[args.model_mode], args.save_dir
+    stage, save_dir = args.from_weight or STAGES[args.model_mode], args.save_dir
     if not args.from_weight and save_dir == "out" and not has_run(stage, save_dir):
         if not has_run(stage, DEMO):
             raise UserError(
@@ -63,7 +63,7 @@ def _find(args) -> tuple[Path, str]:
         print(f"no {stage} weights in out/: using the demo's, in {DEMO}/")
     config = preset_config(args)
     path = find_weights(
-        args.from_weight or stage,
+        stage,
         save_dir=save_dir,
         hidden_size=config.hidden_size,
         has_experts=args.has_experts,

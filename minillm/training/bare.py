@@ -48,7 +48,8 @@ def choose(stage: str, argv: list[str], from_file: dict) -> dict:
     weights = None
     if stage in STARTS_FROM:
         flag = "teacher" if stage == "distill" else "from_weight"
-        weights = _weights(given(flag), STARTS_FROM[stage], save_dir=given("save_dir"), hidden_size=given("hidden_size"))
+        wanted = {"save_dir": given("save_dir"), "hidden_size": given("hidden_size")}
+        weights = _weights(given(flag), STARTS_FROM[stage], **wanted)
         if weights:
             values[flag] = str(weights)
             notes.append(f"{flag.replace('from_weight', 'weights')} {weights}")
@@ -101,7 +102,8 @@ def _weights(name, stage: str, *, save_dir: str | None, hidden_size) -> Path | N
     if name:
         return None  # find_weights lists what there is
     kind = "pretrained" if stage == "pretrain" else stage
-    raise UserError(f"no {kind} weights in {' or '.join(f'{d}/' for d in directories)}: run `python {MAKES[stage]}` first")
+    searched = " or ".join(f"{directory}/" for directory in directories)
+    raise UserError(f"no {kind} weights in {searched}: run `python {MAKES[stage]}` first")
 
 
 def _demo_save_dir(stage: str, values: dict, weights: Path | None, given: Callable) -> str:

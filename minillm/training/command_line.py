@@ -1,6 +1,7 @@
 """The command line of every script: a dataclass filled by tyro, with ``--config file.yaml`` beneath the flags.
 
-``script`` (from ``minillm.errors``) decorates ``main``. Booleans accept ``--flag``, ``--flag 1`` and ``--flag true``; names are written with underscores.
+``script`` (from ``minillm.errors``) decorates ``main``.
+Booleans accept ``--flag``, ``--flag 1`` and ``--flag true``; names are written with underscores.
 """
 
 import contextlib

@@ -103,7 +103,7 @@ def _what_it_is(path: Path, *, flag: str) -> str | None:
     if not path.is_dir():
         return None
     if (path / "adapter_config.json").is_file():
-        return f"{path} is an adapter, not a model: give it to eval_model.py as --lora_name {path}, and {flag} its model"
+        return f"{path} is an adapter, not a model: give eval_model.py --lora_name {path}, and {flag} its model"
     if newest := _newest_checkpoint(path / "checkpoints"):
         return f"{path} is an interrupted run: resume it with --from_resume, or use its checkpoint {flag} {newest}"
     if _newest_checkpoint(path) is None and path.name == "checkpoints":
