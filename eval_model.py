@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     sampling = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
     SamplingOptions(**sampling)  # complains now, not after the weights are read
     prompts = [*args.prompt, *(read_prompts(args) if args.prompts else [])]
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    model, tokenizer, weights = open_model(args)
     if not (prompts or args.perplexity or args.task_file or args.pairs_file or sys.stdin.isatty()):
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:
             print("no terminal and no questions on standard input: give --prompt TEXT or --prompts FILE")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    model, tokenizer, weights = open_model(args)
     options = sampling | {
         "max_new_tokens": args.max_new_tokens,
         "stop": args.stop,
