@@ -38,8 +38,9 @@ def script(main):
     @functools.wraps(main)
     def run_main(argv: list[str] | None = None):
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-                stream.reconfigure(errors="backslashreplace")
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+                is_ascii_locale = stream.errors == "surrogateescape"  # what Python sets in the locale C
+                stream.reconfigure(encoding="utf-8" if is_ascii_locale else None, errors="backslashreplace")
         if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "surrogateescape":
             sys.stdin.reconfigure(encoding="utf-8")  # a locale of ASCII alone says nothing about a pipe's text
         try:

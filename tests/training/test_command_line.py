@@ -214,4 +214,8 @@ def test_text_survives_a_locale_of_ascii_alone():
     source = "from minillm.errors import script\n@script\ndef main(argv=None):\n    print(input(), chr(0x4f60))\nmain()"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", source], input="好\n".encode(), env=environment, capture_output=True)
-    assert (done.returncode, done.stdout) == (0, b"\\u597d \\u4f60\n"), done.stderr
+    assert (done.returncode, done.stdout.decode()) == (0, "好 你\n"), done.stderr
+    environment = os.environ | {"PYTHONIOENCODING": "gbk"}
+    source = source.replace("input()", "chr(0x1f600)")
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout.decode("gbk")) == (0, "\\U0001f600 你\n"), done.stderr
