@@ -17,9 +17,10 @@ from minillm.training.scale_arguments import ScaleArguments
 class TrainArguments(ScaleArguments):
     """What every training stage shares."""
 
-    data_path: str
+    data_path: str = ""
     """Training data: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with commas; directories
-    and patterns (data/*.jsonl) too."""
+    and patterns (data/*.jsonl) too (default: the first known name in dataset/, see dataset/README.md, else the demo
+    world with its settings)."""
     valid_path: str = ""
     """Validation data; empty: no validation."""
     valid_ratio: float = 0.0
@@ -32,7 +33,7 @@ class TrainArguments(ScaleArguments):
     tokenizer_path: str = ""
     """Tokenizer directory (default: the one of --from_weight, else SAVE_DIR/tokenizer)."""
     from_weight: str = ""
-    """Start from these weights: a stage name, a model directory or a .pth file."""
+    """Start from these weights: a stage name, a run's name, a model directory, a .pth file, or ORG/MODEL on a hub."""
     cache_dir: str = ""
     """Where tokenised data is kept (default: SAVE_DIR/.token_cache)."""
     strict: bool = False
@@ -191,6 +192,8 @@ class TrainArguments(ScaleArguments):
 class PretrainArguments(TrainArguments):
     """Pretraining: next-token prediction on plain text."""
 
+    bare_stage = "pretrain"
+
     packing: Literal["stream", "best_fit", "none"] = "stream"
     """stream: cut the text every max_seq_len; best_fit: whole documents per row; none: one document per row."""
 
@@ -198,6 +201,8 @@ class PretrainArguments(TrainArguments):
 @dataclass(frozen=True, kw_only=True)
 class SFTArguments(TrainArguments):
     """Supervised fine-tuning on conversations; starts from the pretrained weights."""
+
+    bare_stage = "sft"
 
     from_weight: str = "pretrain"
     learning_rate: float = 5e-5
@@ -217,9 +222,11 @@ def as_dict(arguments) -> dict:
 class TokenizerArguments:
     """Training a tokenizer; it is saved in SAVE_DIR/tokenizer."""
 
-    data_path: str
+    bare_stage = "tokenizer"
+    data_path: str = ""
     """Text to learn from, of any schema: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with
-    commas; directories and patterns (data/*.jsonl) too."""
+    commas; directories and patterns (data/*.jsonl) too (default: the first known name in dataset/, else the demo
+    world)."""
     valid_path: str = ""
     """Held-out text for bytes per token (default: every 20th record of the data, kept out of training)."""
     columns: str = ""

@@ -59,8 +59,8 @@ class ZeRO(Engine):
         os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher
         if self.ranks.is_main:
             for lock in build_locks():
-                print(f"DeepSpeed builds {lock.parent.name} once, and {lock} says that another process is at it: this run "
-                      f"waits. If none is (one was killed), remove that file", file=sys.stderr, flush=True)  # fmt: skip
+                text = f"waiting for the process that builds {lock.parent.name} for DeepSpeed, as {lock} says; if there"
+                print(f"{text} is none (it was killed), remove that file", file=sys.stderr, flush=True)
         self.module, self.wrapped, _, _ = self.deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )

@@ -1,6 +1,7 @@
 """eval_model.py from its command line: answers, measures, chat, and clear refusals."""
 
 import builtins
+import io
 import json
 import shutil
 
@@ -191,10 +192,17 @@ def test_answers_beside_their_references(run, tmp_path):
     assert results["bleu"]["signature"] in shown
 
 
-def test_without_a_terminal_the_chat_is_skipped(run):
+def test_without_a_terminal_questions_come_from_standard_input(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    code, shown, _ = run("--prompt", "zero", "--prompt", "nought", *GREEDY)
+    assert code == 0
+    assert [line for line in shown.splitlines() if line.startswith("> ")] == ["> zero", "> nought"]
+    code, shown, _ = run(*GREEDY)
+    assert [line for line in shown.splitlines() if line.startswith("> ")] == ["> one", "> two"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, shown, _ = run()
     assert code == 0
-    assert shown.splitlines()[-1] == "no terminal: chat skipped"
+    assert "no questions on standard input: give --prompt TEXT or --prompts FILE" in shown
 
 
 @pytest.fixture
