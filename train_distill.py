@@ -23,7 +23,7 @@ from minillm.training.dry_run import dry_run
 from minillm.training.on_policy import OnPolicy
 from minillm.training.optim import adamw
 from minillm.training.run import Run
-from minillm.training.teacher import Teacher
+from minillm.training.teacher import Teacher, find_teacher
 from minillm.training.weights import create_model, find_tokenizer
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None):
     args = parse(DistillArguments, argv)
     with Run(args, stage="distill", output=StudentAlone()) as run:
         # Models: the student, and the teacher, which is frozen
-        tokenizer = load_tokenizer(find_tokenizer(args))
+        tokenizer = load_tokenizer(find_tokenizer(args, teacher=find_teacher(args)))
         teacher = Teacher(run, tokenizer)
         model = create_model(args, tokenizer)
         if args.hidden_weight:

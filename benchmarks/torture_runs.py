@@ -57,7 +57,7 @@ COMMON = SHAPE | {
     "data_path": "{data}/chat.jsonl", "valid_path": "{data}/chat_valid.jsonl", "tokenizer_path": "{data}/tokenizer",
     "from_weight": "", "max_seq_len": 24, "batch_size": 2, "accumulation_steps": 2, "max_steps": STEPS,
     "save_interval": 2, "log_interval": 1, "eval_interval": 3, "learning_rate": 0.01, "device": "cpu",
-    "dtype": "float32",
+    "dtype": "float32", "allow_rejected": 1,
 }  # fmt: skip
 
 

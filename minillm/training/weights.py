@@ -20,12 +20,16 @@ from minillm.training.model_arguments import ModelArguments
 from minillm.training.names import find_weights, run_name
 
 
-def find_tokenizer(args: TrainArguments) -> str:
-    """Return the tokenizer directory: ``--tokenizer_path``, else that of ``--from_weight``, else SAVE_DIR/tokenizer."""
+def find_tokenizer(args: TrainArguments, *, teacher: Path | None = None) -> str:
+    """Return the tokenizer directory: ``--tokenizer_path``, else that of ``--from_weight``, else SAVE_DIR/tokenizer.
+
+    Args:
+        teacher: weights whose tokenizer a student from scratch has to share; it then comes before SAVE_DIR/tokenizer.
+    """
     if args.tokenizer_path:
         return args.tokenizer_path
-    if args.from_weight:
-        weights = weights_of(args, preset_config(args))
+    weights = weights_of(args, preset_config(args)) if args.from_weight else teacher
+    if weights is not None:
         folder = weights if weights.is_dir() else weights.parent  # a .pth has it beside itself
         if (folder / "tokenizer.json").is_file():
             return str(folder)

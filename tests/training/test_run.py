@@ -172,8 +172,9 @@ def test_an_interrupted_run_prints_how_to_go_on(tmp_path, capsys, monkeypatch):
         if run.step == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         train(arguments(tmp_path, batch_size=4, save_interval=1), before_update=interrupt)
+    assert ended.value.code == 130
     err = capsys.readouterr().err
     assert "python train_pretrain.py --data_path 'my texts.jsonl' --from_resume" in err
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -20,6 +20,7 @@ def tracker(tmp_path):
 
     def tracker(*, first_step=0, enabled=True):
         opened.append(Tracker(tmp_path, enabled=enabled, total_steps=9, first_step=first_step, name="toy"))
+        opened[-1].begin(after_step=first_step)
         return opened[-1]
 
     yield tracker
