@@ -119,7 +119,7 @@ def arguments(directory: Path, **changes) -> PretrainArguments:
 class TinyAdapter(AdapterAlone):
     """Written as an adapter, in the directory of a run that has none of its flags."""
 
-    directory, settings = WholeModel.directory, WholeModel.settings
+    directory, settings, is_adapter = WholeModel.directory, WholeModel.settings, False
 
     def __init__(self):
         pass

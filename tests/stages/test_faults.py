@@ -323,7 +323,7 @@ def test_other_data_is_refused_with_the_file_that_changed(killed, start, base, t
         (["--num_hidden_layers", "3"], "model's num_hidden_layers: 2 then, 3 now"),
         (["--learning_rate", "0.02"], "learning_rate: 0.0005 then, 0.02 now"),
         (["--weight_decay", "0"], "weight_decay: 0.1 then, 0.0 now"),
-        (["--max_steps", "20"], "total_steps: 12 then, 20 now"),
+        (["--max_steps", "20"], "--max_steps 12 then, 20 now"),
         (["--global_batch_size", "8"], "rows_per_step: 4 then, 8 now"),
         (["--seed", "7", "--grad_clip", "0"], "seed: 42 then, 7 now; grad_clip: 1.0 then, 0.0 now"),
         (["--tokenizer_path", "{other}"], "tokenizer: "),
