@@ -187,7 +187,7 @@ def test_the_first_loss_is_compared_with_ln_v(world, call, monkeypatch):
         return model
 
     monkeypatch.setattr(weights, "Transformer", too_large)
-    done = call(train_pretrain.main, world, *argv)
+    done = call(train_pretrain.main, world, *argv, "--overwrite")
     assert done.code == 0
     assert done.out.count("warning: the first loss is") == 1
     assert f"ln V = {math.log(world.tokenizer.vocab_size):.3f}" in done.out
@@ -201,7 +201,7 @@ def test_weights_that_were_trained_may_start_below_ln_v_but_not_above(finished, 
         model.lm_head.weight.mul_(60)
     torch.save(model.state_dict(), world.folder / "m.pth")
     argv = ["--data_path", world.text, *DATA, "--max_steps", "1", "--from_weight", world.folder / "m.pth"]
-    done = call(train_pretrain.main, world, *argv)
+    done = call(train_pretrain.main, world, *argv, "--overwrite")
     assert done.code == 0, done.err
     assert "a fresh model" not in done.out
     assert "warning: step 1: the loss of the first step is " in done.out
