@@ -111,7 +111,7 @@ def header_of(run) -> Header:
         updates += f"; {_plural(args.epochs, 'epoch')} of {run.loader.steps_per_epoch:,}"
     if run.step:
         updates += f"; resumed at step {run.step:,}"
-    warnings = "" if args.max_steps else few_updates(run.total_steps, args), _untrained_biases(run)
+    warning = "" if args.max_steps else few_updates(run.total_steps, args)
     warmup = f"{_plural(run.n_warmup_steps, 'step')} of warm-up"
     tokenizer = run.tokenizer
     origin = getattr(tokenizer, "origin", "none")
@@ -126,17 +126,8 @@ def header_of(run) -> Header:
         learning_rate=f"{rate(args.learning_rate)}, {args.lr_scheduler}, {warmup}",
         device=f"{run.device}, {dtype}, {_plural(n_ranks, 'rank')} ({args.parallel})",
         directory=str(run.directory),
-        warnings=tuple(filter(None, warnings)),
+        warnings=(warning,) if warning else (),
     )
-
-
-def _untrained_biases(run) -> str:
-    """Return what to say where ``--lora_bias`` means biases that the model has not."""
-    if not run.output.is_adapter or run.args.lora_bias == "none":
-        return ""
-    if any(name.endswith(".bias") and tensor.requires_grad for name, tensor in run.model.named_parameters()):
-        return ""
-    return f"--lora_bias {run.args.lora_bias}: the layers that it means have no biases, so none are trained"
 
 
 def few_updates(n_updates: int, args) -> str:

@@ -14,7 +14,7 @@ from tests.contracts.harness import arguments
 from tests.stages.conftest import conversations, documents
 
 SHORT = ["--max_seq_len", "64", "--batch_size", "2", "--max_steps", "3", "--log_interval", "1"]
-UNKNOWN_ROLE = {"conversations": [{"from": "function_call", "value": "x"}, {"from": "gpt", "value": "y"}]}
+UNKNOWN_ROLE = {"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "y"}]}
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_run_says_what_it_does_and_how_to_go_on(pretrained, call):
     assert entries["directory"] == str(world.out / "full_sft_32")
     (rejected,) = [line for line in lines if "3 rejected (7.0%)" in line]
     assert f"{world.chat}.rejected.jsonl" in rejected
-    for reason, line_number in (("2 x message 0 has the unknown role 'function_call'", 42), ("1 x broken JSON", 41)):
+    for reason, line_number in (("2 x message 0 has the unknown role 'narrator'", 42), ("1 x broken JSON", 41)):
         assert any(reason in line and f"{world.chat}:{line_number}" in line for line in lines)
     steps = [line for line in lines if line.startswith("step ") and ":" not in line.split()[1]]
     pattern = r"step (\d)/3  epoch 0\.\d\d  loss \d\.\d{4}  lr \de-\d|\d\.\de-\d  tok/s [\d,]+  mem .*  eta \d:\d\d"
@@ -67,12 +67,19 @@ def test_a_run_says_what_it_does_and_how_to_go_on(pretrained, call):
 def test_an_adapter_is_tried_on_its_model(pretrained, call):
     world = pretrained
     argv = ["--data_path", world.chat, "--from_weight", "pretrain", "--lora_name", "cooking", *SHORT]
-    argv += ["--lora_bias", "all"]
     out = call(train_lora.main, world, *argv).out
     base, adapter = world.out / "pretrain_32", world.out / "lora" / "cooking_32"
     assert f"python eval_model.py --from_weight {base} --lora_name {adapter} --model_mode 1\n" in out
-    assert out.count("warning: --lora_bias all: the layers that it means have no biases") == 1
     assert "from scratch" not in out
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_the_model_has_not_are_refused(pretrained, call, bias):
+    world = pretrained
+    done = call(train_lora.main, world, "--data_path", world.chat, "--from_weight", "pretrain", "--lora_bias", bias)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert re.match(rf"error: bias '{bias}': .* bias; leave it out", done.err), done.err
+    assert not (world.out / "lora").exists()
 
 
 @pytest.mark.parametrize("what", ["training", "validation", "replayed"])
@@ -86,7 +93,7 @@ def test_a_run_ends_when_more_than_a_tenth_is_rejected(pretrained, call, what):
     done = call(main, world, *argv)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     flag = {"training": "--data_path", "validation": "--valid_path", "replayed": "--replay_path"}[what]
-    for words in (f"error: {flag}: 2 of 10 records (20%)", "unknown role 'function_call'", f"{bad}:9",
+    for words in (f"error: {flag}: 2 of 10 records (20%)", "unknown role 'narrator'", f"{bad}:9",
                   f"{bad}.rejected.jsonl", "--allow_rejected"):  # fmt: skip
         assert words in done.err
     assert not (world.out / "full_sft_32").exists()
@@ -130,8 +137,8 @@ def test_divergence_is_said_in_the_log_at_the_end_and_on_the_page(pretrained, ca
     calm = call(train_sft.main, world, *argv, "--learning_rate", "1e-3", "--max_steps", "30", "--log_interval", "1")
     assert calm.code == 0, calm.err
     assert "diverges" not in calm.out
-    done = call(train_sft.main, world, *argv, "--learning_rate", "10", "--max_steps", "30")
-    assert done.code == 0
+    done = call(train_sft.main, world, *argv, "--learning_rate", "10", "--max_steps", "30", "--overwrite")
+    assert done.code == 0, done.err
     warnings = [line for line in done.out.splitlines() if line.startswith("warning: step")]
     assert len(warnings) == 2  # of training and of validation, once each
     assert all("--learning_rate (now 10)" in line for line in warnings)

@@ -47,7 +47,8 @@ def test_a_folder_of_arrays_and_tables_trains_as_its_messages_do(world, call):
         for row in rows
     ]
     parts = [world.write(world.folder / f"{n}.jsonl", part) for n, part in enumerate((talks[:5], talks[5:]))]
-    done = call(train_sft.main, world, *SMALL, "--data_path", ",".join(map(str, parts)), "--valid_path", parts[1])
+    argv = [*SMALL, "--data_path", ",".join(map(str, parts)), "--valid_path", parts[1], "--overwrite"]
+    done = call(train_sft.main, world, *argv)
     assert done.code == 0, done.err
     for name, weight in load_model(world.out / "full_sft_32").state_dict().items():
         assert torch.equal(weight, weights[name]), name

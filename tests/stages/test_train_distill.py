@@ -112,6 +112,6 @@ def test_every_teacher_has_a_cache_of_its_own(taught, distill, call):
     kept = ["--top_k", "4", "--teacher_cache", taught.folder / "cache"]
     distill(taught, *kept)
     argv = ["--data_path", taught.text, *DATA, "--from_weight", "pretrain", "--max_steps", "1", *TEACHER]
-    assert call(train_pretrain.main, taught, *argv).code == 0
-    distill(taught, *kept)
+    assert call(train_pretrain.main, taught, *argv, "--overwrite").code == 0
+    distill(taught, *kept, "--overwrite")
     assert len(list((taught.folder / "cache").iterdir())) == 2

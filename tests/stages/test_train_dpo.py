@@ -177,6 +177,6 @@ def test_every_reference_has_a_cache_of_its_own(tuned, dpo):
     cached = ["--reference", "cached", "--reference_cache", str(tuned.folder / "cache")]
     n_caches = []
     for changes in ([], [], ["--from_weight", "rlhf"], ["--rope_scaling", "linear:4"]):
-        dpo(tuned, *cached, *changes)
+        dpo(tuned, *cached, *changes, "--overwrite")
         n_caches.append(len(list((tuned.folder / "cache").iterdir())))
     assert n_caches == [1, 1, 2, 3]

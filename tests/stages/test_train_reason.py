@@ -109,7 +109,7 @@ def test_old_conversations_are_mixed_in(tuned, reason):
     one_by_one = ["--max_steps", "0", "--batch_size", "1", "--packing", "none"]
     reason(tuned, *one_by_one)
     assert [row["step"] for row in read_metrics(tuned.run / "metrics.jsonl")][-1] == 12
-    reason(tuned, *one_by_one, "--replay_path", tuned.chat, "--replay_ratio", "0.25")
+    reason(tuned, *one_by_one, "--replay_path", tuned.chat, "--replay_ratio", "0.25", "--overwrite")
     assert [row["step"] for row in read_metrics(tuned.run / "metrics.jsonl")][-1] == 16
 
 
