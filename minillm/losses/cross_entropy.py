@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.losses.products import product_dtype, product_for_sums, scaled_gradient
+from minillm.losses.products import kept_dtype, product_dtype, product_for_sums, scaled_gradient
 
 IGNORE_INDEX = -100  # the target of a position where there is nothing to learn
 
@@ -127,9 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_cast = weight.to(dtype)
             acc_dtype = torch.promote_types(dtype, torch.float32)
             loss_sum = torch.zeros((), dtype=acc_dtype, device=hidden.device)
-            # Of float16 the gradients wait in float32 for the loss scale: without it the small ones would be lost.
-            grad_dtype = acc_dtype if used.dtype == torch.float16 else used.dtype
-            grad_used = torch.empty_like(used, dtype=grad_dtype) if need_hidden else None
+            grad_used = torch.empty_like(used, dtype=kept_dtype(used)) if need_hidden else None
             grad_weight = None
             chunk_len = max(1, CHUNK_NUMEL // weight.shape[0])
             for start in range(0, rows.numel(), chunk_len):
@@ -156,9 +154,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         grad_hidden = grad_used
         if need_hidden and not everywhere:
-            grad_hidden = torch.zeros_like(hidden, dtype=grad_dtype).index_copy_(0, rows, grad_used)
+            grad_hidden = torch.zeros_like(hidden, dtype=kept_dtype(hidden)).index_copy_(0, rows, grad_used)
         if need_weight and grad_weight is None:  # no target at all: exactly zero
             grad_weight = torch.zeros_like(weight)
+        if need_weight:  # summed in float32, it is as large as the output weight: not kept wider than needed
+            grad_weight = grad_weight.to(kept_dtype(weight))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss_sum

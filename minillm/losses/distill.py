@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from minillm.errors import UserError
 from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets
 from minillm.losses.products import (
+    kept_dtype,
     output_operand,
     product_dtype,
     product_for_sums,
@@ -266,8 +267,7 @@ class _Chunked(torch.autograd.Function):
         dtype = product_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
-        # Of float16 the gradients wait in float32 for the loss scale: without it the small ones would be lost.
-        grad_dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
+        grad_dtype = kept_dtype(hidden)
         grad_hidden = torch.zeros_like(hidden, dtype=grad_dtype) if need_hidden else None
         grad_weight = None
         if need_weight:
@@ -292,6 +292,8 @@ class _Chunked(torch.autograd.Function):
                     grad_hidden[chunk] = (grad_logits if weight is None else grad_logits @ short).to(grad_dtype)
                 if need_weight:
                     grad_weight += product_for_sums(grad_logits.T, chunk_hidden)
+        if need_weight:  # summed in float32, it is as large as the output weight: not kept wider than needed
+            grad_weight = grad_weight.to(kept_dtype(weight))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
         return loss_sum

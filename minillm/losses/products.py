@@ -46,6 +46,14 @@ def output_operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return short if _multiplies_into_float32(short) else short.to(torch.promote_types(dtype, torch.float32))
 
 
+def kept_dtype(operand: Tensor) -> torch.dtype:
+    """Return the dtype in which a finished gradient of ``operand`` waits for the backward pass: the operand's own.
+
+    Except that of float16 it waits in float32 for the loss scale: without it the small numbers would be lost.
+    """
+    return torch.float32 if operand.dtype == torch.float16 else operand.dtype
+
+
 def scaled_gradient(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return ``gradient · factor`` in ``dtype``; None stays None.
 

@@ -97,7 +97,7 @@ def test_the_lines_about_the_data_say_what_became_of_every_record(write, talks, 
     lines = data_lines(rows.summary)
     assert lines[0] == f"42 records read from {path}"
     assert lines[1] == f"12 rejected (28.6%), kept in {path}.rejected.jsonl"
-    assert re.fullmatch(rf" +3 x broken JSON \(.*\) \({path}:1\)", lines[2])
+    assert re.fullmatch(rf" +3 x broken JSON: Expecting property name .*, column \d \({path}:1\)", lines[2])
     assert [line.split(" x ")[0].strip() for line in lines[2:7]] == ["3", "1", "1", "1", "1"]
     assert lines[7].split() == ["5", "x", "5", "other", "reasons"]
     n_pairs = sum(len(row["input_ids"]) for row in rows)

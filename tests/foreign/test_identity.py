@@ -118,7 +118,7 @@ def test_a_cached_reference_is_that_of_this_configuration(pairs, tmp_path):
     """The same weights, read with other positions, are another model: with its own numbers step 0 is ln 2."""
     base = make_model("llama", "qwen2", tmp_path / "base")
     argv = ["--save_dir", str(tmp_path / "out"), "--from_weight", str(base), "--data_path", str(pairs), *RUN]
-    for more in ([], ["--rope_scaling", "linear:4"]):
+    for more in ([], ["--rope_scaling", "linear:4", "--overwrite"]):
         train_dpo.main([*argv, "--reference", "cached", "--learning_rate", "1e-12", *more])
         row = read_metrics(tmp_path / "out" / "rlhf_32" / "metrics.jsonl")[0]
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -173,3 +173,19 @@ def test_a_product_in_float32_is_that_of_its_operands(dtype):
     assert torch.allclose(product.double(), a.double() @ b.double().T, atol=1e-4)
     wide = torch.randn(3, 3, dtype=torch.float64)
     assert torch.equal(product_in_float32(wide, wide), wide @ wide)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy_of, distilled, distilled_by_best])
+@pytest.mark.parametrize("dtype, waits_in", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_the_gradient_of_a_short_output_weight_waits_no_wider_than_it_must(loss, dtype, waits_in):
+    hidden, weight, targets = tensors()
+    hidden, weight = (tensor.to(dtype).requires_grad_() for tensor in (hidden, weight))
+    value = loss(hidden, weight, targets)
+    (waiting,) = {tensor.dtype for tensor in value.grad_fn.saved_tensors if tensor.shape == (V, D)}
+    assert waiting == waits_in
+    exact_hidden, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    loss(exact_hidden, exact_weight, targets).backward()
+    value.backward()
+    assert weight.grad.dtype == dtype
+    bound = 2 * torch.finfo(dtype).eps  # the gradient is rounded, and so are the logits of the teacher
+    assert (weight.grad.double() - exact_weight.grad).norm() <= bound * exact_weight.grad.norm()
