@@ -7,6 +7,9 @@ import torch
 
 from tests.contracts.harness import CONFIG, MOE_CONFIG, arguments, largest_difference, tiny_model, train
 
+# The first test of each kind waits for all runs of its kind, with DeepSpeed building its extensions once.
+pytestmark = pytest.mark.timeout(900)
+
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero2off", "zero3off"]
 WITH_EXPERTS = ["ddp", "fsdp", "zero1", "zero3"]
 WITH_ADAPTER = ["ddp", "fsdp", "zero2", "zero3"]
