@@ -5,6 +5,7 @@ recomputation, over the device's peak.
 """
 
 import ctypes
+import functools
 import re
 import sys
 import time
@@ -22,7 +23,8 @@ GPU_PEAKS = {
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak rate in FLOP/s: from the data sheet on a known GPU, measured on a CPU, else None.
 
-    On a CPU three products of 1024×1024 matrices are timed, which takes some hundredths of a second.
+    On a CPU a few products of matrices are timed, once per process, dtype and number of threads. That takes some
+    hundredths of a second; where a dtype is slow (bfloat16 without instructions for it), small matrices have to do.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -32,14 +34,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     if device.type != "cpu":
         return None
-    size = 1024
-    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    a @ b
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
+    return _cpu_flops(dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _cpu_flops(dtype: torch.dtype, n_threads: int) -> float:
+    for size in (256, 1024):
+        a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+        times = []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        if min(times) > 2e-3:  # 64 times that would be too long
+            break
     return 2 * size**3 / min(times)
 
 

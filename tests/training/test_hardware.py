@@ -34,10 +34,15 @@ def test_an_unknown_kind_of_device_has_no_peak():
     assert hardware.peak_flops(torch.device("mps"), torch.float32) is None
 
 
-def test_the_cpu_is_measured(monkeypatch):
-    clock = iter([10.0, 10.5, 20.0, 20.25, 30.0, 31.0])  # begin and end of three products; the fastest counts
+@pytest.mark.parametrize("small, size", [(2**-10, 1024), (0.25, 256)], ids=["quick", "slow"])
+def test_the_cpu_is_measured_once(monkeypatch, small, size):
+    seconds = [0.5, small, 1.0, 1.0, 0.5, 0.25, 1.0, 1.0]  # of four small products, and four large; the fastest counts
+    clock = iter([time for number, each in enumerate(seconds) for time in (number, number + each)])
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
-    assert hardware.peak_flops(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.25
+    hardware._cpu_flops.cache_clear()
+    for _ in range(2):
+        assert hardware.peak_flops(torch.device("cpu"), torch.float32) == 2 * size**3 / 0.25
+    hardware._cpu_flops.cache_clear()
 
 
 def test_memory_of_this_process_grows_with_what_it_holds():
