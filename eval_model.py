@@ -2,6 +2,7 @@
 
     python eval_model.py                                     # chat with out/full_sft_*
     python eval_model.py --model_mode 0                      # complete text with out/pretrain_*
+    python eval_model.py --prompt "Who are you?"             # several: --prompt A --prompt B, or one per line on stdin
     python eval_model.py --prompts questions.txt --output answers.json
     python eval_model.py --perplexity valid.jsonl --task_file tasks.jsonl
     python eval_model.py --task_file chats.jsonl --text_metrics   # loss, BLEU and ROUGE of answers too
@@ -11,7 +12,8 @@
     python eval_model.py --lora_name cooking                 # out/full_sft_* with the adapter out/lora/cooking_*
     python eval_model.py --rope_scaling yarn:4 --rope_original_len 512   # 2,048 tokens with a model trained on 512
 
-Without a file to work on it opens a chat (a completion prompt in mode 0); /clear forgets, /exit ends.
+Without --from_weight it takes the stage of --model_mode in out/, else the demo's in out/demo/.
+Without a file to work on it opens a chat (a completion prompt in mode 0); /help lists its commands.
 """
 
 import json
@@ -53,7 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(EvalArguments, argv)
     sampling = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
     SamplingOptions(**sampling)  # complains now, not after the weights are read
-    prompts = read_prompts(args) if args.prompts else None
+    prompts = [*args.prompt, *(read_prompts(args) if args.prompts else [])]
+    if not (prompts or args.perplexity or args.task_file or args.pairs_file or sys.stdin.isatty()):
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not prompts:
+            print("no terminal and no questions on standard input: give --prompt TEXT or --prompts FILE")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     model, tokenizer, weights = open_model(args)
@@ -78,10 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         results["sampling"] = sampling | {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if args.output:
         write_whole(Path(args.output), json.dumps(results, ensure_ascii=False, indent=2) + "\n")
-    if args.perplexity or args.task_file or args.pairs_file or args.prompts:
-        return
-    if not sys.stdin.isatty():
-        print("no terminal: chat skipped")
+    if prompts or args.perplexity or args.task_file or args.pairs_file or not sys.stdin.isatty():
         return
     if args.model_mode == 3:
         options |= {"thinking": args.thinking, "opened": chat_format(tokenizer).opens_with}

@@ -6,7 +6,6 @@ EXTRAS = {
     "hub": ["transformers>=5.0", "huggingface_hub>=1.0", "jinja2>=3.1"],
     "deepspeed": ["deepspeed>=0.18"],
     "track": ["wandb>=0.23", "matplotlib>=3.9"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "streamlit>=1.40", "openai>=2.0"],
     "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "jieba>=0.42"],
     "bench": ["transformers>=5.0", "matplotlib>=3.9", "psutil>=6.0", "peft>=0.18", "trl>=0.20"],
     "parquet": ["pyarrow>=17.0"],
@@ -14,7 +13,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = sorted(
     {"ruff>=0.9", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil>=6.0"}
-    | {package for name in EXTRAS if name != "serve" for package in EXTRAS[name]}
+    | {package for name in EXTRAS for package in EXTRAS[name]}
 )
 
 setup(

@@ -1,11 +1,19 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how a program ends."""
+
+import functools
+import io
+import os
+import sys
+import time
+
+CLOSED_PIPE, INTERRUPTED = 141, 130  # exit codes as shells report SIGPIPE and SIGINT
 
 
 class UserError(ValueError):
     """Something the user can mend: the message names the value, the limit and the fix.
 
     Scripts end with this message as one line on standard error and exit code 2
-    (see ``minillm.training.arguments.script``).
+    (see :func:`script`).
     """
 
 
@@ -16,3 +24,51 @@ def missing_package(package: str, *, purpose: str, extra: str | None = None) -> 
     """
     how = f"pip install {package}" + (f"  (or: pip install 'minillm[{extra}]')" if extra else "")
     return UserError(f"{purpose} needs the optional package '{package}', which is not installed: {how}")
+
+
+def script(main):
+    """Decorate a program's ``main(argv=None)``: what a user causes ends in at most one line.
+
+    A ``UserError`` is one line on standard error and exit code 2; Ctrl-C is one line and exit code 130; a closed
+    standard output (``| head``) ends quietly with exit code 141. Characters that the terminal's encoding lacks are
+    printed as escapes. Of several ranks with one error only the first one prints it.
+    """
+
+    @functools.wraps(main)
+    def run_main(argv: list[str] | None = None):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            result = main(argv)
+            sys.stdout.flush()
+            return result
+        except UserError as error:
+            after_the_first_rank()
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            after_the_first_rank()
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+        except BrokenPipeError:
+            if not _is_stdout_closed():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer
+            raise SystemExit(CLOSED_PIPE) from None
+
+    return run_main
+
+
+def _is_stdout_closed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
+def after_the_first_rank() -> None:
+    """Wait, in ranks but the first: where that one ends with the same error, the launcher ends these meanwhile."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)

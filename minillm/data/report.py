@@ -6,7 +6,6 @@ how full are the rows, and is what the model is asked to predict really the text
 
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,11 +13,12 @@ from typing import Literal
 import numpy as np
 
 from minillm.data.chat import ChatRows
+from minillm.data.known_names import DEMO_DATA, find_known_data
 from minillm.data.packing import IGNORE_INDEX, PackedRows
 from minillm.data.schema import read_records
 from minillm.data.shards import split_paths
 from minillm.data.text import TextRows
-from minillm.errors import UserError
+from minillm.errors import UserError, script
 from minillm.tokenizer import load_tokenizer
 
 MAX_SPECIAL_SHARE = 0.05
@@ -181,10 +181,10 @@ def open_rows(data_path: str, tokenizer, *, kind: str = "auto", **settings) -> P
 class ReportArguments:
     """Read data files as training would, and print what is in them."""
 
-    data_path: str
-    """Data files, separated by commas."""
-    tokenizer_path: str = "out/tokenizer"
-    """Directory with tokenizer.json."""
+    data_path: str = ""
+    """Data files, separated by commas (default: the first known name in dataset/, else the demo world's)."""
+    tokenizer_path: str = ""
+    """Directory with tokenizer.json (default: out/tokenizer, else out/demo/tokenizer)."""
     kind: Literal["auto", "text", "chat"] = "auto"
     """What the records are (auto: asked of the first one)."""
     max_seq_len: int = 512
@@ -197,26 +197,42 @@ class ReportArguments:
     """Write the report there as JSON, too."""
 
 
+@script
 def main(argv: list[str] | None = None) -> None:
     """Print the report that the command line asks for; a UserError is one line on stderr and exit code 2."""
     import tyro
 
-    args = tyro.cli(ReportArguments, args=argv, use_underscores=True)
-    try:
-        tokenizer = load_tokenizer(args.tokenizer_path)
-        settings = {"max_seq_len": args.max_seq_len, "cache_dir": args.cache_dir, "strict": args.strict}
-        report = data_report(open_rows(args.data_path, tokenizer, kind=args.kind, **settings), tokenizer)
-        if args.json_path:
-            text = json.dumps(report, ensure_ascii=False, indent=1)
-            try:
-                Path(args.json_path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                reason = f"cannot write {args.json_path}: {error.strerror}; set another --json_path"
-                raise UserError(reason) from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    args = tyro.cli(ReportArguments, prog="python -m minillm.data.report", args=argv, use_underscores=True)
+    data_path, tokenizer_path = args.data_path or _known_data(), args.tokenizer_path or _known_tokenizer()
+    if not (args.data_path and args.tokenizer_path):
+        print(f"data {data_path}, tokenizer {tokenizer_path}")
+    tokenizer = load_tokenizer(tokenizer_path)
+    settings = {"max_seq_len": args.max_seq_len, "cache_dir": args.cache_dir, "strict": args.strict}
+    report = data_report(open_rows(data_path, tokenizer, kind=args.kind, **settings), tokenizer)
+    if args.json_path:
+        text = json.dumps(report, ensure_ascii=False, indent=1)
+        try:
+            Path(args.json_path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            reason = f"cannot write {args.json_path}: {error.strerror}; set another --json_path"
+            raise UserError(reason) from None
     print(format_report(report))
+
+
+def _known_data() -> str:
+    """Return the data that a bare train_pretrain.py, or else train_sft.py, would take."""
+    demo = Path(DEMO_DATA, "pretrain_train.jsonl")
+    data = find_known_data("pretrain") or find_known_data("sft") or (str(demo) if demo.is_file() else None)
+    if data is None:
+        raise UserError("no data in dataset/: give --data_path a file, or run `python dataset/make_demo.py` first")
+    return data
+
+
+def _known_tokenizer() -> str:
+    for directory in ("out/tokenizer", "out/demo/tokenizer"):
+        if Path(directory, "tokenizer.json").is_file():
+            return directory
+    raise UserError("no tokenizer in out/ or out/demo/: run `python train_tokenizer.py` first, or give one")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from minillm.training.command_line import require
 from minillm.training.model_arguments import ModelArguments
@@ -13,7 +15,8 @@ class OpenArguments(ModelArguments):
     """Which model to open, and how; see ``open_model``."""
 
     from_weight: str = ""
-    """A stage name, a model directory or a .pth file (default: the stage of --model_mode)."""
+    """A stage name, a run's name, a model directory, a .pth file, or ORG/MODEL on a hub (default: the stage of
+    --model_mode, of SAVE_DIR or else of the demo)."""
     lora_name: str = ""
     """Add this adapter: its name (SAVE_DIR/lora/<name>_<hidden_size>), a directory or a .pth; several with weights as
     cooking:0.7,medical:0.3."""
@@ -35,6 +38,8 @@ class EvalArguments(OpenArguments):
 
     model_mode: Literal[0, 1, 2, 3] = 1
     """0 pretrain (completes text), 1 full_sft, 2 rlhf, 3 reason (these chat)."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Answer this text and end; may be given several times."""
     prompts: str = ""
     """Answer the prompts of this file: one per line, or .jsonl with prompt, text or conversations."""
     perplexity: str = ""

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import torch
 
+from minillm.errors import UserError
 from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
 from minillm.training.hardware import keep_freed_memory
+from minillm.training.names import DEMO, MAKES, find_weights, has_run
 from minillm.training.outputs import add_adapters
 from minillm.training.precision import choose_device, choose_dtype
 from minillm.training.routing import describe_parameters
-from minillm.training.weights import check_tokenizer, find_weights, preset_config, pth_config, scale_positions
+from minillm.training.weights import check_tokenizer, preset_config, pth_config, scale_positions
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 
@@ -25,18 +27,9 @@ def open_model(args):
     Raises:
         UserError: no such weights, tokenizer or adapter, or they do not belong together.
     """
-    name = args.from_weight or STAGES[args.model_mode]
-    is_stage = "/" not in name and not Path(name).exists()
-    runs = [path.parent for path in Path(args.save_dir).glob(f"{name}_*/config.json")] if is_stage else []
-    sparse = [path for path in runs if path.name.endswith("_moe")]
-    runs = sparse if args.has_experts else [path for path in runs if path not in sparse] or sparse
-    if args.hidden_size is None and len(runs) == 1:
-        path = runs[0]  # the only width there is: no need to name it
-    else:
-        width = preset_config(args).hidden_size
-        path = find_weights(name, save_dir=args.save_dir, hidden_size=width, has_experts=args.has_experts)
+    path, save_dir = _find(args)
     folder = path if path.is_dir() else path.parent
-    default = folder if (folder / "tokenizer.json").is_file() else Path(args.save_dir) / "tokenizer"
+    default = folder if (folder / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
     tokenizer = load_tokenizer(args.tokenizer_path or default)
     device = choose_device(args.device)
     if device.type == "cpu":
@@ -47,8 +40,33 @@ def open_model(args):
     model = load_model(path, device=device, dtype=torch.float32 if args.lora_name else dtype, config=config).eval()
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
-    adapters = add_adapters(model, args.lora_name, save_dir=args.save_dir) if args.lora_name else []
+    adapters = add_adapters(model, args.lora_name, save_dir=save_dir) if args.lora_name else []
     model.to(dtype)
     shown = " + ".join(map(str, [path, *adapters]))
     print(f"{shown}: parameters {describe_parameters(model)}; {device}, {dtype}")
     return model, tokenizer, path
+
+
+def _find(args) -> tuple[Path, str]:
+    """Return the path of the weights, and the directory of runs that they and their adapters are in.
+
+    Without ``--from_weight`` and ``--save_dir``, the demo's runs serve where ``out/`` has none of the stage.
+    """
+    stage, save_dir = args.from_weight or STAGES[args.model_mode], args.save_dir
+    if not args.from_weight and save_dir == "out" and not has_run(stage, save_dir):
+        if not has_run(stage, DEMO):
+            raise UserError(
+                f"no {stage} weights in out/ or {DEMO}/: run `make demo`, or `python {MAKES[stage]}` to train them, or "
+                f"give --from_weight a model directory"
+            )
+        save_dir = DEMO
+        print(f"no {stage} weights in out/: using the demo's, in {DEMO}/")
+    config = preset_config(args)
+    path = find_weights(
+        stage,
+        save_dir=save_dir,
+        hidden_size=config.hidden_size,
+        has_experts=args.has_experts,
+        any_width=args.hidden_size is None,
+    )
+    return path, save_dir

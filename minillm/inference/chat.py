@@ -1,6 +1,7 @@
 """A conversation at the terminal, streamed."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +9,10 @@ from collections.abc import Callable
 from minillm.errors import UserError
 from minillm.inference.generate import stream
 from minillm.inference.thinking import ThinkingView, without_thinking
+
+HELP = "/help shows this, /clear forgets the conversation, /quit or /exit ends"
+ENDS = ("/exit", "/quit", "exit", "quit")
+UNKNOWN = re.compile(r"/[a-z]+")  # one word alone: "/etc/hosts" and "/ means what?" are questions
 
 
 def chat(
@@ -20,7 +25,7 @@ def chat(
     opened: str = "",
     **options,
 ) -> None:
-    """Read questions and stream answers until /exit, end of input, or Ctrl-C at the prompt.
+    """Read questions and stream answers until /exit, /quit, exit, end of input, or Ctrl-C at the prompt.
 
     Ctrl-C during an answer ends that answer only. /clear forgets the conversation.
 
@@ -35,7 +40,7 @@ def chat(
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - its import gives input() line editing
-    print("/clear forgets the conversation, /exit ends")
+    print(HELP)
     history: list[tuple[dict, dict]] = []
     while True:
         try:
@@ -43,11 +48,16 @@ def chat(
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if question.strip() == "/exit":
+        command = question.strip().lower()
+        if command in ENDS:
             return
-        if question.strip() == "/clear":
+        if command == "/clear":
             history.clear()
-        elif question.strip():
+        elif command == "/help":
+            print(HELP)
+        elif UNKNOWN.fullmatch(command):
+            print(f"unknown command {command}: {HELP}")
+        elif command:
             asked = {"role": "user", "content": question}
             kept = history[-history_turns:] if history_turns else []
             try:

@@ -7,14 +7,13 @@ python -m minillm.lora show --adapter out/lora/cooking_512
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from minillm.errors import UserError
+from minillm.errors import UserError, script
 from minillm.lora.base import BASE
 from minillm.lora.files import CONFIG, read_adapter
 from minillm.lora.merge import merge_adapters
@@ -95,15 +94,11 @@ def _weighted(said: str) -> tuple[Path, float]:
         raise UserError(f"--adapter {said}: {weight!r} is no weight; write PATH:0.7") from None
 
 
+@script
 def main(argv: list[str] | None = None) -> None:
     """Run one of the commands; a ``UserError`` becomes one line on standard error and exit code 2."""
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"merge": merge, "show": show}, args=argv, prog="python -m minillm.lora", use_underscores=True
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    commands = {"merge": merge, "show": show}
+    tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m minillm.lora", use_underscores=True)
 
 
 if __name__ == "__main__":

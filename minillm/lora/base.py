@@ -49,5 +49,6 @@ def check_base(model: nn.Module, path: Path, names: list[str]) -> None:
         now = getattr(model, "origin", None) or "this model"
         raise UserError(
             f"the adapter {path} was made for {said.get('base') or 'another model'}, whose weights are not those of "
-            f"{now}: load that one, or say any_base if you know that they belong together"
+            f"{now}: give that model (--from_weight in eval_model.py; with python -m minillm.lora merge, --model, or "
+            f"--any_base if you know that they belong together)"
         )

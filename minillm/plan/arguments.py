@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from minillm.config import ModelConfig
 from minillm.plan.gpus import find_gpu, known_gpus
 from minillm.training.command_line import require
 from minillm.training.model_arguments import ModelArguments
+from minillm.training.names import find_weights
 from minillm.training.weights import preset_config, scale_positions
 
 
@@ -15,6 +17,10 @@ from minillm.training.weights import preset_config, scale_positions
 class PlanArguments(ModelArguments):
     """Say what a run would take, before it takes anything."""
 
+    from_weight: str = ""
+    """Plan for the model in this directory (config.json) instead of a new one; names as in training."""
+    save_dir: str = "out"
+    """Directory that holds the run directories."""
     vocab_size: int = 6400
     """Tokens V of the tokenizer."""
     max_seq_len: int = 512
@@ -46,10 +52,20 @@ class PlanArguments(ModelArguments):
     json: bool = False
     """Print the figures as JSON."""
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         """The shape of the model."""
-        return scale_positions(preset_config(self, vocab_size=self.vocab_size), self)
+        config = preset_config(self, vocab_size=self.vocab_size)
+        if self.from_weight:
+            path = find_weights(
+                self.from_weight,
+                save_dir=self.save_dir,
+                hidden_size=config.hidden_size,
+                has_experts=self.has_experts,
+                any_width=self.hidden_size is None,
+            )
+            config = ModelConfig.from_hf(path)
+        return scale_positions(config, self)
 
     @property
     def micro_batches(self) -> int:

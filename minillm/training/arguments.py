@@ -14,8 +14,9 @@ from minillm.training.scale_arguments import ScaleArguments
 class TrainArguments(ScaleArguments):
     """What every training stage shares."""
 
-    data_path: str
-    """Training data: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
+    data_path: str = ""
+    """Training data: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas (default: the first known name in
+    dataset/, see dataset/README.md, else the demo world with its settings)."""
     valid_path: str = ""
     """Validation data; empty: no validation."""
     save_dir: str = "out"
@@ -23,7 +24,7 @@ class TrainArguments(ScaleArguments):
     tokenizer_path: str = ""
     """Tokenizer directory (default: the one of --from_weight, else SAVE_DIR/tokenizer)."""
     from_weight: str = ""
-    """Start from these weights: a stage name, a model directory or a .pth file."""
+    """Start from these weights: a stage name, a run's name, a model directory, a .pth file, or ORG/MODEL on a hub."""
     cache_dir: str = ""
     """Where tokenised data is kept (default: SAVE_DIR/.token_cache)."""
     strict: bool = False
@@ -157,6 +158,8 @@ class TrainArguments(ScaleArguments):
 class PretrainArguments(TrainArguments):
     """Pretraining: next-token prediction on plain text."""
 
+    bare_stage = "pretrain"
+
     packing: Literal["stream", "best_fit", "none"] = "stream"
     """stream: cut the text every max_seq_len; best_fit: whole documents per row; none: one document per row."""
 
@@ -164,6 +167,8 @@ class PretrainArguments(TrainArguments):
 @dataclass(frozen=True, kw_only=True)
 class SFTArguments(TrainArguments):
     """Supervised fine-tuning on conversations; starts from the pretrained weights."""
+
+    bare_stage = "sft"
 
     from_weight: str = "pretrain"
     learning_rate: float = 5e-5
@@ -183,8 +188,10 @@ def as_dict(arguments) -> dict:
 class TokenizerArguments:
     """Training a tokenizer; it is saved in SAVE_DIR/tokenizer."""
 
-    data_path: str
-    """Text to learn from, of any schema: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas."""
+    bare_stage = "tokenizer"
+    data_path: str = ""
+    """Text to learn from, of any schema: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas (default: the
+    first known name in dataset/, else the demo world)."""
     valid_path: str = ""
     """Held-out text for bytes per token (default: every 20th record of the data, kept out of training)."""
     save_dir: str = "out"

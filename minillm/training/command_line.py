@@ -1,10 +1,12 @@
 """The command line of every script: a dataclass filled by tyro, with ``--config file.yaml`` beneath the flags.
 
+``script`` (from ``minillm.errors``) decorates ``main``.
 Booleans accept ``--flag``, ``--flag 1`` and ``--flag true``; names are written with underscores.
 """
 
+import contextlib
 import dataclasses
-import functools
+import io
 import os
 import shlex
 import sys
@@ -14,7 +16,10 @@ from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
-from minillm.errors import UserError
+from minillm.errors import UserError, after_the_first_rank
+from minillm.errors import script as script
+from minillm.training.bare import choose, flag_value
+from minillm.training.help import format_help, program
 
 Arguments = TypeVar("Arguments")
 _BOOLEANS = {"1": "True", "true": "True", "yes": "True", "0": "False", "false": "False", "no": "False"}
@@ -29,29 +34,34 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # DeepSpeed's launcher says it twice
+    argv = [_as_text(word) for word in argv]
+    if "--help" in argv or "-h" in argv:
+        print(format_help(cls))
+        raise SystemExit(0)
     argv, config_path = _take_config(argv)
-    default = _from_yaml(cls, config_path) if config_path else None
+    values = _read_yaml(cls, config_path) if config_path else {}
+    stage = getattr(cls, "bare_stage", None)
+    is_bare = stage and not values.get("data_path") and flag_value(argv, "data_path") is None
+    if is_bare:
+        values = _checked(cls, choose(stage, argv, values) | values, where="the demo's settings")
+    default = _with_defaults(cls, values) if config_path or is_bare else None
     argv = _spell_out_booleans(cls, argv)
-    arguments = tyro.cli(
-        cls, args=argv, default=default, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-    )
+    silent = contextlib.nullcontext() if on_first_rank() else contextlib.redirect_stderr(io.StringIO())
+    settings = {"prog": program(), "use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
+    try:
+        with silent:  # a usage error is the same in all ranks
+            arguments = tyro.cli(cls, args=argv, default=default, **settings)
+    except SystemExit:
+        after_the_first_rank()
+        raise
     if hasattr(arguments, "check"):
         arguments.check()
     return arguments
 
 
-def script(main):
-    """Decorate a script's ``main(argv=None)``: a ``UserError`` becomes one line on stderr and exit code 2."""
-
-    @functools.wraps(main)
-    def run_main(argv: list[str] | None = None):
-        try:
-            return main(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-    return run_main
+def on_first_rank() -> bool:
+    """Return whether this process is the first of its job, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def resume_command() -> str:
@@ -72,6 +82,17 @@ def resume_command() -> str:
     return shlex.join([*launcher, *(word for word in words if not word.startswith("--local_rank=")), "--from_resume"])
 
 
+def _as_text(word: str) -> str:
+    """Return a word of the command line as text where the locale could not decode its UTF-8; names of files stay."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        if not os.path.exists(word):
+            with contextlib.suppress(UnicodeDecodeError):
+                return os.fsencode(word).decode("utf-8")
+    return word
+
+
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     rest, path, words = [], None, iter(argv)
     for word in words:
@@ -86,7 +107,7 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
-def _from_yaml(cls: type[Arguments], path: str) -> Arguments:
+def _read_yaml(cls: type[Arguments], path: str) -> dict:
     if not os.path.isfile(path):
         raise UserError(f"--config {path}: no such file")
     try:
@@ -97,12 +118,20 @@ def _from_yaml(cls: type[Arguments], path: str) -> Arguments:
         raise UserError(f"--config {path}: not valid YAML ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")
+    return _checked(cls, values, where=f"--config {path}")
+
+
+def _checked(cls: type[Arguments], values: dict, *, where: str) -> dict:
+    """Return ``values`` in the types of the fields of ``cls``; UserError for unknown names and wrong types."""
     known = get_type_hints(cls)
     unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
-        raise UserError(f"--config {path}: unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    for name, value in values.items():
-        values[name] = _to_type(f"--config {path}: {name}", value, known[name])
+        raise UserError(f"{where}: unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return {name: _to_type(f"{where}: {name}", value, known[name]) for name, value in values.items()}
+
+
+def _with_defaults(cls: type[Arguments], values: dict) -> Arguments:
+    values = dict(values)
     for field in dataclasses.fields(cls):  # what neither has is then asked for by tyro, by its flag's name
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             values[field.name] = tyro.MISSING

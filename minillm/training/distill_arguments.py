@@ -12,6 +12,7 @@ from minillm.training.command_line import require
 class DistillArguments(TrainArguments):
     """White-box distillation: a student learns a teacher's whole distribution over the next token."""
 
+    bare_stage = "distill"
     teacher: str
     """The teacher: a model directory, a stage name of SAVE_DIR with its width (full_sft_768), or a .pth file. It may
     have another size or experts, but the student's tokenizer."""

@@ -101,6 +101,7 @@ class AdapterArguments(TrainArguments):
 class LoRAArguments(AdapterArguments, ReplayArguments):
     """LoRA: a few percent of new parameters learn what is new, the model stays as it is."""
 
+    bare_stage = "lora"
     from_weight: str = "full_sft"
     """The model that is adapted: a stage name, a model directory or a .pth file."""
     lora_name: str = "lora"

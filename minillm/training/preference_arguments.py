@@ -12,6 +12,7 @@ from minillm.training.lora_arguments import AdapterArguments
 class PreferenceArguments(AdapterArguments):
     """Preference tuning: the model learns which of two replies people prefer."""
 
+    bare_stage = "dpo"
     from_weight: str = "full_sft"
     """The model that is tuned, and its own reference: a stage name, a model directory or a .pth file."""
     loss_type: Literal[(*LOSS_TYPES, "kto")] = "sigmoid"

@@ -11,6 +11,7 @@ from minillm.training.replay_arguments import ReplayArguments
 class ReasonArguments(ReplayArguments):
     """Reasoning distillation: a model that answers learns to think first, from a larger model's written thoughts."""
 
+    bare_stage = "reason"
     from_weight: str = "rlhf"
     """The model that learns to think: a stage name, a model directory or a .pth file."""
     tag_weight: float = 10.0

@@ -10,7 +10,8 @@ from minillm.losses import top_k_teacher
 from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
 from minillm.training.column_cache import cached_columns, weights_hash
-from minillm.training.weights import pth_config
+from minillm.training.names import find_weights
+from minillm.training.weights import preset_config, pth_config
 
 
 class Teacher:
@@ -26,7 +27,7 @@ class Teacher:
 
     def __init__(self, run, tokenizer):
         self.run, args = run, run.args
-        path = _find(args.teacher, args.save_dir)
+        path = find_teacher(args)
         config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
         folder = path if path.is_dir() else path.parent
         if (folder / "tokenizer.json").is_file():
@@ -99,14 +100,8 @@ class Teacher:
         )
 
 
-def _find(name: str, save_dir: str) -> Path:
-    """Return what ``--teacher`` means; a stage name comes with its width, since the flags describe the student."""
-    places = Path(name), Path(save_dir) / name
-    for path in places:
-        if (path.is_file() and path.suffix == ".pth") or (path / "config.json").is_file():
-            return path
-    found = sorted(path.parent.name for path in Path(save_dir).glob("*/config.json"))
-    raise UserError(
-        f"no teacher '{name}': neither {places[0]} nor {places[1]} holds a model; in {save_dir}/ there are: "
-        f"{', '.join(found) or 'none'} (give a directory, or a stage with its width, such as full_sft_768)"
-    )
+def find_teacher(args) -> Path:
+    """Return what ``--teacher`` means; the flags describe the student, so any width will do if it is the only one."""
+    config = preset_config(args)
+    name = {"save_dir": args.save_dir, "hidden_size": config.hidden_size, "has_experts": bool(config.num_experts)}
+    return find_weights(args.teacher, **name, any_width=True, flag="--teacher")

@@ -13,34 +13,9 @@ from minillm.model.pth import infer_config
 from minillm.model.rope import original_length
 from minillm.tokenizer import load_tokenizer
 from minillm.training.arguments import TrainArguments
+from minillm.training.command_line import on_first_rank
 from minillm.training.model_arguments import ModelArguments
-
-
-def run_name(stage: str, *, hidden_size: int, has_experts: bool) -> str:
-    """Return the name of a run's directory: ``<stage>_<hidden_size>``, with ``_moe`` behind it for experts."""
-    return f"{stage}_{hidden_size}{'_moe' if has_experts else ''}"
-
-
-def find_weights(name: str, *, save_dir: str, hidden_size: int, has_experts: bool = False) -> Path:
-    """Return the directory or ``.pth`` file that ``name`` means.
-
-    ``name`` is a path, or a stage such as ``pretrain``, which means ``SAVE_DIR/pretrain_<hidden_size>``, or
-    ``SAVE_DIR/pretrain_<hidden_size>_moe`` with ``has_experts``.
-
-    Raises:
-        UserError: nothing is there; the message lists the run directories that exist.
-    """
-    stage_directory = Path(save_dir) / run_name(name, hidden_size=hidden_size, has_experts=has_experts)
-    for path in (Path(name), stage_directory):
-        if path.is_file() and path.suffix == ".pth":
-            return path
-        if path.is_dir() and (path / "config.json").is_file():
-            return path
-    found = sorted(p.parent.name for p in Path(save_dir).glob("*/config.json"))
-    raise UserError(
-        f"no weights '{name}': neither {name} nor {stage_directory} holds a model; "
-        f"in {save_dir}/ there are: {', '.join(found) or 'none'} (train one first, or give --from_weight a directory)"
-    )
+from minillm.training.names import find_weights, run_name
 
 
 def find_tokenizer(args: TrainArguments) -> str:
@@ -67,6 +42,7 @@ def weights_of(args: TrainArguments, config: ModelConfig) -> Path:
         save_dir=args.save_dir,
         hidden_size=config.hidden_size,
         has_experts=bool(config.num_experts),
+        any_width=args.hidden_size is None,
     )
 
 
@@ -89,6 +65,9 @@ def create_model(args: TrainArguments, tokenizer, *, dtype: torch.dtype = torch.
         torch.manual_seed(args.seed)
         return Transformer(config).to(dtype)
     path = weights_of(args, config)
+    usual = run_name(args.from_weight, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
+    if "/" not in args.from_weight and path.name not in (args.from_weight, usual) and on_first_rank():
+        print(f"weights: {path}, the only {args.from_weight} in {args.save_dir}/")
     stored = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
     model = load_model(path, device="cpu", dtype=dtype, config=stored)
     model.origin = str(path)

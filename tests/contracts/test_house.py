@@ -147,7 +147,7 @@ def test_library_needs_no_optional_package(setup_arguments):
     needed = {canonicalize_name(Requirement(line).name) for line in setup_arguments["install_requires"]}
     extras = {Requirement(line).name for lines in setup_arguments["extras_require"].values() for line in lines}
     optional = {IMPORT_NAMES.get(name, name) for name in extras if canonicalize_name(name) not in needed} | NEVER_NEEDED
-    assert {"transformers", "wandb", "matplotlib", "deepspeed", "pyarrow", "fastapi", "rouge_score"} <= optional
+    assert {"transformers", "wandb", "matplotlib", "deepspeed", "pyarrow", "huggingface_hub", "rouge_score"} <= optional
     modules = [name_of(path) for path in MODULES if path.stem != "__main__"] + [path.stem for path in SCRIPTS]
     assert {"minillm.model", "minillm.data", "minillm.training.run", "minillm.evaluation"} <= set(modules)
     python(
