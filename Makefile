@@ -30,34 +30,34 @@ demo-run:
 	python train_tokenizer.py --config configs/demo/tokenizer.yaml --save_dir $(DEMO) \
 	    --data_path $(DATA)/pretrain_train.jsonl,$(DATA)/sft_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl
 	python train_pretrain.py --config configs/demo/pretrain.yaml --save_dir $(DEMO) \
-	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
+	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl --overwrite $(TRAIN_FLAGS)
 	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO) \
-	    --data_path $(DATA)/sft_train.jsonl --valid_path $(DATA)/sft_valid.jsonl $(TRAIN_FLAGS)
+	    --data_path $(DATA)/sft_train.jsonl --valid_path $(DATA)/sft_valid.jsonl --overwrite $(TRAIN_FLAGS)
 	mkdir -p $(RESULTS)
 	$(EVAL) --model_mode 0 --perplexity $(DATA)/pretrain_valid.jsonl
 	$(EVAL) --from_weight pretrain --max_new_tokens 32 --task_file $(DATA)/sft_test.jsonl --output $(RESULTS)/pretrain.json
 	$(EVAL) --task_file $(DATA)/sft_test.jsonl --pairs_file $(DATA)/dpo_test.jsonl --answer_pairs \
 	    --output $(RESULTS)/full_sft.json
 	python train_lora.py --config configs/demo/lora.yaml --save_dir $(DEMO) --data_path $(DATA)/identity_train.jsonl \
-	    --valid_path $(DATA)/identity_test.jsonl --replay_path $(DATA)/sft_train.jsonl $(TRAIN_FLAGS)
+	    --valid_path $(DATA)/identity_test.jsonl --replay_path $(DATA)/sft_train.jsonl --overwrite $(TRAIN_FLAGS)
 	python train_lora.py --config configs/demo/lora.yaml --save_dir $(DEMO) --data_path $(DATA)/identity_train.jsonl \
-	    --valid_path $(DATA)/identity_test.jsonl --replay_path "" --lora_name identity_alone $(TRAIN_FLAGS)
+	    --valid_path $(DATA)/identity_test.jsonl --replay_path "" --lora_name identity_alone --overwrite $(TRAIN_FLAGS)
 	$(EVAL) --task_file $(DATA)/identity_test.jsonl --output $(RESULTS)/full_sft_identity_test.json
 	for name in identity identity_alone; do for file in identity_test sft_test; do \
 	    $(EVAL) --lora_name $$name --task_file $(DATA)/$$file.jsonl --output $(RESULTS)/$${name}_$$file.json || exit 1; \
 	done; done
 	python train_dpo.py --config configs/demo/dpo.yaml --save_dir $(DEMO) --data_path $(DATA)/dpo_train.jsonl \
-	    --valid_path $(DATA)/dpo_test.jsonl $(TRAIN_FLAGS)
+	    --valid_path $(DATA)/dpo_test.jsonl --overwrite $(TRAIN_FLAGS)
 	$(EVAL) --model_mode 2 --task_file $(DATA)/sft_test.jsonl --pairs_file $(DATA)/dpo_test.jsonl --answer_pairs \
 	    --output $(RESULTS)/rlhf.json
 	python train_pretrain.py --config configs/demo/pretrain.yaml --save_dir $(DEMO) $(STUDENT) \
-	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
+	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl --overwrite $(TRAIN_FLAGS)
 	python train_distill.py --config configs/demo/distill.yaml --save_dir $(DEMO) \
-	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl $(TRAIN_FLAGS)
+	    --data_path $(DATA)/pretrain_train.jsonl --valid_path $(DATA)/pretrain_valid.jsonl --overwrite $(TRAIN_FLAGS)
 	python train_sft.py --config configs/demo/sft.yaml --save_dir $(DEMO)/direct --from_weight $(DEMO)/rlhf_128 --epochs 1 \
-	    --data_path $(DATA)/direct_train.jsonl --valid_path "" $(TRAIN_FLAGS)
+	    --data_path $(DATA)/direct_train.jsonl --valid_path "" --overwrite $(TRAIN_FLAGS)
 	python train_reason.py --config configs/demo/reason.yaml --save_dir $(DEMO) --data_path $(DATA)/reason_train.jsonl \
-	    --valid_path $(DATA)/reason_test.jsonl --replay_path $(DATA)/sft_train.jsonl $(TRAIN_FLAGS)
+	    --valid_path $(DATA)/reason_test.jsonl --replay_path $(DATA)/sft_train.jsonl --overwrite $(TRAIN_FLAGS)
 	$(EVAL) --from_weight $(DEMO)/direct/full_sft_128 --model_mode 3 --task_file $(DATA)/reason_test.jsonl \
 	    --output $(RESULTS)/direct.json
 	$(EVAL) --model_mode 3 --task_file $(DATA)/reason_test.jsonl --output $(RESULTS)/reason.json

@@ -24,8 +24,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.data import read_records
-from minillm.errors import UserError
+from minillm.data import read_prompts, read_records
 from minillm.evaluation import (
     answer_loss,
     bleu,
@@ -43,7 +42,7 @@ from minillm.evaluation.sample_answers import write_whole
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import chat, speed
 from minillm.inference.thinking import ThinkingView
-from minillm.tokenizer import check_messages, encode_chat
+from minillm.tokenizer import encode_chat
 from minillm.tokenizer.chat_format import chat_format
 from minillm.training.command_line import parse, script
 
@@ -55,14 +54,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(EvalArguments, argv)
     sampling = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
     SamplingOptions(**sampling)  # complains now, not after the weights are read
-    prompts = [*args.prompt, *(read_prompts(args) if args.prompts else [])]
+    prompts = [*args.prompt, *(read_prompts(args.prompts, columns=args.columns) if args.prompts else [])]
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    model, tokenizer, weights = open_model(args)
     if not (prompts or args.perplexity or args.task_file or args.pairs_file or sys.stdin.isatty()):
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:
             print("no terminal and no questions on standard input: give --prompt TEXT or --prompts FILE")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    model, tokenizer, weights = open_model(args)
     options = sampling | {
         "max_new_tokens": args.max_new_tokens,
         "stop": args.stop,
@@ -102,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
 def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> list[int]:
     """Return the ids before the answer: a conversation in the chat modes, plain text in mode 0."""
     if args.model_mode == 0:
-        text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-        return [tokenizer.bos_token_id, *tokenizer.encode(text)]
+        text = prompt if isinstance(prompt, str) else "\n".join(turn.get("content") or "" for turn in prompt)
+        return tokenizer.open_document(tokenizer.encode(text))
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if args.system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": args.system}, *turns]
@@ -118,7 +117,7 @@ def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
     start = time.perf_counter()
     result = perplexity(
         model,
-        read_records(args.perplexity),
+        read_records(args.perplexity, columns=args.columns),
         tokenizer,
         max_seq_len=args.max_seq_len or None,
         batch_size=args.batch_size,
@@ -130,7 +129,7 @@ def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
 
 def measure_reasoning(args: EvalArguments, model, tokenizer, sampling: dict) -> dict:
     """Measure --task_file with thinking, without, and with --n_samples answers each; print and return the figures."""
-    records, found = list(read_records(args.task_file)), {}
+    records, found = list(read_records(args.task_file, columns=args.columns)), {}
     ways = {"thinking": {}, "direct": {"think": False}}
     if args.n_samples > 1:
         generator = torch.Generator().manual_seed(args.seed)
@@ -147,7 +146,7 @@ def measure_reasoning(args: EvalArguments, model, tokenizer, sampling: dict) -> 
 
 def measure_preference(args: EvalArguments, model, tokenizer) -> dict:
     """Measure --pairs_file, print the figures, and return them as they go into --output."""
-    records = list(read_records(args.pairs_file))
+    records = list(read_records(args.pairs_file, columns=args.columns))
     score = preference_accuracy(model, tokenizer, records, batch_size=args.batch_size)
     print(f"\npreferences of {args.pairs_file}\n{score.table()}")
     if not args.answer_pairs:
@@ -162,7 +161,7 @@ def measure_preference(args: EvalArguments, model, tokenizer) -> dict:
 def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
     """Measure --task_file, print the figures, and return them by name as they go into --output."""
     start = time.perf_counter()
-    records = list(read_records(args.task_file))
+    records = list(read_records(args.task_file, columns=args.columns))
     result = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     seconds = time.perf_counter() - start
     print(f"\nexact match on {args.task_file}\n{result.table()}")
@@ -180,39 +179,6 @@ def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
 
 
 # ---- answering -----------------------------------------------------------------------------------
-
-
-def read_prompts(args: EvalArguments) -> list[str | list[dict]]:
-    """Return the prompts of ``--prompts``: its lines, or its jsonl records without their last answer."""
-    try:
-        lines = Path(args.prompts).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {args.prompts}: cannot be read as UTF-8 text ({error})") from None
-    prompts: list[str | list[dict]] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and not args.prompts.endswith(".jsonl"):
-            prompts.append(line)
-        elif line.strip():
-            try:
-                prompts.append(parse_prompt(json.loads(line)))
-            except (ValueError, TypeError, LookupError) as error:  # UserError is a ValueError
-                raise UserError(f"--prompts {args.prompts}, line {number}: {error}") from None
-    if not prompts:
-        raise UserError(f"--prompts {args.prompts}: holds no prompt; write one per line")
-    return prompts
-
-
-def parse_prompt(record: dict) -> str | list[dict]:
-    """Return the text or the conversation of one record, which is left open for an answer."""
-    key = next((key for key in ("prompt", "text", "conversations", "messages") if key in record), None)
-    if key is None:
-        raise UserError("a prompt needs one of the keys prompt, text, conversations, messages")
-    prompt = record[key]
-    if not isinstance(prompt, str):
-        check_messages(prompt, need_answer=False)
-        prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-        check_messages(prompt, need_answer=False)
-    return prompt
 
 
 def answer_prompts(args: EvalArguments, model, tokenizer, prompts, options: dict) -> list[dict]:

@@ -19,7 +19,7 @@ EXTRAS["dev"] = sorted(
 setup(
     name="minillm",
     version="0.1.0",
-    description="A large language model from nothing: tokenizer, pretraining, fine-tuning, evaluation, chat",
+    description="A large language model from scratch: tokenizer, pretraining, fine-tuning, evaluation, chat",
     license="Apache-2.0",
     packages=find_packages(include=["minillm", "minillm.*"]),
     package_data={"minillm": ["tokenizer/*.jinja"]},

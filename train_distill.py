@@ -10,7 +10,7 @@ it write answers and train on them with train_sft.py: black-box distillation.
 Reads top to bottom: arguments, run, models, data, optimizer, the loop, save.
 """
 
-from minillm.data import StepBatches
+from minillm.data import DataFiles, StepBatches
 from minillm.data.report import open_rows
 from minillm.inference import generate
 from minillm.inference.samples import sample_answers, sample_completions
@@ -23,7 +23,7 @@ from minillm.training.dry_run import dry_run
 from minillm.training.on_policy import OnPolicy
 from minillm.training.optim import adamw
 from minillm.training.run import Run
-from minillm.training.teacher import Teacher
+from minillm.training.teacher import Teacher, find_teacher
 from minillm.training.weights import create_model, find_tokenizer
 
 
@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None):
     args = parse(DistillArguments, argv)
     with Run(args, stage="distill", output=StudentAlone()) as run:
         # Models: the student, and the teacher, which is frozen
-        tokenizer = load_tokenizer(find_tokenizer(args))
+        tokenizer = load_tokenizer(find_tokenizer(args, teacher=find_teacher(args)))
         teacher = Teacher(run, tokenizer)
         model = create_model(args, tokenizer)
         if args.hidden_weight:
             add_projection(model, teacher.model.config.hidden_size, seed=args.seed)
 
         # Data: texts or conversations, packed into rows of max_seq_len
-        def rows(files: list[str]):
+        def rows(files: DataFiles):
             return run.ranks.main_first(
                 lambda: open_rows(
                     files,
@@ -52,14 +52,14 @@ def main(argv: list[str] | None = None):
                 )
             )
 
-        train_rows = rows(args.data_files)
+        train_rows = rows(args.train_data)
         if args.top_k:
             train_rows = teacher.add_to(train_rows, vocab_size=model.config.vocab_size)
             teacher.model = None  # what it has to say is on disk
         loader = StepBatches(train_rows, **run.batching())
         valid_loader = None
-        if args.valid_files:
-            valid_loader = StepBatches(rows(args.valid_files), **run.batching(), shuffle=False)
+        if args.valid_data:
+            valid_loader = StepBatches(rows(args.valid_data), **run.batching(), shuffle=False)
 
         # Optimizer: of the student
         module = run.wrap(model)
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None):
             loss=causal_lm_loss,  # validation: plain cross-entropy, which compares with every other stage
             prepare=OnPolicy(run, tokenizer, generate) if args.on_policy else None,
             settings=distill_loss.settings(),
+            is_cross_entropy=False,
         )
 
         # The loop: one step = one optimizer update
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None):
 
         # Save
         sample = sample_answers if train_rows.store.has_mask else sample_completions
-        return run.finish(samples=lambda: sample(run.model, tokenizer, args.valid_files or args.data_files))
+        return run.finish(samples=lambda: sample(run.model, tokenizer, args.valid_data or args.train_data))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 
 import torch
 
-from minillm.data import JudgedRows, PairRows, StepBatches
+from minillm.data import DataFiles, JudgedRows, PairRows, StepBatches
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.tokenizer import load_tokenizer
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None):
         reference = Reference(args.reference_kind, model, run) if args.reference_kind else None
 
         # Data: two replies to each prompt, side by side in a row (judged ones alone)
-        def rows(files: list[str]) -> PairRows | JudgedRows:
+        def rows(files: DataFiles, *, training: bool = True) -> PairRows | JudgedRows:
             kind = JudgedRows if args.loss_type == "kto" else PairRows
             found = run.ranks.main_first(
                 lambda: kind(
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None):
                     strict=args.strict,
                 )
             )
-            return found if reference is None else reference.add_to(found)
+            return found if reference is None else reference.add_to(found, training=training)
 
-        train_rows = rows(args.data_files)
+        train_rows = rows(args.train_data)
         loader = StepBatches(train_rows, **run.batching())
         valid_loader = None
-        if args.valid_files:
-            valid_loader = StepBatches(rows(args.valid_files), **run.batching(), shuffle=False)
+        if args.valid_data:
+            valid_loader = StepBatches(rows(args.valid_data, training=False), **run.batching(), shuffle=False)
 
         # Optimizer: of the model, or of an adapter alone
         if args.lora_name:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_data or args.train_data))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 
 import torch
 
-from minillm.data import ChatRows, ReplayRows, StepBatches
+from minillm.data import ChatRows, DataFiles, ReplayRows, StepBatches
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None):
         apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(args.seed))
 
         # Data: conversations with their answers as targets, packed into rows of max_seq_len
-        def rows(files: list[str]) -> ChatRows:
+        def rows(files: DataFiles | list[str]) -> ChatRows:
             return ChatRows(
                 files,
                 tokenizer,
@@ -47,14 +47,14 @@ def main(argv: list[str] | None = None):
                 strict=args.strict,
             )
 
-        train_rows = run.ranks.main_first(lambda: rows(args.data_files))
+        train_rows = run.ranks.main_first(lambda: rows(args.train_data))
         if args.replay_path:
-            old_rows = run.ranks.main_first(lambda: rows(args.replay_files))
+            old_rows = run.ranks.main_first(lambda: rows(args.replay_data))
             train_rows = ReplayRows(train_rows, old_rows, share=args.replay_ratio)
         loader = StepBatches(train_rows, **run.batching())
         valid_loader = None
-        if args.valid_files:
-            valid_rows = run.ranks.main_first(lambda: rows(args.valid_files))
+        if args.valid_data:
+            valid_rows = run.ranks.main_first(lambda: rows(args.valid_data))
             valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
 
         # Optimizer: of the adapter alone
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_data or args.train_data))
 
 
 if __name__ == "__main__":

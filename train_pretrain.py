@@ -6,7 +6,7 @@
 Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 """
 
-from minillm.data import StepBatches, TextRows
+from minillm.data import DataFiles, StepBatches, TextRows
 from minillm.inference.samples import sample_completions
 from minillm.losses import causal_lm_loss
 from minillm.tokenizer import load_tokenizer
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None):
         model = create_model(args, tokenizer)
 
         # Data: tokenised once (rank 0 first), packed into rows of max_seq_len
-        def rows(files: list[str]) -> TextRows:
+        def rows(files: DataFiles) -> TextRows:
             return TextRows(
                 files,
                 tokenizer,
@@ -37,11 +37,11 @@ def main(argv: list[str] | None = None):
                 strict=args.strict,
             )
 
-        train_rows = run.ranks.main_first(lambda: rows(args.data_files))
+        train_rows = run.ranks.main_first(lambda: rows(args.train_data))
         loader = StepBatches(train_rows, **run.batching())
         valid_loader = None
-        if args.valid_files:
-            valid_rows = run.ranks.main_first(lambda: rows(args.valid_files))
+        if args.valid_data:
+            valid_rows = run.ranks.main_first(lambda: rows(args.valid_data))
             valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
 
         # Optimizer
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish(samples=lambda: sample_completions(run.model, tokenizer, args.valid_files or args.data_files))
+        return run.finish(samples=lambda: sample_completions(run.model, tokenizer, args.valid_data or args.train_data))
 
 
 if __name__ == "__main__":

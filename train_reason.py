@@ -12,7 +12,7 @@ is called black-box distillation (Kim and Rush, Sequence-level knowledge distill
 Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 """
 
-from minillm.data import ChatRows, ReasonRows, ReplayRows, StepBatches
+from minillm.data import ChatRows, DataFiles, ReasonRows, ReplayRows, StepBatches
 from minillm.inference.samples import sample_answers
 from minillm.losses import causal_lm_loss
 from minillm.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None):
         model = create_model(args, tokenizer)
 
         # Data: conversations with their answers as targets, packed into rows of max_seq_len
-        def rows(kind: type[ChatRows], files: list[str], **more) -> ChatRows:
+        def rows(kind: type[ChatRows], files: DataFiles | list[str], **more) -> ChatRows:
             settings = {
                 "max_seq_len": args.max_seq_len,
                 "packing": args.packing,
@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None):
             }
             return run.ranks.main_first(lambda: kind(files, tokenizer, **settings, **more))
 
-        train_rows = rows(ReasonRows, args.data_files, tag_weight=args.tag_weight)
+        train_rows = rows(ReasonRows, args.train_data, tag_weight=args.tag_weight)
         if args.replay_path:
-            train_rows = ReplayRows(train_rows, rows(ChatRows, args.replay_files), share=args.replay_ratio)
+            train_rows = ReplayRows(train_rows, rows(ChatRows, args.replay_data), share=args.replay_ratio)
         loader = StepBatches(train_rows, **run.batching())
         valid_loader = None
-        if args.valid_files:  # all tokens weigh the same there: nats per token, as in every other stage
-            valid_rows = rows(ReasonRows, args.valid_files, tag_weight=1.0)
+        if args.valid_data:  # all tokens weigh the same there: nats per token, as in every other stage
+            valid_rows = rows(ReasonRows, args.valid_data, tag_weight=1.0)
             valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
 
         # Optimizer
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None):
             run.update()
 
         # Save
-        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_files or args.data_files))
+        return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_data or args.train_data))
 
 
 if __name__ == "__main__":

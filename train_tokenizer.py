@@ -35,10 +35,11 @@ def main(argv: list[str] | None = None):
     # Texts: from all files alike, every 20th record held out unless there is a file for that
     held_out: list[str] = []
     n_bytes = 0
+    reading = {"strict": args.strict, "columns": args.columns}
 
     def training_texts() -> Iterator[str]:
         nonlocal n_bytes
-        for n, (texts, roles) in enumerate(balanced_records(args.data_files, strict=args.strict), start=1):
+        for n, (texts, roles) in enumerate(balanced_records(args.data_files, **reading), start=1):
             if not args.valid_files and n % HOLD_OUT_EVERY == 0 and n_of_bytes(held_out) < HOLD_OUT_BYTES:
                 held_out.extend(texts)
             else:
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None):
         print(f"warning: {warning.message}")
 
     # Report: how far one token reaches, for Chinese and English apart
-    for texts, _ in balanced_records(args.valid_files, strict=args.strict):
+    for texts, _ in balanced_records(args.valid_files, **reading):
         if n_of_bytes(held_out) >= HOLD_OUT_BYTES:
             break
         held_out.extend(texts)
@@ -71,12 +72,13 @@ def main(argv: list[str] | None = None):
     return tokenizer
 
 
-def balanced_records(files: list[str], *, strict: bool) -> Iterator[tuple[list[str], list[str]]]:
+def balanced_records(files: list[str], *, strict: bool, columns: str = "") -> Iterator[tuple[list[str], list[str]]]:
     """Yield the texts and the role names of one record after another, always of the file that gave the fewest bytes.
 
     So a limit on the total cuts all files alike: a small Chinese file is not drowned by a large English one.
     """
-    readers = {path: iter(read_records(path, strict=strict)) for path in files}  # missing files end it here
+    settings = {"strict": strict, "columns": columns}
+    readers = {path: iter(read_records(path, **settings)) for path in files}  # missing files end it here
     given = dict.fromkeys(readers, 0)
     while readers:
         path = min(readers, key=given.__getitem__)

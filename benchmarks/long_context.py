@@ -100,7 +100,7 @@ def cut_pieces(texts: list[str], tokenizer, *, n_tokens: int, n_pieces: int) -> 
     Raises:
         UserError: all texts together are shorter than one piece.
     """
-    encoded = [[tokenizer.bos_token_id, *ids] for ids in tokenizer.encode_batch(texts)]
+    encoded = [tokenizer.open_document(ids) for ids in tokenizer.encode_batch(texts)]
     pieces = _cut(encoded, n_tokens + 1)
     joined = len(pieces) < n_pieces
     if joined:

@@ -178,7 +178,7 @@ def train_once(args: Arguments, config: ModelConfig, tokenizer, seed: int) -> di
 def compare_training(args: Arguments) -> dict:
     """Train both models with every seed, in turns; return the figures of each, and the differences by seed."""
     tokenizer = load_tokenizer(args.tokenizer_path)
-    configs = shapes(args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.eos_token_id)
+    configs = shapes(args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_token_id)
     runs: dict[str, list[dict]] = {name: [] for name in configs}
     for index, seed in enumerate(int(seed) for seed in args.seeds.split(",") if seed.strip()):
         for name in turns(list(configs), index):

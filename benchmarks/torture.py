@@ -281,6 +281,10 @@ class Tortured:
                 [row for row in rows if row["step"] <= step_of(newest)]
                 for rows in (read(directory / file), self.variant.expected[name])
             )
+            # A checkpoint comes before the validation of its step, which a kill may have cut short.
+            pending = [row for row in expected if (row["step"], row.get("split")) == (step_of(newest), "valid")]
+            if not [row for row in found if row in pending]:
+                expected = [row for row in expected if row not in pending]
             if difference := runs.first_difference(found, expected):
                 self.variant.counts["rows lost"] += sum(row not in found for row in expected)
                 raise Difference(f"{name} up to {newest}: {difference}")

@@ -12,7 +12,7 @@ from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
-from minillm.training.checkpoint import STATE_FILE, find_damage, list_checkpoints
+from minillm.training.checkpoint import EARLIER, STATE_FILE, find_damage, list_checkpoints
 from minillm.training.tracking import read_metrics
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -57,7 +57,7 @@ COMMON = SHAPE | {
     "data_path": "{data}/chat.jsonl", "valid_path": "{data}/chat_valid.jsonl", "tokenizer_path": "{data}/tokenizer",
     "from_weight": "", "max_seq_len": 24, "batch_size": 2, "accumulation_steps": 2, "max_steps": STEPS,
     "save_interval": 2, "log_interval": 1, "eval_interval": 3, "learning_rate": 0.01, "device": "cpu",
-    "dtype": "float32",
+    "dtype": "float32", "allow_rejected": 1,
 }  # fmt: skip
 
 
@@ -129,8 +129,9 @@ def bytes_of(path: Path) -> int:
 
 
 def temporary_files(out: Path) -> list[str]:
-    """Return what was to be renamed or removed and was not."""
-    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if ".tmp" in path.name)
+    """Return what was to be renamed or removed and was not, but for what an earlier run has left so."""
+    paths = (path.relative_to(out) for path in out.rglob("*") if ".tmp" in path.name)
+    return sorted(str(path) for path in paths if EARLIER not in path.parts)
 
 
 def broken_weights(out: Path) -> list[str]:
@@ -176,8 +177,8 @@ def outcome(out: Path, keep_last: int) -> dict:
 
 def _files(directory: Path, newest: Path) -> Iterator[Path]:
     for path in sorted(directory.rglob("*")):
-        of_checkpoints = path.relative_to(directory).parts[0].startswith("checkpoints")
-        if path.is_file() and (not of_checkpoints or newest in path.parents):
+        folder = path.relative_to(directory).parts[0]
+        if path.is_file() and folder != EARLIER and (folder != "checkpoints" or newest in path.parents):
             yield path
 
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import select
 import sys
 import time
 
@@ -37,8 +38,11 @@ def script(main):
     @functools.wraps(main)
     def run_main(argv: list[str] | None = None):
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-                stream.reconfigure(errors="backslashreplace")
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+                is_ascii_locale = stream.errors == "surrogateescape"  # what Python sets in the locale C
+                stream.reconfigure(encoding="utf-8" if is_ascii_locale else None, errors="backslashreplace")
+        if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "surrogateescape":
+            sys.stdin.reconfigure(encoding="utf-8")  # a locale of ASCII alone says nothing about a pipe's text
         try:
             result = main(argv)
             sys.stdout.flush()
@@ -63,9 +67,13 @@ def script(main):
 def _is_stdout_closed() -> bool:
     try:
         sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
     except BrokenPipeError:
         return True
-    return False
+    except (AttributeError, OSError):  # no poll on this system, or a stream that is not a file
+        return False
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def after_the_first_rank() -> None:

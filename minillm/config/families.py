@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
 }
@@ -45,6 +46,12 @@ SILENT: dict[str, dict[str, Any]] = {
         "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5, "rope_theta": 1e6, "bos_token_id": 1, "eos_token_id": 2, "num_experts": 8,
     },
+    "qwen2_moe": {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 32768, "num_experts": 60,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        "norm_topk_prob": False, "n_shared_experts": 1, "shared_expert_gate": True,
+    },
     "qwen3_moe": {
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
         "num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts": 128, "num_experts_per_tok": 8,
@@ -64,17 +71,25 @@ FIXED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"use_qk_norm": True},
     "glm4_moe": {"scoring_func": "sigmoid"},
 }
+BIASED = ("qwen2", "qwen2_moe", "glm4_moe")
 WINDOWED = ("mistral", "mixtral")
 # Releases and families differ in the name; the first one is what transformers 4 and 5 both read.
 N_EXPERTS = {
     "mixtral": ("num_local_experts", "num_experts"),
+    "qwen2_moe": ("num_experts",),
     "qwen3_moe": ("num_experts", "num_local_experts"),
     "glm4_moe": ("n_routed_experts", "num_local_experts", "num_experts"),
 }
 MOE_FIELDS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace",
-    "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
+    "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "shared_expert_intermediate_size",
+    "shared_expert_gate", "mlp_only_layers", "decoder_sparse_step",
 )  # fmt: skip
+GLM_FIELDS = (
+    "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace", "norm_topk_prob",
+    "routed_scaling_factor", "n_group", "topk_group",
+)  # fmt: skip
+CHOOSING = ("qwen2_moe", "qwen3_moe")  # families that say block by block which of them have experts
 # null is a value of these: none, or for the last two what follows from the other sizes.
 MAY_BE_NULL = (
     "bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "head_dim", "num_key_value_heads",
@@ -86,7 +101,9 @@ MINIMIND: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True,
     "head_dim": None,
 }  # fmt: skip
-MINIMIND_2: dict[str, Any] = {"hidden_size": 512, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+MINIMIND_2: dict[str, Any] = {
+    "hidden_size": 512, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2,
+}  # fmt: skip
 LARGEST = 2**31 - 1  # of a whole number in a configuration: products of several stay within what torch can count
 ROPE_KEYS_ELSEWHERE = ("rope_theta", "partial_rotary_factor", "type")
 
@@ -105,15 +122,20 @@ def to_hf(values: dict[str, Any], model_type: str) -> dict[str, Any]:
     special: dict[str, Any] = {}
     if model_type in WINDOWED:
         special["sliding_window"] = window
-    elif model_type in ("qwen2", "qwen3", "qwen3_moe"):
+    elif model_type in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"):
         special["use_sliding_window"] = False
     if model_type in N_EXPERTS:
         special |= {N_EXPERTS[model_type][0]: moe["num_experts"], "num_experts_per_tok": moe["num_experts_per_tok"]}
-    if model_type == "qwen3_moe":
-        special |= {name: moe[name] for name in ("moe_intermediate_size", "norm_topk_prob")}
-        special |= {"decoder_sparse_step": 1, "mlp_only_layers": list(range(moe["first_k_dense_replace"]))}
+    if model_type in CHOOSING:
+        names = ("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step")
+        only_dense = {*range(moe["first_k_dense_replace"]), *moe["mlp_only_layers"]}
+        special |= {name: moe[name] for name in names} | {"mlp_only_layers": sorted(only_dense)}
+    if model_type == "qwen2_moe":
+        # The last two are ours: what reads the file as transformers does finds one expert and its gate, of zeros.
+        names = ("shared_expert_intermediate_size", "n_shared_experts", "shared_expert_gate")
+        special |= {"qkv_bias": bias} | {name: moe[name] for name in names}
     elif model_type == "glm4_moe":
-        special |= {name: moe[name] for name in MOE_FIELDS if name != "num_experts"}
+        special |= {name: moe[name] for name in GLM_FIELDS}
         special |= {"use_qk_norm": qk_norm, "partial_rotary_factor": factor, "num_nextn_predict_layers": 0}
         rope["partial_rotary_factor"] = factor  # its default is 0.5, in newer releases of transformers read from here
     return {
@@ -157,8 +179,16 @@ def from_hf(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
     _refuse_unsupported(raw, values, model_type)
     if model_type not in WINDOWED:
         values.pop("sliding_window", None)  # Qwen's files have a number there that use_sliding_window switches off
-    if model_type == "qwen3_moe":
-        values["first_k_dense_replace"] = len(raw.get("mlp_only_layers") or [])
+    if model_type in CHOOSING:
+        values |= _dense_layers(raw.get("mlp_only_layers") or [])
+    else:
+        values.pop("mlp_only_layers", None)
+        values.pop("decoder_sparse_step", None)
+    if model_type == "qwen2_moe":
+        values["attention_bias"] = raw.get("qkv_bias", True)  # attention_bias means nothing to their class
+    else:
+        values.pop("shared_expert_intermediate_size", None)
+        values.pop("shared_expert_gate", None)
     if model_type not in N_EXPERTS or values["num_experts"] == 0:  # 0: their sparse classes are dense then, too
         values = {name: value for name, value in values.items() if name not in MOE_FIELDS}
     null = [name for name, value in values.items() if value is None and name not in MAY_BE_NULL]
@@ -181,14 +211,15 @@ def from_hf(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
 def _of_minimind(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of MiniMind's own class as that of the family it is, with what MiniMind assumes.
 
-    Version 2, whose files have ``n_routed_experts``, is a Llama; version 3 a Qwen3, or with experts a Qwen3-MoE.
+    Version 2, whose files have ``n_routed_experts``, is a Llama, or with experts a Qwen2-MoE without a gate (a Mixtral
+    without shared experts); version 3 is a Qwen3, or with experts a Qwen3-MoE.
     """
     is_old, has_experts = "n_routed_experts" in raw, bool(raw.get("use_moe"))
-    refused = ("dim", "dropout", "inference_rope_scaling", *(["use_moe"] if is_old else []))
+    refused = ("dim", "dropout", "inference_rope_scaling")
     if found := [f"{name}={raw[name]!r}" for name in refused if raw.get(name)]:
         raise UserError(
-            f"this configuration of MiniMind has {', '.join(found)}: what can be read is its version 2 without experts "
-            f"or 3, with dropout 0 and inference_rope_scaling false (edit these two); of older releases give the .pth"
+            f"this configuration of MiniMind has {', '.join(found)}: what can be read is its version 2 or 3, with "
+            f"dropout 0 and inference_rope_scaling false (edit these two); of older releases give the .pth"
         )
     values = MINIMIND | (MINIMIND_2 if is_old else {}) | raw
     if values.get("intermediate_size") is None:
@@ -197,8 +228,32 @@ def _of_minimind(raw: dict[str, Any]) -> dict[str, Any]:
         values["intermediate_size"] = 64 * math.ceil(width * ratio / 64) if is_width else 0
     values.setdefault("moe_intermediate_size", values["intermediate_size"])
     values["model_type"] = "llama" if is_old else "qwen3_moe" if has_experts else "qwen3"
+    if is_old and has_experts:
+        values |= _experts_of_minimind_2(values)
+    elif has_experts and "norm_topk_prob" not in raw and values["num_experts_per_tok"] == 1:
+        raise UserError(
+            "this configuration of MiniMind does not say norm_topk_prob: its releases of before September 2026 take 1 "
+            "as the weight of a token's only expert, so add true; for later ones, which take its probability, add false"
+        )
     unused = () if has_experts else ("n_routed_experts", "num_experts", "scoring_func")
     return {name: value for name, value in values.items() if name not in unused}
+
+
+def _experts_of_minimind_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what the experts of MiniMind 2 are in the names of Qwen2-MoE; each is as wide as the dense layer."""
+    n_shared, width = values.get("n_shared_experts", 1), values["intermediate_size"]
+    are_numbers = type(n_shared) is type(width) is int  # if not, ModelConfig says so
+    return {
+        "model_type": "qwen2_moe" if n_shared else "mixtral",
+        "num_experts": values["n_routed_experts"],
+        "n_shared_experts": n_shared,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": n_shared * width if are_numbers else width,
+        "shared_expert_gate": False,
+        "qkv_bias": False,
+        # Its class does not divide the weight of a single expert by itself, whatever the file says.
+        "norm_topk_prob": values["norm_topk_prob"] and values["num_experts_per_tok"] != 1,
+    }
 
 
 def _quotient(hidden_size, n_heads) -> int | None:
@@ -211,6 +266,13 @@ def _n_experts(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
     if any(value != next(iter(given.values())) for value in given.values()):
         raise UserError(f"the configuration gives two numbers of experts: {given}; leave the wrong one out")
     return {"num_experts": next(iter(given.values()))} if given else {}
+
+
+def _dense_layers(only_dense: list) -> dict[str, Any]:
+    """Return our names for ``mlp_only_layers``: how many of the first blocks are dense, and which others."""
+    numbers = sorted(set(only_dense)) if all(type(layer) is int for layer in only_dense) else only_dense
+    n_first = next((n for n, layer in enumerate(numbers) if layer != n), len(numbers))
+    return {"first_k_dense_replace": n_first, "mlp_only_layers": tuple(numbers[n_first:])}
 
 
 def _rope_scaling(raw: dict[str, Any], rope: dict[str, Any], max_positions: int) -> dict[str, Any]:
@@ -248,10 +310,9 @@ def _refuse_unsupported(raw: dict[str, Any], values: dict[str, Any], model_type:
     for name, value in (("layer_types", layer_types), ("mlp_only_layers", only_dense)):
         if not isinstance(value, list):
             raise UserError(f"{name} is {value!r}: it must be a list")
-    first_layers = sorted(map(repr, range(len(only_dense))))
     has_norm = FIXED.get(model_type, {}).get("use_qk_norm", False)
     refused = {
-        "attention_bias": (model_type not in ("qwen2", "glm4_moe") and raw.get("attention_bias")) or None,
+        "attention_bias": None if model_type in BIASED else raw.get("attention_bias") or None,
         "mlp_bias": raw.get("mlp_bias") or None,
         "use_qk_norm": None if is_glm else _unless(has_norm, raw.get("use_qk_norm")),
         "use_sliding_window": (not windowed and raw.get("use_sliding_window")) or None,
@@ -260,8 +321,9 @@ def _refuse_unsupported(raw: dict[str, Any], values: dict[str, Any], model_type:
         "attention_dropout": raw.get("attention_dropout") or None,
         "pretraining_tp": _unless(1, raw.get("pretraining_tp")),
         "scoring_func": _unless("sigmoid" if is_glm else "softmax", raw.get("scoring_func")),
-        "decoder_sparse_step": _unless(1, raw.get("decoder_sparse_step")),
-        "mlp_only_layers": only_dense if sorted(map(repr, only_dense)) != first_layers else None,
+        "decoder_sparse_step": None if model_type in CHOOSING else _unless(1, raw.get("decoder_sparse_step")),
+        "mlp_only_layers": None if model_type in CHOOSING else only_dense or None,
+        "n_shared_experts": (model_type in ("mixtral", "qwen3_moe") and raw.get("n_shared_experts")) or None,
         "router_jitter_noise": raw.get("router_jitter_noise") or None,
         "per_layer_config": raw.get("per_layer_config") or None,
         "quantization_config": raw.get("quantization_config"),

@@ -101,9 +101,17 @@ class ModelConfig:
     moe_intermediate_size: int | None = None
     """F of one expert; None, or without experts: intermediate_size."""
     n_shared_experts: int = 0
-    """Experts that every token goes through, beside the routed ones (sigmoid routing only)."""
+    """Experts that every token goes through, beside the routed ones."""
+    shared_expert_intermediate_size: int | None = None
+    """Feed-forward width of all shared experts together; None: n_shared_experts * moe_intermediate_size."""
+    shared_expert_gate: bool = False
+    """The shared experts' output is multiplied by the sigmoid of one more projection (softmax routing only)."""
     first_k_dense_replace: int = 0
     """The first blocks, which have a dense feed-forward layer instead of experts."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """More blocks with a dense layer, by number (softmax routing only)."""
+    decoder_sparse_step: int = 1
+    """One block in so many has experts, block decoder_sparse_step - 1 the first of them (softmax routing only)."""
     scoring_func: str = "softmax"
     """Scores of the router: ``softmax`` over the experts, or a ``sigmoid`` for each (DeepSeek-V3, GLM-4.5)."""
     norm_topk_prob: bool = True
@@ -128,12 +136,19 @@ class ModelConfig:
         self._check_whole(*sizes)
         self._check_whole("num_hidden_layers", most=MOST_LAYERS)
         self._check_whole(*(n for n in TOKENS if getattr(self, n) is not None), least=-1)  # -1: files that have none
+        for name in TOKENS:
+            if (getattr(self, name) or 0) >= self.vocab_size:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}: the {self.vocab_size} tokens (vocab_size) end at "
+                    f"{self.vocab_size - 1}; correct it, or leave it out"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}: each key head serves the same number of query heads"
             )
-        for name in ("attention_bias", "use_qk_norm", "tie_word_embeddings", "norm_topk_prob"):
+        switches = ("attention_bias", "use_qk_norm", "tie_word_embeddings", "norm_topk_prob", "shared_expert_gate")
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} is {getattr(self, name)!r}: choose true or false")
         # transformers refuses to open such a Llama, whatever its head_dim.
@@ -151,6 +166,7 @@ class ModelConfig:
         if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim!r}: rotary embedding turns pairs, so it must be even")
         self._check_whole("head_dim", "intermediate_size", "moe_intermediate_size", "n_group", "topk_group")
+        self._check_whole("decoder_sparse_step", most=MOST_LAYERS)
         positive = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "routed_scaling_factor")
         for name in positive:
             if not _is_positive(getattr(self, name)):
@@ -220,6 +236,15 @@ class ModelConfig:
         self._check_whole("num_experts", "n_shared_experts", "first_k_dense_replace", least=0, most=MOST_LAYERS)
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise UserError(f"scoring_func is {self.scoring_func!r}: choose softmax or sigmoid")
+        usual = self.n_shared_experts * self.moe_intermediate_size
+        if self.shared_expert_intermediate_size in (None, 0) or not self.n_shared_experts:
+            object.__setattr__(self, "shared_expert_intermediate_size", usual)
+        self._check_whole("shared_expert_intermediate_size", least=min(1, self.n_shared_experts))
+        layers = self.mlp_only_layers
+        is_list = isinstance(layers, list | tuple) and all(type(layer) is int and layer >= 0 for layer in layers)
+        if not is_list or len(layers) > MOST_LAYERS:
+            raise UserError(f"mlp_only_layers is {layers!r}: it must be a list of numbers of blocks")
+        object.__setattr__(self, "mlp_only_layers", tuple(sorted(set(layers))))
         if not self.num_experts:
             return
         if type(self.num_experts_per_tok) is not int or not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -230,6 +255,12 @@ class ModelConfig:
             raise UserError(
                 f"first_k_dense_replace is {self.first_k_dense_replace}: none of the {self.num_hidden_layers} blocks "
                 f"(num_hidden_layers) would have experts; choose fewer, or num_experts 0"
+            )
+        if not self.n_sparse_layers:
+            raise UserError(
+                f"mlp_only_layers {list(self.mlp_only_layers)}, decoder_sparse_step {self.decoder_sparse_step}: none "
+                f"of the {self.num_hidden_layers} blocks (num_hidden_layers) would have experts; leave some in, or "
+                f"num_experts 0"
             )
         per_group, rest = divmod(self.num_experts, self.n_group)
         if rest or self.topk_group > self.n_group or self.num_experts_per_tok > self.topk_group * per_group:
@@ -247,23 +278,29 @@ class ModelConfig:
         """Raise UserError for a mixture of options that the family of ``model_type`` cannot hold."""
         family = self.model_type
         allowed = {
-            "attention_bias": family in ("qwen2", "glm4_moe"),
+            "attention_bias": family in ("qwen2", "qwen2_moe", "glm4_moe"),
             "use_qk_norm": family in ("qwen3", "qwen3_moe", "glm4_moe"),
             "sliding_window": family in ("mistral", "mixtral"),
             "partial_rotary_factor": family == "glm4_moe",
-            "n_shared_experts": family == "glm4_moe",
-            "first_k_dense_replace": family in ("qwen3_moe", "glm4_moe"),
+            "n_shared_experts": family in ("qwen2_moe", "glm4_moe"),
+            "shared_expert_gate": family == "qwen2_moe",
+            "first_k_dense_replace": family in ("qwen2_moe", "qwen3_moe", "glm4_moe"),
+            "mlp_only_layers": family in ("qwen2_moe", "qwen3_moe"),
+            "decoder_sparse_step": family in ("qwen2_moe", "qwen3_moe"),
             "routed_scaling_factor": family == "glm4_moe",
             "n_group": family == "glm4_moe",
             "topk_group": family == "glm4_moe",
             "num_experts_per_tok": self.num_experts > 0,
-            "norm_topk_prob": family in ("qwen3_moe", "glm4_moe"),
+            "norm_topk_prob": family in ("qwen2_moe", "qwen3_moe", "glm4_moe"),
             "scoring_func": family == "glm4_moe",
         }
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         mixed = [name for name, fine in allowed.items() if not fine and getattr(self, name) != usual[name]]
         if family == "mixtral" and self.moe_intermediate_size != self.intermediate_size:
             mixed.append("moe_intermediate_size")
+        usual_width = self.n_shared_experts * self.moe_intermediate_size
+        if family == "glm4_moe" and self.shared_expert_intermediate_size != usual_width:
+            mixed.append("shared_expert_intermediate_size")
         if mixed:
             raise UserError(
                 f"no family holds this mixture: {family} has no "
@@ -282,8 +319,10 @@ class ModelConfig:
     @property
     def model_type(self) -> str:
         """Return the Hugging Face family that holds this shape."""
+        if self.num_experts and self.scoring_func == "sigmoid":
+            return "glm4_moe"
         if self.num_experts:
-            return "glm4_moe" if self.scoring_func == "sigmoid" else "qwen3_moe" if self.use_qk_norm else "mixtral"
+            return "qwen2_moe" if self.n_shared_experts else "qwen3_moe" if self.use_qk_norm else "mixtral"
         if self.attention_bias:
             return "qwen2"
         return "qwen3" if self.use_qk_norm else "mistral" if self.sliding_window else "llama"
@@ -295,7 +334,13 @@ class ModelConfig:
 
     def has_experts(self, layer: int) -> bool:
         """Return whether block ``layer`` routes its tokens to experts."""
-        return bool(self.num_experts) and layer >= self.first_k_dense_replace
+        is_dense = layer < self.first_k_dense_replace or layer in self.mlp_only_layers
+        return bool(self.num_experts) and not is_dense and (layer + 1) % self.decoder_sparse_step == 0
+
+    @property
+    def n_sparse_layers(self) -> int:
+        """Return the number of blocks with experts."""
+        return sum(map(self.has_experts, range(self.num_hidden_layers)))
 
     def num_parameters(self, *, active: bool = False) -> int:
         """Return the number of parameters, tied ones counted once.
@@ -310,9 +355,10 @@ class ModelConfig:
         if self.attention_bias:
             attention += self.head_dim * (n_heads + self.num_key_value_heads)
         dense = 3 * self.hidden_size * self.intermediate_size
-        n_experts = (self.num_experts_per_tok if active else self.num_experts) + self.n_shared_experts
-        sparse = 3 * self.hidden_size * self.moe_intermediate_size * n_experts + self.hidden_size * self.num_experts
-        n_sparse = max(0, self.num_hidden_layers - self.first_k_dense_replace) if self.num_experts else 0
+        n_experts = self.num_experts_per_tok if active else self.num_experts
+        width = self.moe_intermediate_size * n_experts + self.shared_expert_intermediate_size
+        sparse = self.hidden_size * (3 * width + self.num_experts + self.shared_expert_gate)
+        n_sparse = self.n_sparse_layers
         blocks = self.num_hidden_layers * (attention + 2 * self.hidden_size)
         blocks += n_sparse * sparse + (self.num_hidden_layers - n_sparse) * dense
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)

@@ -5,10 +5,11 @@ from minillm.data.chat import ChatRows
 from minillm.data.pairs import JudgedRows, PairRows
 from minillm.data.reason_rows import ReasonRows
 from minillm.data.replay import ReplayRows
-from minillm.data.schema import Record, read_records
+from minillm.data.schema import Record, read_prompts, read_records
+from minillm.data.split import DataFiles
 from minillm.data.text import TextRows
 
 __all__ = [
-    "ChatRows", "JudgedRows", "PairRows", "ReasonRows", "Record", "ReplayRows", "StepBatches", "TextRows", "collate",
-    "read_records",
+    "ChatRows", "DataFiles", "JudgedRows", "PairRows", "ReasonRows", "Record", "ReplayRows", "StepBatches", "TextRows",
+    "collate", "read_prompts", "read_records",
 ]  # fmt: skip

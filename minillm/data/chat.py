@@ -9,15 +9,14 @@ Which turns are targets (``train_on``):
 - "last": the last turn only. Another objective: earlier turns are context and teach nothing.
 """
 
-import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from minillm.data.packing import NO_LIMIT, PackedRows, Pieces, check_max_seq_len
-from minillm.data.shards import TokenStore, prepare, split_paths
+from minillm.data.shards import TokenStore, prepare
+from minillm.data.split import DataFiles
 from minillm.data.turns import answer_turns
 from minillm.errors import UserError
 
@@ -29,7 +28,8 @@ class ChatRows(PackedRows):
     """Rows of conversations.
 
     Args:
-        path: a file, a comma-separated list, or a list of files with conversations (any chat schema).
+        path: files with conversations (any chat schema); whatever ``expand_paths`` takes, or ``DataFiles`` (one side of
+            a split, other names for keys).
         max_seq_len: row length T in pairs. A longer conversation is cut there; one that has no target left is
             rejected with its line number.
         train_on: "all", "last" or "per_turn", see above.
@@ -47,7 +47,7 @@ class ChatRows(PackedRows):
 
     def __init__(
         self,
-        path: str | Path | list,
+        path: str | Path | list | DataFiles,
         tokenizer,
         *,
         max_seq_len: int,
@@ -62,10 +62,10 @@ class ChatRows(PackedRows):
             raise UserError(f"packing {packing!r} for conversations: allowed are {', '.join(PACKINGS)}")
         if train_on not in TRAIN_ON:
             raise UserError(f"train_on {train_on!r}: allowed are {', '.join(TRAIN_ON)}")
-        files = split_paths(path)
-        store = TokenStore(prepare(files, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
+        source = DataFiles.of(path)
+        store = TokenStore(prepare(source, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
         fixed_len = None if packing == "none" else max_seq_len
-        super().__init__(store, tokenizer, files, max_seq_len=max_seq_len, fixed_len=fixed_len)
+        super().__init__(store, tokenizer, source, max_seq_len=max_seq_len, fixed_len=fixed_len)
 
         document, first, end = answer_turns(store)
         is_last = np.append(document[1:] != document[:-1], True)
@@ -73,27 +73,26 @@ class ChatRows(PackedRows):
         reachable = first <= max_seq_len
         has_target = np.zeros(store.n_documents, bool)
         has_target[document[reachable & is_last if train_on == "last" else reachable]] = True
-        n_cut = int(np.count_nonzero(end[is_last] - 1 > max_seq_len)) - int(np.count_nonzero(~has_target))
-        lost = self._explain_lost(np.flatnonzero(~has_target), files, strict)
+        # Of a usable conversation, those of its targets that lie beyond the row are lost; a rejected one is not cut.
+        is_wanted = has_target[document] & (is_last if train_on == "last" else True)
+        n_cut = int(np.count_nonzero(is_wanted & is_last & (end - 1 > max_seq_len)))
+        lost = self._explain_lost(np.flatnonzero(~has_target), self.files, strict)
 
         pieces, self.n_targets = _choose(document, first, end, is_last, max_seq_len, train_on)
         if not len(pieces.length):
             raise UserError(
-                f"no conversation of {', '.join(map(str, files))} has a target within --max_seq_len "
+                f"no conversation of {', '.join(map(str, self.files))} has a target within --max_seq_len "
                 f"{max_seq_len}: raise it"
             )
         self.set_pieces(pieces, packing, seed)
         self.log_prob = store.log_prob() if train_on != "last" and has_target.all() and not n_cut else None
-        settings = [self.kind, max_seq_len, packing, train_on, seed, tokenizer.content_hash]
-        settings += [shard.meta["sha256"] for shard in store.shards]
-        self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-        places = store.publish_rejected(files, lost, Path(cache_dir))
-        wanted = (end - first)[is_last] if train_on == "last" else end - first
+        self.data_hash = self.hash_with(self.kind, max_seq_len, packing, train_on, seed)
         self.summary = self._summarise(
-            rejected=sum(map(len, lost)),
+            "conversations",
+            set_aside=lost,
             cut=n_cut,
-            targets_lost=int(wanted.sum() - self.n_targets),
-            rejected_files=places,
+            targets_lost=int((end - first)[is_wanted].sum() - self.n_targets),
+            cache_dir=Path(cache_dir),
         )
 
     def _explain_lost(self, documents: np.ndarray, files: list[Path], strict: bool) -> list[list[tuple]]:

@@ -2,8 +2,8 @@
 
 The shift happens here, once, and nowhere else. A stored document of n + 1 tokens gives n pairs:
 
-    stored        e   a   b   c   e      e is <|endoftext|>, first and last token of a text
-    input_ids     e   a   b   c          all tokens but the last
+    stored        s   a   b   c   e      s begins a text and e ends it; in our own tokenizers both are <|endoftext|>
+    input_ids     s   a   b   c          all tokens but the last
     targets       a   b   c   e          all tokens but the first: targets[t] is the token after input_ids[t]
     position_ids  0   1   2   3
 
@@ -21,13 +21,17 @@ Rows are filled with *pieces*: stretches of pairs, each from one document. In a 
     position_ids    0 1 2 3 4 0 1 2 0 0
 """
 
+import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from minillm.data.shards import TokenStore
+from minillm.data.rejects import count_reasons, reject_line
+from minillm.data.shards import TokenStore, encoding_identity, split_paths
+from minillm.data.split import DataFiles
 from minillm.errors import UserError
 
 IGNORE_INDEX = -100
@@ -156,9 +160,16 @@ class PackedRows:
     summary: dict
     target_bytes: int
 
-    def __init__(self, store: TokenStore, tokenizer, files: list[Path], *, max_seq_len: int, fixed_len: int | None):
-        self.store, self.tokenizer, self.files = store, tokenizer, files
+    def __init__(self, store: TokenStore, tokenizer, source: DataFiles, *, max_seq_len: int, fixed_len: int | None):
+        self.store, self.tokenizer, self.source, self.files = store, tokenizer, source, split_paths(source)
         self.max_seq_len, self.fixed_len = max_seq_len, fixed_len
+
+    def hash_with(self, *settings) -> str:
+        """Return the hash of everything that decides these rows: data, tokenizer, and ``settings`` (JSON values)."""
+        encoding = encoding_identity(self.tokenizer, is_text=not self.store.has_mask)
+        files = [shard.meta["sha256"] for shard in self.store.shards]
+        everything = [*settings, encoding, self.source.key, files]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def set_pieces(self, pieces: Pieces, packing: str, seed: int) -> None:
         """Lay ``pieces`` out in rows: ``best_fit`` packs them, ``none`` gives each a row of its own."""
@@ -196,21 +207,50 @@ class PackedRows:
             counts += np.bincount(targets[targets != IGNORE_INDEX], minlength=len(counts))
         return counts
 
-    def _summarise(self, *, rejected: int, cut: int, targets_lost: int, rejected_files: list[str]) -> dict:
+    def _summarise(
+        self,
+        unit: str,
+        *,
+        set_aside: list[list[tuple[int, str]]],
+        cut: int,
+        targets_lost: int,
+        cache_dir: Path,
+        documents_per_record: int = 1,
+    ) -> dict:
+        """Return the ``summary``; write the rejected records of every file beside it.
+
+        Args:
+            unit: what a usable record is, for people: "documents", "conversations", "pairs", "replies".
+            set_aside: (line, reason) of the records that were read and are in no row, by file.
+            cut: how many usable records lose a part at ``max_seq_len``. targets_lost: by that.
+        """
         shards = self.store.shards
-        per_file = [
-            {"path": str(file), "sha256": s.meta["sha256"], "documents": s.n_documents, "tokens": s.n_tokens}
-            for file, s in zip(self.files, shards, strict=True)
+        places = self.store.publish_rejected(self.source, set_aside, cache_dir)
+        rejected_lines = [
+            (file, [*shard.rejected_lines(), *(reject_line(*pair) for pair in aside)])
+            for file, shard, aside in zip(self.files, shards, set_aside, strict=True)
+        ]
+        files = [
+            {
+                "path": str(file),
+                "sha256": shard.meta["sha256"],
+                "records": shard.n_documents // documents_per_record + shard.meta["n_rejected"],
+                "rejected": len(lines),
+                "documents": shard.n_documents - documents_per_record * len(aside),
+                "tokens": shard.n_tokens,
+            }
+            for (file, lines), shard, aside in zip(rejected_lines, shards, set_aside, strict=True)
         ]
         n_pairs = int(self.lengths.sum())
         return {
-            "files": per_file,
-            "documents": self.store.n_documents - rejected,  # those that are in the rows
-            "tokens": self.store.n_tokens,
-            "rejected": sum(shard.meta["n_rejected"] for shard in shards) + rejected,
-            "rejected_files": rejected_files,
+            "files": files,
+            "unit": unit,
+            **{name: sum(file[name] for file in files) for name in ("records", "rejected", "documents", "tokens")},
+            "usable": sum(file["records"] - file["rejected"] for file in files),
+            "reasons": count_reasons(rejected_lines),
+            "rejected_files": places,
             "cut": cut,
-            "targets_lost": targets_lost,  # by cutting, those of rejected documents included
+            "targets_lost": targets_lost,  # of usable records, by cutting
             "rows": len(self),
             "pairs": n_pairs,
             "targets": int(self.n_targets),

@@ -9,8 +9,6 @@ the log-probabilities of both; the prompt stands there twice:
 A reply is never cut: without its end it would be another reply. What is too long is set aside with a reason.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor
 
 from minillm.data.packing import PackedRows, Pieces, assemble, best_fit, check_max_seq_len
-from minillm.data.shards import TokenStore, prepare, split_paths
+from minillm.data.shards import TokenStore, prepare
+from minillm.data.split import DataFiles
 from minillm.data.turns import answer_turns
 from minillm.errors import UserError
 
@@ -33,7 +32,7 @@ class _ReplyRows(PackedRows):
 
     def __init__(
         self,
-        path: str | Path | list,
+        path: str | Path | list | DataFiles,
         tokenizer,
         *,
         max_seq_len: int,
@@ -45,11 +44,11 @@ class _ReplyRows(PackedRows):
         check_max_seq_len(max_seq_len)
         if packing not in PACKINGS:
             raise UserError(f"packing {packing!r} for replies: allowed are {', '.join(PACKINGS)}")
-        files = split_paths(path)
-        store = TokenStore(prepare(files, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
+        source = DataFiles.of(path)
+        store = TokenStore(prepare(source, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
         row_len = self.documents_in_a_row * max_seq_len
         fixed_len = None if packing == "none" else row_len
-        super().__init__(store, tokenizer, files, max_seq_len=row_len, fixed_len=fixed_len)
+        super().__init__(store, tokenizer, source, max_seq_len=row_len, fixed_len=fixed_len)
 
         _, first, end = answer_turns(store)  # one reply per document
         length = end - 1  # what follows a reply teaches nothing
@@ -57,19 +56,21 @@ class _ReplyRows(PackedRows):
         if not len(kept):
             line, reason = next(iter(filter(None, lost)))[0]
             raise UserError(
-                f"no record of {', '.join(map(str, files))} can be used; the first, line {line}: {reason}; see "
-                f"{', '.join(store.publish_rejected(files, lost, Path(cache_dir)))}"
+                f"no record of {', '.join(map(str, self.files))} can be used; the first, line {line}: {reason}; see "
+                f"{', '.join(store.publish_rejected(source, lost, Path(cache_dir)))}"
             )
         documents = np.stack([2 * kept, 2 * kept + 1])  # (2, records)
         self._lay_out(documents, length, packing, seed)
         self.n_targets, self.log_prob, self.target_bytes = float(len(kept)), None, 0
-        settings = [self.kind, max_seq_len, packing, seed, tokenizer.content_hash]
-        settings += [shard.meta["sha256"] for shard in store.shards]
-        self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-        places = store.publish_rejected(files, lost, Path(cache_dir))
-        n_lost = sum(map(len, lost))
-        self.summary = self._summarise(rejected=2 * n_lost, cut=0, targets_lost=0, rejected_files=places)
-        self.summary["rejected"] -= n_lost  # a record is two documents
+        self.data_hash = self.hash_with(self.kind, max_seq_len, packing, seed)
+        self.summary = self._summarise(
+            "pairs" if self.kind == "preference" else "replies",
+            set_aside=lost,
+            cut=0,
+            targets_lost=0,
+            cache_dir=Path(cache_dir),
+            documents_per_record=2,
+        )
 
     def _check(self, first, length, max_seq_len: int, strict: bool) -> tuple[np.ndarray, list[list[tuple]]]:
         """Return the numbers of the records to use, and (line, reason) of the others, by file."""
@@ -130,7 +131,7 @@ class PairRows(_ReplyRows):
     """Rows of pairs, chosen and rejected in turn.
 
     Args:
-        path: a file, a comma-separated list, or a list of files with preferences (``chosen``, ``rejected``).
+        path: files with preferences (``chosen``, ``rejected``); whatever ``expand_paths`` takes, or ``DataFiles``.
         max_seq_len: the longest conversation in pairs of tokens; a row holds two of them or more shorter ones.
         packing: "best_fit" fills rows with pairs; "none" gives each a row of its own.
         cache_dir, seed, strict: as for ``ChatRows``.

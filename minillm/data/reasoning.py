@@ -4,7 +4,7 @@ The form is that of DeepSeek-R1 (2025), section 2.2.1: one block of thinking, th
 """
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import NamedTuple
 
 from minillm.errors import UserError
@@ -55,16 +55,21 @@ def find_answer(text: str) -> str:
 
 
 def same_answer(answer: str, expected: str) -> bool:
-    """Return whether two answers are equal: as numbers where both are (1,000.0 is 1000, $5 is 5), else as texts."""
+    """Return whether two answers are equal: as numbers where both are (1,000.0 is 1000, $5 is 5), else as texts.
+
+    A comma separates thousands only where it stands between groups of three digits, all of them: 1,234,567. So 3,5 and
+    1,00 are no numbers, and equal nothing but themselves.
+    """
     if answer.strip() == expected.strip():
         return True
     numbers = _number(answer), _number(expected)
     return None not in numbers and numbers[0] == numbers[1]
 
 
+# A leading 0 has no thousands behind it: 0,500 is half in the countries that write it so.
+_NUMBER = re.compile(r"[+-]?([1-9]\d{0,2}(,\d{3})+(\.\d*)?|\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
 def _number(text: str) -> Decimal | None:
-    try:
-        value = Decimal(text.strip().strip("$¥€ ").removesuffix(".").replace(",", ""))
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
+    text = text.strip().strip("$¥€￥ ").replace("，", ",")
+    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None

@@ -33,7 +33,7 @@ class ReplayRows:
         self.new, self.old = new, old
         self.n_old = max(1, round(len(new) * share / (1 - share)))
         self.fixed_len, self.max_seq_len = new.fixed_len, new.max_seq_len
-        self.store, self.summary = new.store, new.summary | {"replayed_rows": self.n_old}
+        self.store, self.summary = new.store, new.summary | {"replayed_rows": self.n_old, "replayed": old.summary}
         self.target_counts, self.target_bytes, self.log_prob = new.target_counts, new.target_bytes, None
         identity = f"{new.data_hash} {old.data_hash} {share}"
         self.data_hash = hashlib.sha256(identity.encode()).hexdigest()

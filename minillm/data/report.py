@@ -15,15 +15,20 @@ import numpy as np
 from minillm.data.chat import ChatRows
 from minillm.data.known_names import DEMO_DATA, find_known_data
 from minillm.data.packing import IGNORE_INDEX, PackedRows
+from minillm.data.rejects import MAX_REJECTED_SHARE
 from minillm.data.schema import read_records
 from minillm.data.shards import split_paths
+from minillm.data.split import DataFiles
 from minillm.data.text import TextRows
 from minillm.errors import UserError, script
+from minillm.terminal import BLACK_ON_GREEN, DIM, RESET, use_colour
 from minillm.tokenizer import load_tokenizer
 
 MAX_SPECIAL_SHARE = 0.05
 MAX_TOKEN_SHARE = 0.30
-TARGET, CONTEXT, RESET = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"  # black on green; dim
+MAX_REASONS = 5  # of rejected records, that are shown
+TARGET, CONTEXT = BLACK_ON_GREEN, DIM
+PLAIN_TARGET = "[[", "]]"  # where there are no colours
 
 
 def data_report(rows: PackedRows, tokenizer, *, n_frequent: int = 10) -> dict:
@@ -52,7 +57,7 @@ def data_report(rows: PackedRows, tokenizer, *, n_frequent: int = 10) -> dict:
 
 
 def special_ids(tokenizer) -> frozenset[int]:
-    """Return the ids of control tokens: those of the tokenizer, at least <|endoftext|>."""
+    """Return the ids of control tokens: those of the tokenizer, at least the one that ends a document."""
     return frozenset(getattr(tokenizer, "special_ids", ())) | {tokenizer.eos_token_id}
 
 
@@ -88,16 +93,52 @@ def _warnings(report: dict, n_targets: int) -> list[str]:
                 f"token {token_id} {text} is {share:.1%} of the targets (limit {MAX_TOKEN_SHARE:.0%}): "
                 "is the data padded, or repeated?"
             )
-    total = report["documents"] + report["rejected"]
-    if report["rejected"] > 0.01 * total:
+    if report["rejected"] > 0.01 * report["records"]:
         places = ", ".join(report["rejected_files"]) or "no place to write them was found"
-        warnings.append(f"{report['rejected']} of {total} records were rejected; reasons: {places}")
+        warnings.append(f"{report['rejected']:,} of {report['records']:,} records were rejected; reasons: {places}")
+    if report["rejected"] > MAX_REJECTED_SHARE * report["records"]:
+        warnings.append(
+            f"that is more than {MAX_REJECTED_SHARE:.0%}: training on this data ends with an error, unless "
+            "--allow_rejected is given"
+        )
     if report["targets_lost"]:
         warnings.append(
-            f"{report['cut']} of {report['documents']} conversations are cut at --max_seq_len "
+            f"{report['cut']:,} of {report['usable']:,} {report['unit']} are cut at --max_seq_len "
             f"{report['max_seq_len']}; {report['targets_lost']:,} targets are lost: raise it to keep them"
         )
     return warnings
+
+
+def data_lines(summary: dict) -> list[str]:
+    """Return in a few lines what was read, what was rejected and why, what is cut, and what is in the rows.
+
+    Args:
+        summary: of the rows (``PackedRows.summary``).
+    """
+    unit, n_records = summary["unit"], summary["records"]
+    counts_tokens = unit not in ("pairs", "replies")  # which are themselves what the loss counts
+    files = ", ".join(file["path"] for file in summary["files"])
+    lines = [f"{n_records:,} records read from {files}"]
+    if summary["rejected"]:
+        where = ", ".join(summary["rejected_files"]) or "no place to write them was found"
+        lines.append(f"{summary['rejected']:,} rejected ({summary['rejected'] / n_records:.1%}), kept in {where}")
+        shown, others = summary["reasons"][:MAX_REASONS], summary["reasons"][MAX_REASONS:]
+        lines += [f"{each['count']:>9,} x {_short(each['reason'])} ({each['first']})" for each in shown]
+        if others:
+            lines.append(f"{sum(reason['count'] for reason in others):>9,} x {len(others):,} other reasons")
+    if summary["targets_lost"]:
+        lines.append(f"{summary['cut']:,} cut at --max_seq_len, {summary['targets_lost']:,} targets lost")
+    elif summary["cut"]:
+        lines.append(f"{summary['cut']:,} longer than a row, and cut into several; nothing is lost")
+    lines.append(
+        f"{summary['usable']:,} {unit}, {summary['pairs']:,} tokens in {summary['rows']:,} rows "
+        f"({summary['fill']:.0%} full)" + (f", {summary['targets']:,} of them targets" if counts_tokens else "")
+    )
+    return lines
+
+
+def _short(reason: str, limit: int = 120) -> str:
+    return reason if len(reason) <= limit else reason[: limit - 3] + "..."
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -109,15 +150,17 @@ def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
 
 def format_report(report: dict) -> str:
     """Return the report as text for a terminal."""
-    lines = [f"{file['path']}: {file['documents']:,} documents, {file['tokens']:,} tokens" for file in report["files"]]
+    lines = [
+        f"{file['path']}: {file['records']:,} records, {file['rejected']:,} rejected, "
+        f"{file['records'] - file['rejected']:,} {report['unit']}, {file['tokens']:,} tokens"
+        for file in report["files"]
+        if len(report["files"]) > 1
+    ]
+    lines += [f"{'' if number else 'data':10} {line}" for number, line in enumerate(data_lines(report))]
     lines += [
-        f"rows       {report['rows']:,} of up to {report['max_seq_len']:,}, {report['fill']:.1%} full",
-        f"targets    {report['targets']:,} of {report['pairs']:,} positions, "
-        f"{report['bytes_per_target']:.2f} bytes of text each",
-        f"rejected   {report['rejected']:,} records" + "".join(f", see {p}" for p in report["rejected_files"]),
-        f"cut        {report['cut']:,} documents are longer than a row",
+        f"targets    {report['bytes_per_target']:.2f} bytes of text each, in rows of up to {report['max_seq_len']:,}",
         f"special    {report['special_share']:.2%} of the targets are control tokens",
-        "lengths    (tokens per document)",
+        "lengths    (tokens per document, rejected ones that could be read included)",
     ]
     most = max(n for _, _, n in report["histogram"])
     for low, high, n in report["histogram"]:
@@ -135,7 +178,8 @@ def _shown(tokenizer, token_id: int) -> str:
 def colour_targets(batch: dict, tokenizer) -> str:
     """Return the first row of ``batch`` as text: targets on green, context dim, one paragraph per document.
 
-    Every token stands where it is read, so a token is green when predicting it is learned.
+    Where no colours are to be written (``use_colour``), targets stand between ``[[`` and ``]]``. Every token stands
+    where it is read, so a token is green when predicting it is learned.
     """
     columns = {name: np.asarray(batch[name][0]) for name in ("input_ids", "targets", "document_ids")}
     paragraphs = []
@@ -155,22 +199,25 @@ def colour_targets(batch: dict, tokenizer) -> str:
 def _paint(tokens: list[tuple[int, bool]], tokenizer) -> str:
     """Tokens of one colour are decoded together, so that no character is halved within them."""
     painted, run, colour = [], b"", None
+    styles = {True: (TARGET, RESET), False: (CONTEXT, RESET)} if use_colour() else {True: PLAIN_TARGET, False: ("", "")}
     for token_id, is_target in [*tokens, (None, None)]:
         if is_target != colour and run:
             text = run.decode("utf-8", errors="replace")
             # Colour line by line: terminals carry a background over the line's end otherwise.
-            style = TARGET if colour else CONTEXT
-            painted.append("\n".join(f"{style}{line}{RESET}" if line else "" for line in text.split("\n")))
+            before, after = styles[colour]
+            painted.append("\n".join(f"{before}{line}{after}" if line else "" for line in text.split("\n")))
             run = b""
         colour = is_target
         run += b"" if token_id is None else tokenizer.token_bytes(token_id)
     return "".join(painted)
 
 
-def open_rows(data_path: str, tokenizer, *, kind: str = "auto", **settings) -> PackedRows:
+def open_rows(data_path: str | DataFiles, tokenizer, *, kind: str = "auto", **settings) -> PackedRows:
     """Return ``TextRows`` or ``ChatRows`` of the files, as ``kind`` says; "auto" asks the first usable record."""
     if kind == "auto":
-        first = next(iter(read_records(split_paths(data_path)[0], on_reject=lambda *bad: None)))
+        source = DataFiles.of(data_path)
+        records = read_records(split_paths(source)[0], on_reject=lambda *bad: None, columns=source.columns)
+        first = next(iter(records))
         if first.kind not in ("text", "chat"):
             raise UserError(f"{data_path} holds {first.kind} records; the report reads text and conversations")
         kind = first.kind
@@ -182,7 +229,10 @@ class ReportArguments:
     """Read data files as training would, and print what is in them."""
 
     data_path: str = ""
-    """Data files, separated by commas (default: the first known name in dataset/, else the demo world's)."""
+    """Data files, separated by commas; directories and patterns (data/*.jsonl) too (default: the first known name in
+    dataset/, else the demo world's)."""
+    columns: str = ""
+    """The files' names for our keys: prompt=question,completion=answer."""
     tokenizer_path: str = ""
     """Directory with tokenizer.json (default: out/tokenizer, else out/demo/tokenizer)."""
     kind: Literal["auto", "text", "chat"] = "auto"
@@ -208,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"data {data_path}, tokenizer {tokenizer_path}")
     tokenizer = load_tokenizer(tokenizer_path)
     settings = {"max_seq_len": args.max_seq_len, "cache_dir": args.cache_dir, "strict": args.strict}
-    report = data_report(open_rows(data_path, tokenizer, kind=args.kind, **settings), tokenizer)
+    source = DataFiles(data_path, columns=args.columns)
+    report = data_report(open_rows(source, tokenizer, kind=args.kind, **settings), tokenizer)
     if args.json_path:
         text = json.dumps(report, ensure_ascii=False, indent=1)
         try:

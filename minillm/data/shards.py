@@ -1,7 +1,8 @@
 """Tokenised files on disk: each data file is tokenised once and memory-mapped ever after.
 
-A shard is a directory ``<cache_dir>/<key>/`` for one data file, where ``key`` hashes the file's content, the
-tokenizer's content and the settings; change any of them and another shard is made. It holds plain arrays:
+A shard is a directory ``<cache_dir>/<key>/`` for one data file, where ``key`` hashes the file's content, everything of
+the tokenizer that decides ids (for conversations its chat template too), which records are held out, and the settings;
+change any of them and another shard is made. It holds plain arrays:
 
     tokens.bin    uint16 (uint32 for vocabularies over 65,536): the documents' ids, one after the other
     mask.bin      uint8, not for texts: 1 where the token is to be predicted
@@ -12,39 +13,47 @@ tokenizer's content and the settings; change any of them and another shard is ma
     label.bin     int8, judged answers only: 1 for a good one, 0 for a bad one
     rejected.jsonl, meta.json
 
-A text is stored as <|endoftext|> tokens <|endoftext|>; a conversation as its chat encoding with every
+A text is stored as a whole document (``Tokenizer.document``), a conversation as its chat encoding with every
 assistant turn marked. Two kinds have two documents per record, whose last turn alone is marked: "preference"
 the chosen and the rejected reply to one prompt; "judged" a reply, and the reply to another prompt in its place.
-A shard is written under a temporary name and renamed when complete: a process that is killed leaves nothing
-that looks finished. Memory is bounded by ``CHUNK_CHARS``, whatever the file's size.
+A shard is whole or absent, and several processes may make the same one at once (``whole_directory.py``). Memory is
+bounded by ``CHUNK_CHARS``, whatever the file's size.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import shutil
-import socket
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from minillm.data.file_hash import file_hash
+from minillm.data.files import check_file, expand_paths
 from minillm.data.judged import mismatched
 from minillm.data.reasoning import parse_reasoning
 from minillm.data.rejects import publish_rejected, reject_line
-from minillm.data.schema import Record, check_file, read_records
+from minillm.data.schema import Record, read_records
 from minillm.data.sealed import read_sealed, write_sealed
+from minillm.data.split import DataFiles
+from minillm.data.whole_directory import build_directory
 from minillm.errors import UserError
+from minillm.terminal import progress, shows_progress
 from minillm.tokenizer.chat import encode_chat, encode_chats
 
-FORMAT = 1  # raise it when the files' meaning changes: old shards are then ignored
+FORMAT = 3  # raise it when the files' meaning changes, or how texts become ids: old shards are then ignored
 CHUNK_CHARS = 1 << 20  # text handed to the tokenizer at once; its working memory is about 200 times this
 CHUNK_RECORDS = 8192
+LARGE_FILE = 4 << 20  # bytes, from which on tokenising is announced
+BY_LINES = (".jsonl", ".csv", ".tsv", ".txt")  # files whose records know their line, and so how far reading is
 COLUMNS = {"offsets": np.int64, "lines": np.int64, "bytes": np.int64, "log_prob": np.float64}
 LABEL = {"label": np.int8}
+STAGES = {
+    "text": "train_pretrain.py", "chat": "train_sft.py", "preference": "train_dpo.py",
+    "judged": "train_dpo.py --loss_type kto",
+}  # fmt: skip
 
 
 class Shard:
@@ -65,12 +74,15 @@ class Shard:
 
     @property
     def n_tokens(self) -> int:
-        """Number of stored tokens, <|endoftext|> and chat markers included."""
+        """Number of stored tokens, those that begin and end documents and turns included."""
         return self.meta["n_tokens"]
 
     def _map(self, name: str, dtype) -> np.ndarray:
+        path = self.path / f"{name}.bin"
+        if not os.path.getsize(path):  # an empty side of a split; an empty file cannot be mapped
+            return np.zeros(0, dtype)
         # A plain array over the same pages: np.memmap's own indexing is several times slower.
-        return np.asarray(np.memmap(self.path / f"{name}.bin", dtype=dtype, mode="r"))
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -106,14 +118,12 @@ class Shard:
         return shard if whole else None
 
 
-def split_paths(path: str | Path | list) -> list[Path]:
-    """Return the files of a path, a comma-separated list, or a list of either."""
-    if isinstance(path, (list, tuple)):
-        return [part for item in path for part in split_paths(item)]
-    parts = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
-    if not parts:
+def split_paths(path: str | Path | list | DataFiles) -> list[Path]:
+    """Return the files that ``path`` names (see ``expand_paths``), at least one."""
+    files = expand_paths(path.path if isinstance(path, DataFiles) else path)
+    if not files:
         raise UserError("no data file given: set --data_path")
-    return parts
+    return files
 
 
 def prepare(path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool = False) -> list[Shard]:
@@ -123,129 +133,139 @@ def prepare(path, tokenizer, *, kind: str, cache_dir: str | Path, strict: bool =
     a barrier, then let the others call it.
 
     Args:
-        path: a file, a comma-separated list, or a list.
+        path: whatever ``expand_paths`` takes, or ``DataFiles``: one side of a split, other names for keys.
         kind: the records expected: "text", "chat", "reason" (chats whose last answer thinks first, see
             ``parse_reasoning``), "preference", "judged" (which takes preferences too, as a good and a bad answer).
         strict: a bad line is fatal.
 
-    Raises UserError for unreadable files, files without a usable record, an unwritable cache directory.
+    Raises UserError for unreadable files, files without a usable record, an unwritable cache directory, a side of a
+    split without a record.
     """
-    files = [check_file(file) for file in split_paths(path)]
+    source = DataFiles.of(path)
+    files = [check_file(file) for file in split_paths(source)]
     if kind != "text":  # a tokenizer without chat tokens is one error, not one per record
         encode_chat(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    shards = [_prepare_one(file, tokenizer, kind, Path(cache_dir), strict) for file in files]
+    shards = [_prepare_one(file, source, tokenizer, kind, Path(cache_dir), strict) for file in files]
     for file, shard in zip(files, shards, strict=True):
         if strict and shard.meta["n_rejected"]:
             first = json.loads(next(shard.rejected_lines()))
             raise UserError(f"{file}, line {first['line']}: {first['reason']}")
+    if not any(shard.n_documents for shard in shards):
+        rejected = [line for shard in shards for line in shard.rejected_lines()]
+        if rejected:
+            first = json.loads(rejected[0])
+            raise UserError(
+                f"the {source.side} side of --valid_ratio has no usable record; the first, line {first['line']}: "
+                f"{first['reason']}"
+            )
+        raise source.empty_side(sum(shard.meta["n_other_side"] for shard in shards))
     return shards
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file's content."""
-    digest = hashlib.sha256()
+def encoding_identity(tokenizer, *, is_text: bool) -> str:
+    """Return the hash of what of a tokenizer decides the ids of stored documents: texts know no chat template."""
+    return tokenizer.document_hash if is_text else tokenizer.encoding_hash
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a file, at least 1."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return max(1, sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")))
 
 
-def _prepare_one(file: Path, tokenizer, kind: str, cache_dir: Path, strict: bool) -> Shard:
-    content = file_hash(file)
+def _prepare_one(file: Path, source: DataFiles, tokenizer, kind: str, cache_dir: Path, strict: bool) -> Shard:
+    content = file_hash(file, memory=cache_dir / "file_hashes")
     # A .txt and a .jsonl of equal bytes read differently, so the kind of file belongs to the key.
-    settings = [FORMAT, kind, "".join(file.suffixes[-2:]), content, tokenizer.content_hash]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    final = cache_dir / key
+    suffixes = "".join(file.suffixes[-2:])
+    settings = [FORMAT, kind, suffixes, content, encoding_identity(tokenizer, is_text=kind == "text"), source.key]
+    final = cache_dir / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     shard = Shard.open_if_whole(final)
     if shard is not None:
         return shard
-    partial = cache_dir / f".{key}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        remove_orphans(cache_dir, key)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        _write(partial, file, tokenizer, kind, strict, content)
-        if final.exists():  # damaged, or another process was faster: either way ours is whole
-            shutil.rmtree(final, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):
-            partial.rename(final)
+        build_directory(
+            final,
+            write=lambda partial: _write(partial, file, source, tokenizer, kind, strict, content),
+            is_whole=lambda place: Shard.open_if_whole(place) is not None,
+        )
     except OSError as error:
         raise UserError(
             f"cannot write tokenised data to {cache_dir}: {error.strerror or error}; set another --cache_dir"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     shard = Shard.open_if_whole(final)
     if shard is None:
         raise UserError(f"the tokenised data in {final} is damaged: is the disk full?")
     return shard
 
 
-def remove_orphans(cache_dir: Path, key: str) -> None:
-    """Remove what killed processes of this machine have left half-written: ``.key.host.pid.tmp``."""
-    for orphan in cache_dir.glob(f".{key}.{socket.gethostname()}.*.tmp"):
-        pid = int(orphan.name.split(".")[-2])
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            shutil.rmtree(orphan, ignore_errors=True)
-        except PermissionError:
-            continue  # alive, another user's
-
-
-def _write(partial: Path, source: Path, tokenizer, kind: str, strict: bool, content: str) -> None:
+def _write(
+    partial: Path, path: Path, source: DataFiles, tokenizer, kind: str, strict: bool, content: str
+) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     names = ["tokens", *COLUMNS] + (["mask"] if kind != "text" else []) + (["label"] if kind == "judged" else [])
-    counts = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0, "n_rejected": 0}
+    counts = {"n_documents": 0, "n_tokens": 0, "n_bytes": 0, "n_rejected": 0, "n_other_side": 0}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in names}
         rejects = stack.enter_context((partial / "rejected.jsonl").open("w", encoding="utf-8"))
         np.zeros(1, np.int64).tofile(files["offsets"])
-        bar = stack.enter_context(
-            tqdm(
-                desc=f"tokenising {source.name}",
-                unit="B",
-                unit_scale=True,
-                delay=2,
-                leave=False,
-                disable=None,
-            )
-        )
+        n_bytes = path.stat().st_size
+        if n_bytes >= LARGE_FILE and not shows_progress():
+            print(f"tokenising {path} ({n_bytes / 2**20:,.0f} MiB)", flush=True)
+        # Bytes of the file where its lines tell how far reading is, else bytes of text, without a total.
+        n_lines = count_lines(path) if path.suffix in BY_LINES and n_bytes >= LARGE_FILE else 0
+        bar = {"desc": f"tokenising {path.name}", "unit": "B", "unit_scale": True}
+        bar = stack.enter_context(progress(total=n_bytes if n_lines else None, **bar))
 
         def reject(line: int, reason: str, raw: str | None) -> None:
             if strict:
-                raise UserError(f"{source}, line {line}: {reason}")
+                raise UserError(f"{path}, line {line}: {reason}")
             counts["n_rejected"] += 1
             rejects.write(reject_line(line, reason, raw))
 
-        wanted = _only(kind, read_records(source, strict=strict, on_reject=reject), reject)
-        for chunk in _chunks(wanted):
+        def one_side(records: Iterator[Record]) -> Iterator[Record]:
+            for record in records:
+                if source.takes(record):
+                    yield record
+                else:
+                    counts["n_other_side"] += 1
+
+        where = f"{path}, {source.side} side of --valid_ratio {source.valid_ratio}" if source.valid_ratio else str(path)
+        # A line that is no record has no side: the training side reports it.
+        on_reject = (lambda *bad: None) if source.valid_ratio and source.side == "valid" else reject
+        records = one_side(read_records(path, strict=strict, on_reject=on_reject, columns=source.columns))
+        for chunk in _chunks(_only(kind, records, reject, where)):
             encoded = _encode(chunk, tokenizer, kind, reject)
             _append(files, encoded, dtype, counts)
-            bar.update(sum(n_bytes for _, _, _, n_bytes in encoded))
-    if not counts["n_documents"]:
+            bar.update(n_bytes * chunk[-1].line // n_lines - bar.n if n_lines else sum(one[-1] for one in encoded))
+    if not counts["n_documents"] and not counts["n_other_side"]:
         with (partial / "rejected.jsonl").open(encoding="utf-8") as file:
             first = json.loads(next(file))
-        raise UserError(f"{source} has no usable record; the first, line {first['line']}: {first['reason']}")
-    for path in partial.iterdir():
-        with path.open("rb") as file:
+        raise UserError(f"{path} has no usable record; the first, line {first['line']}: {first['reason']}")
+    for part in partial.iterdir():
+        with part.open("rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
-    sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+    sizes = {part.name: part.stat().st_size for part in partial.iterdir()}
     meta = counts | {"kind": kind, "dtype": dtype.name, "sha256": content, "sizes": sizes}
     write_sealed(partial / "meta.json", meta)
 
 
-def _only(kind: str, records: Iterator[Record], reject) -> Iterator[Record]:
+def _only(kind: str, records: Iterator[Record], reject, where: str) -> Iterator[Record]:
     wanted = (r for r in records if _is(kind, r, reject))
-    return mismatched(wanted) if kind == "judged" else wanted
+    if kind != "judged":
+        yield from wanted
+        return
+    try:
+        yield from mismatched(wanted)
+    except UserError as error:  # one question, perhaps because the others are on the other side of a split
+        raise UserError(f"{where}: {error}") from None
 
 
 def _is(kind: str, record: Record, reject) -> bool:
     wanted = {"judged": ("judged", "preference"), "reason": ("chat",)}.get(kind, (kind,))
     try:
         if record.kind not in wanted:
-            raise UserError(f"a {record.kind} record, where {wanted[0]} records are expected")
+            meant = STAGES[record.kind]
+            raise UserError(f"a {record.kind} record, where {wanted[0]} records are expected: it is data for {meant}")
         if kind == "reason":
             answer = [message for message in record.messages if message["role"] == "assistant"][-1]
             thinking = answer.get("reasoning_content")
@@ -286,9 +306,8 @@ def _encode(records: list[Record], tokenizer, kind: str, reject) -> list[tuple]:
 
     def encode(some: list[Record]) -> list[tuple]:
         if kind == "text":
-            eos = tokenizer.eos_token_id
             owners, texts = some, [record.text for record in some]
-            encoded = [([eos, *ids, eos], None) for ids in tokenizer.encode_batch(texts)]
+            encoded = [(tokenizer.document(ids), None) for ids in tokenizer.encode_batch(texts)]
         else:
             owners = [record for record in some for _ in _documents(record)]
             conversations = [messages for record in some for messages in _documents(record)]
@@ -385,10 +404,15 @@ class TokenStore:
         total = float(sum(np.sum(shard.log_prob) for shard in self.shards))
         return None if np.isnan(total) else total
 
-    def publish_rejected(self, files: list[Path], more: list[list[tuple]], cache_dir: Path) -> list[str]:
-        """Write each file's ``.rejected.jsonl``: its bad lines, and ``more`` [(line, reason)] per file."""
+    def publish_rejected(self, source: DataFiles, more: list[list[tuple]], cache_dir: Path) -> list[str]:
+        """Write each file's ``.rejected.jsonl``: its bad lines, and ``more`` [(line, reason)] per file.
+
+        Those of the held-out side go to ``<file>.valid.rejected.jsonl``, or they would replace the training side's.
+        """
         places = []
-        for file, shard, extra in zip(files, self.shards, more, strict=True):
+        for file, shard, extra in zip(split_paths(source), self.shards, more, strict=True):
+            if source.valid_ratio and source.side == "valid":
+                file = file.with_name(f"{file.name}.valid")
             lines = [*shard.rejected_lines(), *(reject_line(*pair) for pair in extra)]
             place = publish_rejected(file, lines, fallback_dir=cache_dir)
             places += [str(place)] if place else []

@@ -1,25 +1,25 @@
 """Pretraining rows: every token of every document is a target exactly once per epoch."""
 
 import bisect
-import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from minillm.data.packing import PackedRows, Pieces, check_max_seq_len, cut_long
-from minillm.data.shards import TokenStore, prepare, split_paths
+from minillm.data.shards import TokenStore, prepare
+from minillm.data.split import DataFiles
 from minillm.errors import UserError
 
 PACKINGS = ("stream", "best_fit", "none")
 
 
 class TextRows(PackedRows):
-    """Rows of plain text. A document of n tokens, stored with <|endoftext|> at both ends, gives n + 1 pairs.
+    """Rows of plain text. A document of n tokens, stored with its beginning and end, gives n + 1 pairs.
 
     Args:
-        path: a file, a comma-separated list, or a list of files with ``{"text"}`` records, or ``.txt``.
+        path: files with ``{"text"}`` records, or ``.txt``; whatever ``expand_paths`` takes, or ``DataFiles`` (one
+            side of a split, other names for keys).
         max_seq_len: row length T in pairs.
         packing: "stream" lays all documents end to end and cuts every T pairs, so only the last row is short;
             a document that goes on in the next row restarts there at position 0, without its beginning.
@@ -27,13 +27,13 @@ class TextRows(PackedRows):
             its own. In both, a document of more than T pairs is cut into rows.
         cache_dir: where tokenised files are kept. strict: a bad line is fatal. seed: of the packing.
 
-    ``target_bytes`` counts the documents' UTF-8 bytes; <|endoftext|> counts 0. ``summary["cut"]`` counts the
+    ``target_bytes`` counts the documents' UTF-8 bytes; beginning and end count 0. ``summary["cut"]`` counts the
     documents longer than a row. Raises UserError for bad arguments and files (see ``prepare``).
     """
 
     def __init__(
         self,
-        path: str | Path | list,
+        path: str | Path | list | DataFiles,
         tokenizer,
         *,
         max_seq_len: int,
@@ -45,10 +45,10 @@ class TextRows(PackedRows):
         check_max_seq_len(max_seq_len)
         if packing not in PACKINGS:
             raise UserError(f"packing {packing!r} for text: allowed are {', '.join(PACKINGS)}")
-        files = split_paths(path)
-        store = TokenStore(prepare(files, tokenizer, kind="text", cache_dir=cache_dir, strict=strict))
+        source = DataFiles.of(path)
+        store = TokenStore(prepare(source, tokenizer, kind="text", cache_dir=cache_dir, strict=strict))
         fixed_len = None if packing == "none" else max_seq_len
-        super().__init__(store, tokenizer, files, max_seq_len=max_seq_len, fixed_len=fixed_len)
+        super().__init__(store, tokenizer, source, max_seq_len=max_seq_len, fixed_len=fixed_len)
         self.packing = packing
         n_pairs = store.n_tokens - store.n_documents
         if packing == "stream":
@@ -59,12 +59,12 @@ class TextRows(PackedRows):
         self.n_targets = float(n_pairs)
         self.target_bytes = sum(shard.meta["n_bytes"] for shard in store.shards)
         self.log_prob = store.log_prob()
-        settings = ["text", max_seq_len, packing, seed, tokenizer.content_hash]
-        settings += [shard.meta["sha256"] for shard in store.shards]
-        self.data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        self.data_hash = self.hash_with("text", max_seq_len, packing, seed)
         cut = int(np.count_nonzero(np.diff(store.offsets) - 1 > max_seq_len))
-        places = store.publish_rejected(files, [[] for _ in files], Path(cache_dir))
-        self.summary = self._summarise(rejected=0, cut=cut, targets_lost=0, rejected_files=places)
+        nothing = [[] for _ in self.files]
+        self.summary = self._summarise(
+            "documents", set_aside=nothing, cut=cut, targets_lost=0, cache_dir=Path(cache_dir)
+        )
 
     def __len__(self) -> int:
         return self._n_rows if self.packing == "stream" else super().__len__()

@@ -22,7 +22,7 @@ def answer_turns(store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 def _edges(shard: Shard) -> np.ndarray:
     """Return the token indices where the mask turns on and off, alternating. The first token of a document is never
     marked (nothing stands before it that could predict it), so no turn reaches over into the next document."""
-    edges, before = [], np.zeros(1, np.uint8)
+    edges, before = [np.zeros(0, np.int64)], np.zeros(1, np.uint8)
     for start in range(0, shard.n_tokens, SCAN):
         mask = np.concatenate([before, shard.mask[start : start + SCAN]])
         edges.append(np.flatnonzero(mask[1:] != mask[:-1]) + start)

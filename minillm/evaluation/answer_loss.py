@@ -14,6 +14,7 @@ from minillm.data.schema import Record
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import task_fields
 from minillm.losses import IGNORE_INDEX, causal_lm_loss
+from minillm.terminal import progress
 from minillm.tokenizer import encode_chats
 
 
@@ -56,7 +57,7 @@ def answer_loss(model, tokenizer, records: Iterable[dict | Record], *, batch_siz
     encoded.sort(key=lambda pair: len(pair[0]))  # rows of a batch have similar lengths
     loss_sums, counts = [], []
     device = next(model.parameters()).device
-    for first in range(0, len(encoded), batch_size):
+    for first in progress(range(0, len(encoded), batch_size), desc="measuring", unit="batch"):
         batch = {name: rows.to(device) for name, rows in padded(encoded[first : first + batch_size]).items()}
         loss_sum, n_targets = causal_lm_loss(model, batch)
         loss_sums.append(loss_sum.item())

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from minillm.data.columns import parse_columns
+from minillm.data.files import expand_paths
 from minillm.training.command_line import require
 from minillm.training.model_arguments import ModelArguments
 
@@ -41,7 +43,8 @@ class EvalArguments(OpenArguments):
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Answer this text and end; may be given several times."""
     prompts: str = ""
-    """Answer the prompts of this file: one per line, or .jsonl with prompt, text or conversations."""
+    """Answer the prompts of this file: its lines, or its records without their last answer (.jsonl, .json, .csv, …; any
+    record that training reads, and those that lack an answer)."""
     perplexity: str = ""
     """Measure the loss on this file of texts: nats per token and bits per byte, by kind."""
     task_file: str = ""
@@ -55,6 +58,8 @@ class EvalArguments(OpenArguments):
     """With --pairs_file: let the model answer freely (greedily) too, and count answers like the chosen one."""
     text_metrics: bool = False
     """With --task_file: also the loss of the expected answers, and BLEU and ROUGE of the model's own against them."""
+    columns: str = ""
+    """These files' names for our keys, ours=theirs: prompt=question,completion=answer."""
     output: str = ""
     """Write all results to this JSON file too."""
 
@@ -94,8 +99,9 @@ class EvalArguments(OpenArguments):
             require(value >= limit, f"--{name} {value}: must be at least {limit}")
         super().check()
         for name in ("prompts", "perplexity", "task_file", "pairs_file"):
-            path = getattr(self, name)
-            require(not path or os.path.isfile(path), f"--{name} {path}: no such file")
+            for path in expand_paths(getattr(self, name)):
+                require(path.is_file(), f"--{name} {path}: no such file")
+        parse_columns(self.columns)
         require(bool(self.task_file) or not self.text_metrics, "--text_metrics needs --task_file with expected answers")
         reasons = self.model_mode == 3
         require(not (reasons and self.text_metrics), "--text_metrics compares plain answers: leave it out in mode 3")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from minillm.data.schema import Record
 from minillm.errors import UserError
 from minillm.inference import complete
+from minillm.terminal import progress
 from minillm.tokenizer import encode_chats
 
 
@@ -142,7 +143,7 @@ def greedy_answers(
     prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts: dict[int, str] = {}
-    for first in range(0, len(order), batch_size):
+    for first in progress(range(0, len(order), batch_size), desc="answering", unit="batch"):
         batch = order[first : first + batch_size]
         completions = complete(
             model,

@@ -1,13 +1,14 @@
 """How well a model predicts texts: nats per token, and bits per byte, which compares across tokenizers.
 
-A text of n tokens has n + 1 targets: the end-of-text token stands before it and is the last target.
+A text of n tokens has n + 1 targets: it is a document of its tokenizer, as in training.
 
-    input    eos  t1  t2  ...  tn
+    input    bos  t1  t2  ...  tn
     target   t1   t2  t3  ...  eos
 
 Shapes: B windows, T positions, D hidden, V vocabulary, N scored positions.
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from minillm.data.schema import Record
 from minillm.errors import UserError
+from minillm.terminal import progress
 
 TEXTS_AT_ONCE = 4096  # tokenised and sorted together, so that a large file needs little memory
 CHUNK_NUMEL = 32 * 1024 * 1024  # logits held at a time: 128 MiB in float32
@@ -32,9 +34,9 @@ class Perplexity:
     loss_sum: float = 0.0
     """Σ −log p(target), nats."""
     n_targets: int = 0
-    """Tokens of the texts, plus one end-of-text per text."""
+    """Tokens of the texts, plus one end of document per text."""
     n_bytes: int = 0
-    """UTF-8 bytes of the texts; the end of text counts none."""
+    """UTF-8 bytes of the texts; the end of a document counts none."""
     n_texts: int = 0
     log_prob: float | None = 0.0
     """Σ of the texts' exact log-probabilities, nats; None unless every text came with one."""
@@ -131,8 +133,8 @@ def perplexity(
 
     Args:
         texts: strings, or records ``{"text", "kind"?, "log_prob"?}`` as dicts or from ``read_records``: the
-            loss is grouped by ``kind``, and compared with the floor where all of a group's records have
-            ``log_prob`` (nats, end included).
+            loss is grouped by ``kind`` (one that is no string by its JSON), and compared with the floor where all of
+            a group's records have ``log_prob`` (nats, end included).
         tokenizer: the model's own.
         max_seq_len: longest window T in tokens; None: 1,024, or the model's positions if these are fewer.
         batch_size: windows per forward pass; it changes nothing but speed and memory.
@@ -185,9 +187,8 @@ def _encode(chunk: list[tuple[int, str | dict | Record]], tokenizer) -> list[_Te
         if not isinstance(text, str):
             raise UserError(f"record {number} has no text: perplexity needs records with 'text', a string")
     all_ids = tokenizer.encode_batch([text for text, _, _ in fields])
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [
-        _Text([begin, *ids, end], len(text.encode()), kind, log_prob)
+        _Text(tokenizer.document(ids), len(text.encode()), kind, log_prob)
         for ids, (text, kind, log_prob) in zip(all_ids, fields, strict=True)
     ]
 
@@ -197,8 +198,13 @@ def _fields(record: str | dict | Record) -> tuple[str | None, str | None, float 
     if isinstance(record, str):
         return record, None, None
     if isinstance(record, Record):
-        return record.text, record.extra.get("kind"), record.log_prob
-    return record.get("text"), record.get("kind"), record.get("log_prob")
+        return record.text, _kind(record.extra.get("kind")), record.log_prob
+    return record.get("text"), _kind(record.get("kind")), record.get("log_prob")
+
+
+def _kind(value) -> str | None:
+    """Return the name of a group; a record may have any value there, and names must be hashable and in an order."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _windows(text: int, ids: list[int], max_seq_len: int, overlap: int) -> Iterator[_Window]:
@@ -218,7 +224,7 @@ def _text_losses(model, texts: list[_Text], max_seq_len: int, overlap: int, batc
     windows.sort(key=lambda window: len(window.inputs), reverse=True)  # the largest batch first: it must fit
     sums = [0.0] * len(texts)
     device = next(model.parameters()).device
-    for first in range(0, len(windows), batch_size):
+    for first in progress(range(0, len(windows), batch_size), desc="measuring", unit="batch"):
         batch = windows[first : first + batch_size]
         for window, loss_sum in zip(batch, _window_losses(model, batch, device), strict=True):
             sums[window.text] += loss_sum

@@ -16,6 +16,7 @@ from minillm.errors import UserError
 from minillm.evaluation.answer_loss import padded
 from minillm.evaluation.exact_match import greedy_answers
 from minillm.losses import linear_log_probs
+from minillm.terminal import progress
 from minillm.tokenizer import encode_chats
 
 
@@ -113,7 +114,7 @@ def preference_accuracy(model, tokenizer, records: Iterable[Record], *, batch_si
     order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))  # batches of similar lengths
     sums: dict[int, float] = {}
     device = next(model.parameters()).device
-    for first in range(0, len(order), batch_size):
+    for first in progress(range(0, len(order), batch_size), desc="measuring", unit="batch"):
         places = order[first : first + batch_size]
         batch = {name: rows.to(device) for name, rows in padded([encoded[place] for place in places]).items()}
         head = partial(linear_log_probs, targets=batch["targets"])

@@ -15,6 +15,7 @@ from minillm.data.schema import Record
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import task_fields
 from minillm.inference import Completion, SamplingOptions, complete
+from minillm.terminal import progress
 from minillm.tokenizer import encode_chats
 from minillm.tokenizer.chat_format import chat_format
 
@@ -180,7 +181,7 @@ def evaluate_reasoning(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # batches of similar lengths
     waiting = [number for number in order for _ in range(n_samples)]
     done: dict[int, list[Completion]] = {number: [] for number in order}
-    for first in range(0, len(waiting), batch_size):
+    for first in progress(range(0, len(waiting), batch_size), desc="answering", unit="batch"):
         batch = waiting[first : first + batch_size]
         completions = complete(
             model,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from minillm.data.columns import parse_columns
+from minillm.data.files import expand_paths
 from minillm.data.schema import Record, read_records
 from minillm.errors import UserError
 from minillm.evaluation.arguments import OpenArguments
@@ -33,6 +35,8 @@ class SampleArguments(OpenArguments):
 
     data_path: str
     """Problems: conversations with the right answer as final, or in the last turn's form."""
+    columns: str = ""
+    """Its names for our keys, ours=theirs: prompt=question,completion=answer."""
     output: str
     """The new training file, .jsonl; one that is there already is replaced."""
     n_samples: int = 8
@@ -63,10 +67,14 @@ class SampleArguments(OpenArguments):
         drawn = f"--n_samples {self.n_samples} at --temperature {self.temperature}"
         require(self.n_samples == 1 or not greedy, f"{drawn}: all would be equal; raise it, say to 0.8")
         require(bool(self.from_weight), "--from_weight is empty: name the model that answers")
-        require(os.path.isfile(self.data_path), f"--data_path {self.data_path}: no such file")
+        files = expand_paths(self.data_path)
+        require(bool(files), "--data_path names no file: give at least one")
+        for path in files:
+            require(path.is_file(), f"--data_path {path}: no such file")
+        parse_columns(self.columns)
         folder = os.path.dirname(os.path.abspath(self.output))
         writable = os.path.isdir(folder) and os.access(folder, os.W_OK) and not os.path.isdir(self.output)
-        is_other = os.path.realpath(self.output) != os.path.realpath(self.data_path)
+        is_other = os.path.realpath(self.output) not in map(os.path.realpath, files)
         usable = writable and is_other and self.output.endswith(".jsonl")
         message = "name another .jsonl file than the problems', in a folder that you may write to"
         require(usable, f"--output {self.output}: cannot be written; {message}")
@@ -75,7 +83,7 @@ class SampleArguments(OpenArguments):
 @script
 def main(argv: list[str] | None = None) -> None:
     args = parse(SampleArguments, argv)
-    problems = read_problems(args.data_path)  # complains now, not after the weights are read
+    problems = read_problems(args.data_path, columns=args.columns)  # complains now, not after the weights are read
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     model, tokenizer, _ = open_model(args)
@@ -102,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(Path(args.output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_problems(path: str) -> list[Record]:
+def read_problems(path: str, *, columns: str = "") -> list[Record]:
     """Return the problems of a file with ``final`` filled in where it stood in the last turn alone.
 
     Raises:
         UserError: a record, named by its line, is no conversation or tells no right answer; no record is usable.
     """
     problems = []
-    for number, record in enumerate(read_records(path)):
+    for number, record in enumerate(read_records(path, columns=columns)):
         try:
             turns, extra = task_fields(number, record)
             problems.append(replace(record, extra=extra | {"final": final_answer(turns[-1]["content"], extra)}))

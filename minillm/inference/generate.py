@@ -7,6 +7,8 @@ leaves the batch.
 Shapes: B rows still running, T positions, V vocabulary.
 """
 
+import contextlib
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -93,7 +95,7 @@ def complete(
 
     Raises:
         UserError: an option out of range; a prompt that is empty, holds an id outside the vocabulary, or
-            leaves no position for an answer.
+            leaves no position for an answer; logits that are not finite.
     """
     options = SamplingOptions(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -186,12 +188,9 @@ def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generato
     if was_training:
         model.eval()
     try:
-        weight = next(model.parameters())
-        device = weight.device
+        device = next(model.parameters()).device
         max_len = max(len(prompt) + row.limit - 1 for prompt, row in zip(prompts, rows, strict=True))
-        cache = KVCache(
-            model.config, batch_size=len(rows), max_len=max_len, device=device, dtype=weight.dtype
-        )
+        cache = KVCache(model.config, batch_size=len(rows), max_len=max_len, device=device)
         uniforms = None
         if not options.greedy:
             uniforms = row_uniforms(len(rows), max(row.limit for row in rows), generator)  # (B, steps)
@@ -202,14 +201,20 @@ def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generato
 
         running = list(range(len(rows)))
         for step in range(max(row.limit for row in rows)):
-            logits = _last_logits(model, tokens, document_ids, cache)  # (B, V)
+            with uncompiled():
+                logits = _last_logits(model, tokens, document_ids, cache)  # (B, V)
+            is_finite = logits.amax(dim=-1).isfinite()  # (B,): false of NaN anywhere in the row, and of infinity
             if seen is not None:
                 seen.scatter_(1, tokens, True)
             uniform = None if uniforms is None else uniforms[running, step]
             new = sample(logits, options, seen=seen, uniform=uniform)  # (B,)
-            ids = new.tolist()
-            if max(ids) >= logits.shape[-1]:
-                raise UserError("the logits are not finite: the weights are damaged or overflow their dtype")
+            ids = torch.where(is_finite, new, -1).tolist()
+            if min(ids) < 0:
+                raise UserError(
+                    f"prompt {running[ids.index(-1)]}: the model's logits are not finite (NaN or infinity) at new "
+                    f"token {step + 1}: its weights are damaged or overflow their dtype; load them in float32 (--dtype "
+                    f"float32), or use an earlier checkpoint"
+                )
             yield [rows[index].push(token) for index, token in zip(running, ids, strict=True)]
 
             kept = [b for b, index in enumerate(running) if rows[index].finish_reason is None]
@@ -225,6 +230,17 @@ def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generato
     finally:
         if was_training:
             model.train()
+
+
+def uncompiled():
+    """Return a context in which compiled modules run as they were written.
+
+    Every length of the cache would be compiled anew, until torch's limit is reached and the same modules are not
+    compiled for training any more.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and asking would load the compiler
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _pad(prompts, device) -> tuple[Tensor, Tensor | None]:

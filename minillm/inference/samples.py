@@ -1,10 +1,12 @@
 """A few texts from a model just trained, for its summary page."""
 
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
 
-from minillm.data import read_records
+from minillm.data import DataFiles, Record, read_records
+from minillm.data.shards import split_paths
 from minillm.errors import UserError
 from minillm.inference.generate import generate
 from minillm.tokenizer.chat import encode_chat
@@ -12,24 +14,23 @@ from minillm.tokenizer.chat import encode_chat
 MAX_NEW_TOKENS = 64
 
 
-def sample_completions(model, tokenizer, files: list[str], *, n_samples: int = 4) -> list[tuple[str, str]]:
+def sample_completions(model, tokenizer, files: DataFiles | list[str], *, n_samples: int = 4) -> list[tuple[str, str]]:
     """Return ``(beginning, continuation)`` for the first quarter of the first ``n_samples`` texts of ``files``."""
     beginnings = []
-    for record in islice(_usable(files[0]), n_samples):
+    for record in islice(_usable(files), n_samples):
         ids = tokenizer.encode(record.text)
         beginnings.append(ids[: max(1, min(len(ids) // 4, 32))])
-    prompts = [[tokenizer.eos_token_id, *ids] for ids in beginnings]
-    answers = _generate(model, tokenizer, prompts, tokenizer.eos_token_id)
+    answers = _generate(model, tokenizer, [tokenizer.open_document(ids) for ids in beginnings])
     return [(tokenizer.decode(ids), answer) for ids, answer in zip(beginnings, answers, strict=True)]
 
 
-def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) -> list[tuple[str, str]]:
+def sample_answers(model, tokenizer, files: DataFiles | list[str], *, n_samples: int = 6) -> list[tuple[str, str]]:
     """Return ``(question, answer)`` for the first user turn of the first ``n_samples`` conversations of ``files``.
 
     A conversation without a user turn, or with one that fills the model's positions, gives none.
     """
     questions, prompts = [], []
-    for record in islice(_usable(files[0]), n_samples):
+    for record in islice(_usable(files), n_samples):
         question = next((m for m in record.messages if m["role"] == "user"), None)
         if question is not None:
             try:
@@ -39,16 +40,18 @@ def sample_answers(model, tokenizer, files: list[str], *, n_samples: int = 6) ->
             if len(ids) < model.config.max_position_embeddings:  # room for an answer
                 questions.append(question)
                 prompts.append(ids)
-    answers = _generate(model, tokenizer, prompts, tokenizer.end_ids)
+    answers = _generate(model, tokenizer, prompts)
     return [(question["content"], answer) for question, answer in zip(questions, answers, strict=True)]
 
 
-def _usable(file: str):
-    """The file's records; its bad lines were reported when the data was read, and are left as they are."""
-    return read_records(file, on_reject=lambda *bad: None)
+def _usable(files: DataFiles | list[str]) -> Iterator[Record]:
+    """The first file's records; its bad lines were reported when the data was read, and are left as they are."""
+    source = DataFiles.of(files)
+    records = read_records(split_paths(source)[0], on_reject=lambda *bad: None, columns=source.columns)
+    return filter(source.takes, records)
 
 
-def _generate(model, tokenizer, prompts: list[list[int]], eos_token_id: int | tuple[int, ...]) -> list[str]:
+def _generate(model, tokenizer, prompts: list[list[int]]) -> list[str]:
     generator = torch.Generator(device="cpu").manual_seed(0)
     new_ids = generate(
         model,
@@ -56,7 +59,7 @@ def _generate(model, tokenizer, prompts: list[list[int]], eos_token_id: int | tu
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=0.7,
         top_p=0.9,
-        eos_token_id=eos_token_id,
+        eos_token_id=tokenizer.end_ids,
         generator=generator,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids]

@@ -1,9 +1,9 @@
 """What is shown of a reasoned answer while it is written, and what is kept of it for the next question."""
 
 import re
-import sys
 
 from minillm.data.reasoning import TAGS
+from minillm.terminal import DIM, RESET, use_colour
 
 _TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
 _UNDECIDED = re.compile(r"\s*(<[/a-z]{0,7})?\Z")  # blanks that may end a block, and the beginning of a tag
@@ -16,13 +16,13 @@ class ThinkingView:
     The tags and the blanks around them are not shown; where one part follows another, it begins a new line.
 
     Args:
-        mode: "dim" shows the thinking dimmed where the output is a terminal, else as it is, which is "plain"; "hide"
+        mode: "dim" shows the thinking dimmed where the output has colours, else as it is, which is "plain"; "hide"
             leaves it out.
         opened: what the prompt has already of the answer; it decides whether thinking goes on, and is not shown.
     """
 
     def __init__(self, mode: str, *, opened: str = ""):
-        self.mode = "plain" if mode == "dim" and not sys.stdout.isatty() else mode
+        self.mode = "plain" if mode == "dim" and not use_colour() else mode
         self._held, self._thinks = "", False
         self._begins, self._shown = True, False  # the next text begins a part; some was shown before
         self.push(opened)
@@ -52,7 +52,7 @@ class ThinkingView:
             return ""
         line = "\n" if self._begins and self._shown else ""
         self._begins, self._shown = False, True
-        return line + (f"\x1b[2m{text}\x1b[0m" if self._thinks and self.mode == "dim" else text)
+        return line + (f"{DIM}{text}{RESET}" if self._thinks and self.mode == "dim" else text)
 
 
 def without_thinking(text: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import UserError
+from minillm.model.experts_on_disk import stored_scale
 
 BASE = "base.json"
 
@@ -24,7 +25,7 @@ def sample_of(model: nn.Module, names: list[str]) -> list[float]:
         weight = layer.weight if adapters is None else adapters.base.get(f"{name}.weight", layer.weight)
         if "lora" in layer._modules and layer.lora.base_weight is not None:
             weight = layer.lora.base_weight
-        flat = weight.detach().reshape(-1)
+        flat = weight.detach().reshape(-1) * stored_scale(name, getattr(model, "config", None))
         places = torch.linspace(0, flat.numel() - 1, 8).long()
         values += flat[places.to(flat.device)].float().tolist()
     return values

@@ -17,6 +17,7 @@ GROUPS = {
 }
 EXPERT_PRODUCTS = ("gate_up", "down")  # of the fused parameters gate_up_proj and down_proj, in their order
 ALL_LINEAR = "all-linear"
+BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # the number of a layer's block in its name
 _NAMES = re.compile(r"[\w.,\s-]+")
 
 
@@ -91,7 +92,7 @@ class LoRAConfig:
     def is_target(self, name: str) -> bool | None:
         """Return whether ``target_modules`` and ``layers`` name a layer; None: all-linear, where its kind decides."""
         if self.layers is not None:
-            block = re.search(r"(?:^|\.)(\d+)\.", name)
+            block = BLOCK.search(name)
             if block is None or int(block[1]) not in self.layers:
                 return False
         if self.target_modules == ALL_LINEAR:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.errors import UserError
-from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA
+from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA, times
 from minillm.model.moe import ExpertProduct, expert_product
 
 ADAPTABLE = (nn.Linear, nn.Embedding, ExpertProduct)
@@ -30,7 +30,7 @@ class ExpertLoRA(LoRA):
     def forward(self, layer: ExpertProduct, x: Tensor, ends: Tensor) -> Tensor:
         a, b = self.matrices(self.A.weight, self.B.weight)
         kept = F.dropout(x, self.dropout, self.training)
-        low = expert_product(kept, a.contiguous(), ends) * self.scaling.to(x.dtype)  # (n, R)
+        low = times(expert_product(kept, a.contiguous(), ends), self.scaling)  # (n, R)
         return type(layer).forward(layer, x, ends) + expert_product(low, b.contiguous(), ends)
 
     def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

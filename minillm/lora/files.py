@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minillm.errors import UserError
+from minillm.files import use_umask
 from minillm.lora.adapters import (
     Adapter,
     Adapters,
@@ -33,6 +34,7 @@ from minillm.lora.experts import ADAPTABLE, check_kinds, factor_shapes
 from minillm.lora.init import TAKEN_OUT
 from minillm.lora.layer import adapted_layers
 from minillm.lora.whole import named_parameters, train_parameters, untie, whole_names
+from minillm.model.experts_on_disk import stored_scale
 from minillm.model.moe import ExpertProduct
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,7 +58,7 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
         adapter_name: default: the one at work.
 
     Raises:
-        UserError: no such adapter, or a mixture is at work; the place cannot be written.
+        UserError: no such adapter, or a mixture is at work; it is not finite; the place cannot be written.
     """
     adapters = adapters_of(model)
     write_slots(model)
@@ -69,6 +71,9 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
     adapter = as_difference(adapters.stored[adapter_name], model)
     tensors = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in adapter.tensors.items()}
     path = Path(path)
+    _check_finite(tensors, "the adapter", "nothing was written; go back to a checkpoint before it")
+    for name in tensors:
+        tensors[name] = tensors[name] * _stored_scale(model, name)
     try:
         if path.suffix == ".pth":
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,10 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
         layers = dict(model.named_modules())
         stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
         _write_whole(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
+        use_umask(path / WEIGHTS)
         base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
+        if base and Path(base).exists():  # as it is found from anywhere
+            base = Path(base).resolve()
         whole = [n for n in layers if any(ends_with(n, name) for name in adapter.config.modules_to_save)]
         whole = [name for name in whole if ".lora" not in name]  # whole names: peft takes any name with such an end
         config = adapter.config.to_peft(names=adapter.names, whole=whole, base=base and str(base))
@@ -107,10 +115,12 @@ def load_lora(
 
     Raises:
         UserError: nothing to read there; damaged, or with code in it; not LoRA, or with settings not built here;
-            layers that the model does not have, or of other shapes; made for another model.
+            layers that the model does not have, or of other shapes; made for another model; not finite.
     """
     path = Path(path)
     config, tensors = read_adapter(path)
+    _check_finite(tensors, f"the adapter {path}", "take one from a checkpoint before it")
+    tensors = {name: tensor / _stored_scale(model, name) for name, tensor in tensors.items()}
     names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".A", ".B", ".magnitude"))})
     adapter = Adapter(config=config, names=names, tensors=tensors)
     _check_fit(model, adapter, path)
@@ -273,6 +283,19 @@ def _check_fit(model: nn.Module, adapter: Adapter, path: Path) -> None:
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"the adapter {path} does not fit this model: {'; '.join(problems[:3])}{more}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str, fix: str) -> None:
+    """Raise UserError naming the first tensor with a number that is not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{what} has numbers that are not finite in {name}: {fix}")
+
+
+def _stored_scale(model: nn.Module, name: str) -> float:
+    """Return which multiple of a tensor of an adapter is stored: that of its layer's weight, if it grows with that."""
+    layer, _, key = name.rpartition(".")
+    return stored_scale(layer, getattr(model, "config", None)) if key in ("B", "magnitude", "weight") else 1.0
 
 
 def _own_names(adapter: Adapter) -> set[str]:

@@ -17,7 +17,7 @@ from minillm.lora.adapters import (
     set_adapter,
     trainable_names,
 )
-from minillm.lora.config import ALL_LINEAR, LoRAConfig, ends_with, matches
+from minillm.lora.config import ALL_LINEAR, BLOCK, LoRAConfig, ends_with, matches
 from minillm.lora.experts import ADAPTABLE, check_kinds
 from minillm.lora.init import TAKEN_OUT, first_values
 from minillm.lora.layer import adapted_layers, unbind
@@ -77,7 +77,10 @@ def add_adapter(
     check_unmerged(model)
     adapters.check_new(adapter_name, config)
     names = find_targets(model, config) if names is None else names
-    whole_names(model, config, names)  # raises before anything is changed
+    whole = whole_names(model, config, names)  # raises before anything is changed
+    if config.bias != "none" and not any(name.endswith(".bias") for name in whole):
+        what = "the model has no bias" if config.bias == "all" else "no adapted layer has a bias"
+        raise UserError(f"bias {config.bias!r}: {what}; leave it out")
     layers = dict(model.named_modules())
     check_kinds(layers, names, config)
     tensors: dict[str, Tensor] = {}
@@ -137,6 +140,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
     layers = {name: module for name, module in layers.items() if ".lora." not in name}
+    numbers = {int(match[1]) for match in map(BLOCK.search, layers) if match}
+    if absent := [number for number in config.layers or () if number not in numbers]:
+        have = f"0 to {max(numbers)}" if numbers else "none"
+        raise UserError(f"layers {', '.join(map(str, absent))}: the model has no such block; its blocks are {have}")
     saved = tuple(name for name in layers if any(f".{whole}." in f".{name}." for whole in config.modules_to_save))
     found = []
     for name, module in layers.items():

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+NORM_NUMEL = 2**22  # numbers of a weight that DoRA widens at a time
+
 
 def adapted_forward(layer: nn.Module, *args) -> Tensor:
     """The ``forward`` of an adapted layer: with its adapter, or its class's own while that is off or merged."""
@@ -54,7 +56,8 @@ class LoRA(nn.Module):
     Attributes:
         enabled: false inside ``disable_lora``. merged: the product is in the layer's weight at the moment.
         scaling: s, a tensor, so that a compiled model takes another adapter without being compiled again.
-        initial: A and B at the start, where they were taken out of the weight (PiSSA, OLoRA); else None.
+        initial: A and B at the start, where they were taken out of the weight (PiSSA, OLoRA); else None. They are
+            buffers, so that whatever moves the model moves them too.
         base_weight: the layer's own weight, on the CPU, while its place holds another (merged, PiSSA, OLoRA).
     """
 
@@ -68,9 +71,20 @@ class LoRA(nn.Module):
         self.B.weight = nn.Parameter(torch.zeros(out_features, rank, **place))
         self.register_buffer("scaling", torch.ones((), **place), persistent=False)
         self.dropout = dropout
+        self.register_buffer("initial_a", None, persistent=False)
+        self.register_buffer("initial_b", None, persistent=False)
         self.enabled, self.merged = True, False
-        self.initial: tuple[Tensor, Tensor] | None = None
         self.base_weight: Tensor | None = None
+
+    @property
+    def initial(self) -> tuple[Tensor, Tensor] | None:
+        """Return (A, B) as they were at the start, or None."""
+        return None if self.initial_a is None else (self.initial_a, self.initial_b)
+
+    @initial.setter
+    def initial(self, matrices: tuple[Tensor, Tensor] | None) -> None:
+        """Keep (A, B), or None."""
+        self.initial_a, self.initial_b = matrices or (None, None)
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         return self._product(layer, x, layer.bias)
@@ -94,14 +108,14 @@ class LoRA(nn.Module):
     def _apply(self, fn, recurse=True):
         """Stay at least float32 when the model around is cast to half precision."""
         before = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        scaling = self.scaling
+        scaling, initial = self.scaling, self.initial
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = before[name].to(parameter.device)
         self.scaling = scaling.to(self.A.weight.device, self.A.weight.dtype)
-        if self.initial is not None:
-            self.initial = tuple(tensor.to(self.scaling) for tensor in self.initial)
+        if initial is not None:
+            self.initial = tuple(tensor.to(self.scaling) for tensor in initial)
         return self
 
     def extra_repr(self) -> str:
@@ -117,27 +131,27 @@ class DoRA(LoRA):
         self.magnitude = nn.Parameter(torch.ones_like(self.B.weight[:, 0]))  # (out,)
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        y = self._product(layer, x, None) * (self.magnitude / self.row_norms(layer.weight)).to(x.dtype)
+        y = self._product(layer, x, None)
+        # The factor is close to 1, where bfloat16 has steps of 0.4 %: rounded, it would hide what was learnt.
+        y = (y * (self.magnitude / self.row_norms(layer.weight))).to(y.dtype)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
     def delta(self, layer: nn.Module) -> Tensor:
         """Return the turned and stretched weight less the old one (out, in)."""
         weight = (layer.weight if self.base_weight is None else self.base_weight).to(self.scaling)
         turned = weight + super().delta(layer)
-        norms = turned.norm(dim=1).clamp_min(torch.finfo(turned.dtype).tiny ** 0.5)
-        return (self.magnitude / norms)[:, None] * turned - weight
+        return (self.magnitude / self.row_norms(weight))[:, None] * turned - weight
 
     @torch.no_grad()
     def row_norms(self, weight: Tensor) -> Tensor:
-        """Return ‖W + s·B A‖ by rows (out,), without ever forming the sum: ‖w‖² + 2s·w·(bA) + s²·‖bA‖²."""
-        a, b, s = self.A.weight, self.B.weight, self.scaling
+        """Return ‖W + s·B A‖ by rows (out,), some rows at a time: the sum is never there as a whole."""
+        a, b = self.A.weight, self.B.weight
+        n_rows = max(1, NORM_NUMEL // weight.shape[1])
         with torch.autocast(a.device.type, enabled=False):
-            weight = weight.to(a.dtype)
-            squares = weight.square().sum(dim=1)  # (out,)
-            mixed = ((weight @ a.T) * b).sum(dim=1)
-            low = ((b @ (a @ a.T)) * b).sum(dim=1)
-            # A row of zeros has no direction: not 0/0, but 0 times something
-            return (squares + 2 * s * mixed + s * s * low).clamp_min(torch.finfo(a.dtype).tiny).sqrt()
+            parts = zip(weight.split(n_rows), b.split(n_rows), strict=True)
+            norms = torch.cat([(part.to(a.dtype) + self.scaling * (low @ a)).norm(dim=1) for part, low in parts])
+        # A row of zeros has no direction: not 0/0, but 0 times something
+        return norms.clamp_min(torch.finfo(a.dtype).tiny ** 0.5)
 
 
 class EmbeddingLoRA(LoRA):
@@ -171,7 +185,7 @@ def low_rank_linear(
     """
     if torch.compiler.is_compiling():  # the compiler fuses, and draws masks again, by itself
         low = F.linear(F.linear(F.dropout(x, dropout), a.to(x.dtype)), b.to(x.dtype))
-        return F.linear(x, weight, bias) + low * scaling.to(low.dtype)
+        return F.linear(x, weight, bias) + times(low, scaling)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return _LowRankLinear.apply(x, weight, bias, a, b, scaling, dropout, seed)
 
@@ -191,7 +205,7 @@ class _LowRankLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
             seen = rows * _mask(rows, dropout, seed) if dropout else rows
-            low = (a.to(dtype) @ seen.T) * _share(scaling, dropout, dtype)  # (R, N)
+            low = times(a.to(dtype) @ seen.T, _share(scaling, dropout))  # (R, N)
             y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))  # (N, out)
             y.addmm_(low.T, b.to(dtype).T)
         ctx.maker = x.grad_fn if hasattr(x.grad_fn, "output_again") else None
@@ -208,7 +222,7 @@ class _LowRankLinear(torch.autograd.Function):
         dtype, dropout = ctx.dtype, ctx.dropout
         with torch.autocast(x.device.type, enabled=False):
             grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, out)
-            grad_low = (b.to(dtype).T @ grad.T) * _share(scaling, dropout, dtype)  # (R, N)
+            grad_low = times(b.to(dtype).T @ grad.T, _share(scaling, dropout))  # (R, N)
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
             mask = _mask(rows, dropout, ctx.seed) if dropout and (need_a or need_x) else None
             grad_x = grad_weight = grad_bias = grad_a = grad_b = None
@@ -237,14 +251,19 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if wanted else x.dtype
 
 
-def _share(scaling: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
+def times(low: Tensor, factor: Tensor) -> Tensor:
+    """Return ``low`` times a number, in the dtype of ``low``; the number itself is not rounded to it."""
+    return (low.to(torch.promote_types(low.dtype, factor.dtype)) * factor).to(low.dtype)
+
+
+def _share(scaling: Tensor, dropout: float) -> Tensor:
     """Return s, times what dropout's survivors are worth: the mask itself is then nothing but zeros and ones."""
-    return (scaling / (1 - _dropped_lanes(dropout) / 256)).to(dtype)
+    return scaling / (1 - _dropped_lanes(dropout) / 256)
 
 
 def _dropped_lanes(dropout: float) -> int:
-    """Return how many of a byte's 256 values mean zero; at least one where there is dropout at all."""
-    return max(1, round(256 * dropout)) if dropout else 0
+    """Return how many of a byte's 256 values mean zero: from 1 to 255 where there is dropout at all."""
+    return min(max(1, round(256 * dropout)), 255) if dropout else 0
 
 
 def _mask(rows: Tensor, dropout: float, seed: int) -> Tensor:

@@ -24,7 +24,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
             bit. False: the adapter is gone afterwards, and ``model`` is an ordinary model, to be saved or served.
 
     Raises:
-        UserError: it is merged already.
+        UserError: it is merged already; a sum is not finite in the weight's dtype (the model stays as it was).
     """
     adapters = adapters_of(model)
     layers = adapted_layers(model)
@@ -34,7 +34,16 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     for name, layer in layers.items():
         untie(model, {f"{name}.weight"})  # an embedding and an output layer with one weight: this change is one's own
         lora, weight = layer.lora, layer.weight
-        merged = weight.to(lora.scaling) + lora.delta(layer)
+        merged = (weight.to(lora.scaling) + lora.delta(layer)).to(weight.dtype)
+        if not merged.isfinite().all():
+            for before in layers.values():
+                if before.lora.merged:
+                    _unmerge(before)
+            short = str(weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name}.weight with the adapter has numbers that are not finite in {short}: nothing was merged; the "
+                f"adapter is broken, or too large for {short}"
+            )
         if lora.base_weight is None:
             lora.base_weight = weight.detach().to("cpu", copy=True)
         weight.copy_(merged)
@@ -58,15 +67,20 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     if not all(layer.lora.merged for layer in layers):
         raise UserError("the adapter is not merged: merge_lora merges it")
     for layer in layers:
-        lora = layer.lora
-        layer.weight.copy_(lora.base_weight)
-        if lora.initial is None:
-            lora.base_weight = None
-        else:  # what stood there was the weight without what PiSSA or OLoRA begin with
-            a, b = lora.initial
-            layer.weight.copy_(layer.weight.to(a.dtype) - lora.scaling * (b @ a))
-        lora.merged = False
+        _unmerge(layer)
     return model
+
+
+@torch.no_grad()
+def _unmerge(layer: nn.Module) -> None:
+    lora = layer.lora
+    layer.weight.copy_(lora.base_weight)
+    if lora.initial is None:
+        lora.base_weight = None
+    else:  # what stood there was the weight without what PiSSA or OLoRA begin with
+        a, b = lora.initial
+        layer.weight.copy_(layer.weight.to(a.dtype) - lora.scaling * (b @ a))
+    lora.merged = False
 
 
 def merge_adapters(model: nn.Module, chosen: Sequence[tuple[Path, float]], *, any_base: bool = False) -> None:

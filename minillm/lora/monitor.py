@@ -186,7 +186,8 @@ class Monitor:
                   f"B's gradient has been more than {LARGE_RATIO:g} times A's for {STEPS_WITHOUT_GRADIENT} steps in "
                   "{}: A hardly learns while B is this small; raise the learning rate, or that of B (LoRA+)"),
             fresh("update", {n: (r["update_ratio"] or 0) > LARGE_UPDATE for n, r in rows.items()}, 1,
-                  "update ratio {value:.1g} in {}: one step changes that much of the weight; lower the learning rate",
+                  "update ratio {value:.1g} in {}: one step changes that much of the weight (usual: 1e-3 and less), "
+                  "and what the model knew may be written over; mix in old data, or lower the learning rate",
                   values={n: r["update_ratio"] for n, r in rows.items()}),
             fresh("delta", {n: (r["delta_ratio"] or 0) > LARGE_DELTA for n, r in rows.items()}, TIMES_ON_END,
                   "the adapter weighs {value:.0%} of the weight in {}: what the model knew is being written over; "

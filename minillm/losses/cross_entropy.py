@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minillm.losses.products import kept_dtype, product_dtype, product_for_sums, scaled_gradient
+
 IGNORE_INDEX = -100  # the target of a position where there is nothing to learn
 
 # Logits of one chunk: at most this many numbers (32 Mi × 4 bytes = 128 MiB in float32). Small vocabularies
@@ -60,8 +62,9 @@ def linear_cross_entropy(
     The logits (N, V) are the largest tensor of a small model's training step. Here they exist for one chunk
     of positions at a time. The gradient with respect to the logits is ``w·(softmax − one_hot)``, known as
     soon as the forward pass knows the softmax; so each chunk's contribution to the gradients of ``hidden``
-    and ``weight`` is formed at once, and nothing is recomputed in the backward pass. Positions without a
-    target are left out of the products altogether.
+    and ``weight`` is formed at once, and nothing is recomputed in the backward pass. Where no gradient is wanted
+    (under ``no_grad``, or of frozen weights) none is formed. Positions without a target are left out of the products
+    altogether.
 
     Args:
         hidden: (..., D). weight: (V, D), the output layer; None: ``hidden`` are logits already, and this is
@@ -75,7 +78,9 @@ def linear_cross_entropy(
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_targets = targets.reshape(-1)  # (N,)
     flat_weights = None if weights is None else weights.reshape(-1)
-    loss_sum = _LinearCrossEntropy.apply(hidden, weight, flat_targets, flat_weights)
+    # Asked here: inside of a Function gradients are always off, and a parameter always asks for its own.
+    wants_grad = torch.is_grad_enabled()
+    loss_sum = _LinearCrossEntropy.apply(hidden, weight, flat_targets, flat_weights, wants_grad)
     return loss_sum, count_targets(targets, weights)
 
 
@@ -104,20 +109,13 @@ def causal_lm_loss(model, batch: dict[str, Tensor], router_stats=None) -> tuple[
     return (loss_sum if router_stats is None else loss_sum + router_stats.finish()), n_targets
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype that autocast would choose for a product with ``hidden``; in a custom Function it casts none."""
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """The chunked product, softmax and gradient behind ``linear_cross_entropy``."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights):
+    def forward(ctx, hidden, weight, targets, weights, wants_grad):
         device, dtype = hidden.device.type, product_dtype(hidden)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight = (wants_grad and need for need in ctx.needs_input_grad[:2])
 
         rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (n,) positions that have a target
         everywhere = rows.numel() == targets.numel()
@@ -129,13 +127,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_cast = weight.to(dtype)
             acc_dtype = torch.promote_types(dtype, torch.float32)
             loss_sum = torch.zeros((), dtype=acc_dtype, device=hidden.device)
-            grad_used = torch.empty_like(used) if need_hidden else None
+            grad_used = torch.empty_like(used, dtype=kept_dtype(used)) if need_hidden else None
             grad_weight = None
             chunk_len = max(1, CHUNK_NUMEL // weight.shape[0])
             for start in range(0, rows.numel(), chunk_len):
                 chunk = slice(start, start + chunk_len)
                 chunk_hidden = used[chunk].to(dtype)  # (n, D)
-                log_probs = (chunk_hidden @ weight_cast.T).to(acc_dtype)  # (n, V), still logits here
+                log_probs = product_for_sums(chunk_hidden, weight_cast.T)  # (n, V), still logits here
                 log_probs = F.log_softmax(log_probs, dim=-1)
                 chunk_targets = row_targets[chunk, None]  # (n, 1)
                 losses = -log_probs.gather(1, chunk_targets).squeeze(1)  # (n,)
@@ -151,23 +149,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if need_hidden:
                     grad_used[chunk] = grad_logits @ weight_cast
                 if need_weight:
-                    product = (grad_logits.T @ chunk_hidden).to(weight.dtype)  # (V, D)
+                    product = product_for_sums(grad_logits.T, chunk_hidden)  # (V, D)
                     grad_weight = product if grad_weight is None else grad_weight.add_(product)
 
         grad_hidden = grad_used
         if need_hidden and not everywhere:
-            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_used)
+            grad_hidden = torch.zeros_like(hidden, dtype=kept_dtype(hidden)).index_copy_(0, rows, grad_used)
         if need_weight and grad_weight is None:  # no target at all: exactly zero
             grad_weight = torch.zeros_like(weight)
+        if need_weight:  # summed in float32, it is as large as the output weight: not kept wider than needed
+            grad_weight = grad_weight.to(kept_dtype(weight))
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
         return loss_sum
 
     @staticmethod
     @once_differentiable  # the saved gradients are constants: differentiating them again would give a wrong answer
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, None, None
+        grads = (scaled_gradient(*each) for each in zip(ctx.saved_tensors, [grad_loss] * 2, ctx.dtypes, strict=True))
+        return (*grads, None, None, None)

@@ -25,11 +25,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minillm.errors import UserError
-from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets, product_dtype
+from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets
+from minillm.losses.products import (
+    kept_dtype,
+    output_operand,
+    product_dtype,
+    product_for_sums,
+    product_in_float32,
+    scaled_gradient,
+)
 
 DIVERGENCES = ("forward", "reverse", "symmetric", "js")
 # Logits of one chunk (16 MiB in float32): a divergence keeps about ten tensors of this size at a time.
 CHUNK_NUMEL = 4 * 1024 * 1024
+LEAST_LOG = -1000.0  # of a probability that is 0: exp of it is 0 even in float64
 
 
 def distill_loss(
@@ -92,10 +101,10 @@ def linear_distill_loss(
     if n_teacher < n_student:
         raise UserError(f"the teacher knows {n_teacher} tokens, the student {n_student}: give them the same tokenizer")
     dtype = product_dtype(teacher_hidden)  # here, since autocast is off inside of the chunks
-    output = None if teacher_weight is None else teacher_weight[:n_student].detach().to(dtype)
+    output = None if teacher_weight is None else output_operand(teacher_weight[:n_student].detach(), dtype)
 
     def compare(student: Tensor, hidden: Tensor) -> Tensor:
-        teacher = hidden[:, :n_student] if output is None else hidden.to(dtype) @ output.T
+        teacher = hidden[:, :n_student] if output is None else product_in_float32(hidden.to(dtype), output.T)
         p = F.log_softmax(teacher.to(student.dtype) / temperature, dim=-1)  # (n, V)
         return _divergence(p, F.log_softmax(student / temperature, dim=-1), divergence)
 
@@ -108,6 +117,7 @@ def linear_top_k_distill_loss(
     student_weight: Tensor | None,
     teacher_ids: Tensor,
     teacher_log_probs: Tensor,
+    teacher_log_rest: Tensor,
     targets: Tensor,
     weights: Tensor | None = None,
     *,
@@ -117,28 +127,28 @@ def linear_top_k_distill_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the same loss with a teacher of whom only the k best tokens of every position are known.
 
-    All other tokens count as one, "the rest": its probability is what is left of 1, for both. The divergence is then
-    at most the true one (merging tokens can only hide differences), and equal to it when k is V - 1 or more.
+    All other tokens count as one, "the rest", for both. The divergence is then at most the true one (merging tokens
+    can only hide differences), and equal to it when k is V - 1 or more.
 
     Args:
-        teacher_ids, teacher_log_probs: (..., k), from ``top_k_teacher`` with the same temperature. Numbers kept as
-            float16 are to come as float16: their dtype says how small a rest can be told from none.
+        teacher_ids, teacher_log_probs: (..., k), and teacher_log_rest: (..., 1), from ``top_k_teacher`` with the same
+            temperature. Log-probabilities may be rounded to float16: a divergence feels their errors squared. The rest
+            may not: where the teacher is sure it is far less than those roundings.
     """
     _check(alpha, temperature, divergence)
 
-    def compare(student: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+    def compare(student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor) -> Tensor:
         everything = F.log_softmax(student / temperature, dim=-1)  # (n, V)
         p, q = log_probs.to(student.dtype), everything.gather(1, ids)  # (n, k)
-        if ids.shape[1] < student.shape[1]:
-            # Summed over its own tokens, the student's rest is exact however small; of the teacher's only 1 - Σ p is
-            # known, and less than one rounding of it is noise, which log would blow up to any size.
-            left = (1 - p.exp().sum(dim=1, keepdim=True)).clamp(min=torch.finfo(log_probs.dtype).eps)  # (n, 1)
-            p = torch.cat([p, left.log()], dim=1)  # (n, k + 1)
+        if ids.shape[1] < student.shape[1]:  # both rests are summed over their own tokens: exact however small
+            # A teacher without other tokens has a rest of 0, whose logarithm would make 0 times infinity.
+            p = torch.cat([p, log_rest.to(student.dtype).clamp(min=LEAST_LOG)], dim=1)  # (n, k + 1)
             q = torch.cat([q, everything.scatter(1, ids, -math.inf).logsumexp(dim=1, keepdim=True)], dim=1)
         return _divergence(p, q, divergence)
 
     loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
-    return _chunked(loss, student_hidden, student_weight, targets, weights, teacher_ids, teacher_log_probs)
+    teacher = teacher_ids, teacher_log_probs, teacher_log_rest
+    return _chunked(loss, student_hidden, student_weight, targets, weights, *teacher)
 
 
 @torch.no_grad()
@@ -150,10 +160,11 @@ def top_k_teacher(
     k: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the k best tokens of every position that has a target: ids and log-probabilities at T, (..., k) each.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the k best tokens of every position that has a target, and what is left for all others, at T.
 
-    Both are 0 elsewhere. ``vocab_size`` limits the tokens to the first ones.
+    That is ids and log-probabilities, (..., k) each, and the logarithm of the other tokens' sum, (..., 1), in at least
+    float32 (-inf where there are no others). All are 0 elsewhere. ``vocab_size`` limits the tokens to the first ones.
 
     Raises:
         UserError: k is not between 1 and the number of tokens; a temperature out of range.
@@ -166,14 +177,19 @@ def top_k_teacher(
     rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
     used = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])[rows]
     dtype = product_dtype(used)
-    output = None if teacher_weight is None else teacher_weight[:n_tokens].to(dtype)
+    output = None if teacher_weight is None else output_operand(teacher_weight[:n_tokens], dtype)
     ids = torch.zeros(targets.numel(), k, dtype=torch.long, device=targets.device)
     log_probs = torch.zeros(targets.numel(), k, dtype=_wide(used), device=targets.device)
-    for chunk in _chunks(len(rows), n_tokens):
-        logits = used[chunk, :n_tokens] if output is None else used[chunk].to(dtype) @ output.T
-        best = F.log_softmax(logits.to(_wide(used)) / temperature, dim=-1).topk(k, dim=-1)
-        ids[rows[chunk]], log_probs[rows[chunk]] = best.indices, best.values
-    return ids.view(*targets.shape, k), log_probs.view(*targets.shape, k)
+    log_rest = torch.zeros(targets.numel(), 1, dtype=_wide(used), device=targets.device)
+    with torch.autocast(used.device.type, enabled=False):
+        for chunk in _chunks(len(rows), n_tokens):
+            short = used[chunk].to(dtype)
+            logits = short[:, :n_tokens] if output is None else product_in_float32(short, output.T)
+            everything = F.log_softmax(logits.to(_wide(used)) / temperature, dim=-1)  # (n, V)
+            best = everything.topk(k, dim=-1)
+            ids[rows[chunk]], log_probs[rows[chunk]] = best.indices, best.values
+            log_rest[rows[chunk]] = everything.scatter_(1, best.indices, -math.inf).logsumexp(dim=1, keepdim=True)
+    return tuple(column.view(*targets.shape, -1) for column in (ids, log_probs, log_rest))
 
 
 def hidden_distance(
@@ -236,7 +252,9 @@ def _chunked(loss: Callable, hidden: Tensor, weight: Tensor | None, targets: Ten
     used = hidden.reshape(-1, hidden.shape[-1])[rows]
     flat = [t.reshape(-1, t.shape[-1])[rows] for t in teacher]
     factors = None if weights is None else weights.reshape(-1)[rows]
-    loss_sum = _Chunked.apply(used, weight, loss, targets.reshape(-1)[rows], factors, *flat)
+    # Asked here: inside of a Function gradients are always off, and a parameter always asks for its own.
+    wants_grad = torch.is_grad_enabled()
+    loss_sum = _Chunked.apply(used, weight, wants_grad, loss, targets.reshape(-1)[rows], factors, *flat)
     return loss_sum, count_targets(targets, weights)
 
 
@@ -244,39 +262,47 @@ class _Chunked(torch.autograd.Function):
     """Sums a loss over chunks of positions, and forms the gradients of each chunk at once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, loss, targets, factors, *teacher):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, weight, wants_grad, loss, targets, factors, *teacher):
+        need_hidden, need_weight = (wants_grad and need for need in ctx.needs_input_grad[:2])
         dtype = product_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        short = None if weight is None else weight.to(dtype)
+        grad_dtype = kept_dtype(hidden)
+        grad_hidden = torch.zeros_like(hidden, dtype=grad_dtype) if need_hidden else None
+        grad_weight = None
+        if need_weight:
+            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        short = operand = None
+        if weight is not None:
+            short, operand = weight.to(dtype), output_operand(weight, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _chunks(len(hidden), (hidden if weight is None else weight.T).shape[-1]):
-                here = hidden[chunk].to(wide if weight is None else dtype)
-                logits = (here if weight is None else here @ short.T).detach().to(wide)
-                with torch.enable_grad():
-                    logits.requires_grad_(need_hidden or need_weight)
+                chunk_hidden = hidden[chunk].to(wide if weight is None else dtype)
+                logits = chunk_hidden if weight is None else product_in_float32(chunk_hidden, operand.T)
+                with torch.set_grad_enabled(need_hidden or need_weight):
+                    logits = logits.detach().to(wide).requires_grad_(need_hidden or need_weight)
                     losses = loss(logits, targets[chunk], *(t[chunk] for t in teacher))  # (n,)
-                    part = (losses if factors is None else losses * factors[chunk].to(wide)).sum()
-                loss_sum += part.detach()
+                    chunk_loss = (losses if factors is None else losses * factors[chunk].to(wide)).sum()
+                loss_sum += chunk_loss.detach()
                 if not logits.requires_grad:
                     continue
-                (grad_logits,) = torch.autograd.grad(part, logits)
-                grad_logits = grad_logits.to(here.dtype)
+                (grad_logits,) = torch.autograd.grad(chunk_loss, logits)
+                grad_logits = grad_logits.to(chunk_hidden.dtype)
                 if need_hidden:
-                    grad_hidden[chunk] = (grad_logits if weight is None else grad_logits @ short).to(hidden.dtype)
+                    grad_hidden[chunk] = (grad_logits if weight is None else grad_logits @ short).to(grad_dtype)
                 if need_weight:
-                    grad_weight += (grad_logits.T @ here).to(weight.dtype)
+                    grad_weight += product_for_sums(grad_logits.T, chunk_hidden)
+        if need_weight:  # summed in float32, it is as large as the output weight: not kept wider than needed
+            grad_weight = grad_weight.to(kept_dtype(weight))
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
         return loss_sum
 
     @staticmethod
     @once_differentiable  # the saved gradients are constants
     def backward(ctx, grad):
-        found = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
-        return (*found, *[None] * (len(ctx.needs_input_grad) - 2))
+        grads = [scaled_gradient(*each) for each in zip(ctx.saved_tensors, [grad] * 2, ctx.dtypes, strict=True)]
+        return (*grads, *[None] * (len(ctx.needs_input_grad) - 2))
 
 
 def _chunks(n_rows: int, n_tokens: int):

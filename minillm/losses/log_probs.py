@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.losses.cross_entropy import IGNORE_INDEX, product_dtype
+from minillm.losses.cross_entropy import IGNORE_INDEX
+from minillm.losses.products import output_operand, product_dtype, product_for_sums, product_in_float32
 
 # Logits of one chunk (16 MiB in float32). Smaller than the cross-entropy's, because the backward pass makes them while
 # the activations of the whole model are there.
@@ -20,7 +21,8 @@ def linear_log_probs(hidden: Tensor, weight: Tensor | None, targets: Tensor) -> 
 
     Like ``linear_cross_entropy`` it works in chunks and leaves out positions without a target. Unlike there, each
     position's gradient has a factor that is not known before the loss of the whole sequence is; so the backward pass
-    computes the logits of each chunk once more.
+    computes the logits of each chunk once more. Logits are summed in float32 under autocast too: a preference loss
+    takes differences between two models' log-probabilities, which are smaller than the steps of a bfloat16 logit.
 
     Args:
         hidden: (B, T, D). weight: (V, D), the output layer; None: ``hidden`` are logits already.
@@ -67,7 +69,7 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.dtype = product_dtype(hidden)
         ctx.save_for_backward(hidden, weight, targets)
         found = [hidden.new_empty(0, dtype=torch.promote_types(ctx.dtype, torch.float32))]
-        for chunk, _, log_probs in _chunks(hidden, weight.to(ctx.dtype)):
+        for chunk, _, log_probs in _chunks(hidden, weight, ctx.dtype):
             found.append(log_probs.gather(1, targets[chunk, None]).squeeze(1))
         return torch.cat(found)
 
@@ -77,29 +79,30 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         need_hidden, need_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         short = weight.to(ctx.dtype)
-        for chunk, short_hidden, log_probs in _chunks(hidden, short):
+        for chunk, short_hidden, log_probs in _chunks(hidden, weight, ctx.dtype):
             grad_logits = log_probs.exp_().neg_()  # (n, V): one_hot - softmax, in place
             grad_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(targets[chunk, None], dtype=grad.dtype))
             grad_logits = grad_logits.mul_(grad[chunk, None]).to(ctx.dtype)
             if need_hidden:
                 grad_hidden[chunk] = (grad_logits @ short).to(hidden.dtype)
             if need_weight:
-                grad_weight += (grad_logits.T @ short_hidden).to(weight.dtype)
-        return grad_hidden, grad_weight, None
+                grad_weight += product_for_sums(grad_logits.T, short_hidden)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
-def _chunks(hidden: Tensor, weight: Tensor):
-    """Yield (slice, hidden states (n, D), log-probabilities (n, V)) of every chunk; products are in weight's dtype.
+def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype):
+    """Yield (slice, hidden states (n, D) in ``dtype``, log-probabilities (n, V)) of every chunk.
 
     Autocast is off in the loop's body too: it would choose a dtype of its own for the gradients' products.
     """
     with torch.autocast(hidden.device.type, enabled=False):
+        operand = output_operand(weight, dtype).T  # (D, V)
         length = max(1, CHUNK_NUMEL // len(weight))
         for start in range(0, len(hidden), length):
             chunk = slice(start, start + length)
-            here = hidden[chunk].to(weight.dtype)
-            log_probs = (here @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))  # still logits here
-            log_probs = F.log_softmax(log_probs, dim=-1)
-            yield chunk, here, log_probs
+            short_hidden = hidden[chunk].to(dtype)
+            log_probs = F.log_softmax(product_in_float32(short_hidden, operand), dim=-1)
+            yield chunk, short_hidden, log_probs

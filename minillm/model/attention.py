@@ -17,6 +17,8 @@ from minillm.model.kv_cache import KVCache
 from minillm.model.norm import RMSNorm
 from minillm.model.rope import apply_rope
 
+SHARES_HEADS_ON_MPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+
 
 def window_mask(seq_len: int, window: int, *, device: torch.device) -> Tensor:
     """Return (1, 1, T, T), true where query t may look at key s: t − window < s ≤ t, ``window`` keys with itself."""
@@ -46,7 +48,20 @@ def document_positions(document_ids: Tensor) -> Tensor:
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)  # (B, T)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+    # The last start up to each token: a running maximum, which Apple's GPUs have had for a short time only. So it is
+    # taken from the numbers of the documents, whose starts are one each.
+    document = starts.long().cumsum(dim=1) - 1  # (B, T)
+    first = torch.zeros_like(index).scatter_add(1, document, torch.where(starts, index, 0))  # (B, T), by document
+    return index - first.gather(1, document)
+
+
+def needs_equal_heads(device: str, *, masked: bool) -> bool:
+    """Return whether key heads must be repeated for torch's attention, rather than shared by it.
+
+    With a mask, CUDA's fast kernels take no shared heads and would fall back to the slow one. On Apple's GPUs torch
+    before 2.11 reads past the end of shared heads of 1,024 keys and more, and computes with what it finds there.
+    """
+    return (masked and device == "cuda") or (device == "mps" and not SHARES_HEADS_ON_MPS)
 
 
 class Attention(nn.Module):
@@ -78,13 +93,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(per_head).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.store(self.layer, k, v)  # (B, G, S, K)
-        if isinstance(mask, Tensor) and q.is_cuda and self.n_groups > 1:
-            # With a mask, CUDA's fast kernels take no grouped heads and would fall back to the slow one.
+        if self.n_groups > 1 and needs_equal_heads(q.device.type, masked=isinstance(mask, Tensor)):
             k, v = (t.repeat_interleave(self.n_groups, dim=1) for t in (k, v))  # (B, H, S, K)
         if isinstance(mask, Blocks):
             mixed = block_attention(q, k, v, mask)  # (B, H, T, K)
         else:
             mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and seq_len > 1, enable_gqa=k.shape[1] != q.shape[1]
+                q, k, v, attn_mask=mask, is_causal=mask is None and cache is None, enable_gqa=k.shape[1] != q.shape[1]
             )  # (B, H, T, K)
         return self.o_proj(mixed.transpose(1, 2).reshape(n_rows, seq_len, -1))  # (B, T, D)

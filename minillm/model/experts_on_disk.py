@@ -4,6 +4,9 @@ In memory a sparse layer has two parameters for all its experts, so that one gro
 hold three matrices per expert, named ``mlp.experts.3.gate_proj.weight`` (Qwen3-MoE, GLM-4.5) or, in Mixtral's own way,
 ``block_sparse_moe.experts.3.w1.weight``. What here is called a piece is a stored tensor and its place in a parameter.
 
+Every shared expert of Qwen2-MoE has a gate on disk. One without is stored with a gate of zeros, which is sigmoid(0) =
+1/2, and with twice its down projection: exactly the same function, and both factors are powers of two.
+
 Legend: D hidden, E experts, F feed-forward width of an expert.
 """
 
@@ -20,11 +23,18 @@ USUAL = ("gate_proj", "up_proj", "down_proj")
 _PREDICTION_LAYER = re.compile(r"(model\.layers\.(\d+)\.)eh_proj\.weight")
 
 
+SHARED, SHARED_GATE = ".mlp.shared_expert.", ".mlp.shared_expert_gate.weight"
+
+
 class Piece(NamedTuple):
-    """A tensor on disk, and the index of the part of the parameter in memory that it fills; ``()``: all of it."""
+    """A tensor on disk, and the index of the part of the parameter in memory that it fills; ``()``: all of it.
+
+    ``scale``: what is stored is that multiple of what is in memory.
+    """
 
     name: str
     index: tuple[int | slice, ...] = ()
+    scale: float = 1.0
 
 
 def pieces_of(name: str, config: ModelConfig) -> list[Piece]:
@@ -42,7 +52,45 @@ def pieces_of(name: str, config: ModelConfig) -> list[Piece]:
     if is_expert and kind == "gate_up_proj":
         halves = ((gate, slice(width)), (up, slice(width, None)))
         return [Piece(f"{layer}.experts.{e}.{part}.weight", (e, rows)) for e in experts for part, rows in halves]
-    return [Piece(stored)]
+    return [Piece(stored, scale=stored_scale(name.removesuffix(".weight"), config))]
+
+
+def stored_scale(layer: str, config) -> float:
+    """Return which multiple of the weight of ``layer`` stands on disk: 2 where a gate of zeros halves its output.
+
+    Args:
+        config: a ``ModelConfig``; any other model is as its files are.
+    """
+    is_ungated = isinstance(config, ModelConfig) and config.model_type == "qwen2_moe" and not config.shared_expert_gate
+    return 2.0 if is_ungated and layer.endswith(SHARED + "down_proj") else 1.0
+
+
+def zero_gates(config: ModelConfig) -> list[str]:
+    """Return the names of the gates that are stored for shared experts without one; each is zeros (1, D)."""
+    if config.model_type != "qwen2_moe" or config.shared_expert_gate:
+        return []
+    layers = filter(config.has_experts, range(config.num_hidden_layers))
+    return [f"model.layers.{layer}{SHARED_GATE}" for layer in layers]
+
+
+def pieces_of_minimind(name: str, config: ModelConfig, stored: Iterable[str]) -> list[Piece] | None:
+    """Return the pieces of a shared expert as MiniMind stores it, ungated; None where ``stored`` has it otherwise.
+
+    Version 2 has shared experts one by one, ``mlp.shared_experts.0.gate_proj.weight``: side by side they are one.
+    Version 1 has a single one, ``mlp.shared_experts.gate_proj.weight``.
+    """
+    layer, is_shared, part = name.partition(SHARED)
+    if not is_shared:
+        return None
+    if (whole := f"{layer}.mlp.shared_experts.{part}") in stored:
+        return [Piece(whole)]
+    width = config.shared_expert_intermediate_size // config.n_shared_experts
+    pieces = []
+    for number in range(config.n_shared_experts):
+        cut = slice(number * width, (number + 1) * width)
+        index = (slice(None), cut) if part == "down_proj.weight" else (cut,)
+        pieces.append(Piece(f"{layer}.mlp.shared_experts.{number}.{part}", index))
+    return pieces if pieces[0].name in stored else None
 
 
 def prediction_layer_names(names: Iterable[str], config: ModelConfig) -> set[str]:

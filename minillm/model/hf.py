@@ -5,6 +5,7 @@ matrices are stored once.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,21 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import UserError
-from minillm.model.experts_on_disk import Piece, pieces_of, prediction_layer_names
+from minillm.files import use_umask
+from minillm.model.experts_on_disk import (
+    SHARED,
+    SHARED_GATE,
+    Piece,
+    pieces_of,
+    pieces_of_minimind,
+    prediction_layer_names,
+    zero_gates,
+)
 from minillm.model.pth import load_pth
 from minillm.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PICKLED = "pytorch_model.bin"  # as older releases wrote it, and MiniMind's export does: a .pth by another name
 TIED = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints hold this table; ours follows from the configuration
@@ -63,15 +74,25 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     state = _state(model)
-    # A state dict of ours holds the experts as they lie in memory.
-    pieces = {name: [Piece(name)] if name in stored else pieces_of(name, config) for name in state}
+    has_gates = any(name.endswith(SHARED_GATE) for name in stored)
+    pieces = {name: _pieces(name, config, stored, has_gates) for name in state}
     expected = {piece.name: state[name][piece.index].shape for name in state for piece in pieces[name]}
+    is_of_family = has_gates or (path.is_dir() and any(SHARED in name for name in stored))
+    gates = zero_gates(config) if is_of_family else []
+    expected |= dict.fromkeys(gates, torch.Size((1, config.hidden_size)))
     _check_fit(path, expected, {name: source.shape for name, source in stored.items()})
+    for name in gates:
+        if stored[name].read().any():
+            raise UserError(
+                f"{path}: {name} is not zero, but the configuration says shared_expert_gate false: the gate was "
+                f"trained since, set it to true"
+            )
     buffers = dict(model.named_buffers())
     for name, tensor in state.items():
         as_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
         state[name] = _read(pieces[name], stored, tensor.shape, as_dtype, device)
     model.load_state_dict(state, assign=True, strict=False)  # strict was _check_fit; a tied matrix comes once
+    model.generation_config = _read_generation(path)
     model.tie_weights()
     return model.requires_grad_(True)
 
@@ -89,25 +110,56 @@ def save_model(
     Each file appears under its name only when it is whole.
 
     Args:
-        tokenizer: saved beside the model, and its end tokens written to ``generation_config.json``.
+        tokenizer: saved beside the model; its end tokens are added to ``generation_config.json``, which otherwise stays
+            what the model came with.
         dtype: of the stored weights; default: the model's. The correction biases of routers stay float32 at least.
         max_shard_size: bytes per weight file; so much is copied at a time if the weights are elsewhere or other.
+
+    Raises:
+        UserError: a weight is not finite, or would not be in ``dtype``; the model has an adapter. Nothing is written.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    if any(".lora." in name for name, _ in model.named_parameters()):
+        raise UserError(
+            f"the model has an adapter, which {path} could not hold: merge_lora(model, keep_base=False) first, or "
+            f"write the adapter alone with save_lora"
+        )
     dtype = dtype or next(model.parameters()).dtype
-    written = _write_weights(_pieces_to_write(model, dtype), path, max_shard_size)
+    weights = _pieces_to_write(model, dtype)
+    _check_finite(weights)
+    path.mkdir(parents=True, exist_ok=True)
+    written = _write_weights(weights, path, max_shard_size)
     for stale in path.glob("model*.safetensors*"):  # shards of an earlier, larger or smaller save
         if stale.name not in written:
             stale.unlink()
     config = model.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(path / "config.json", config)
-    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     if tokenizer is not None:
         tokenizer.save(path)
-        generation["eos_token_id"] = list(tokenizer.end_ids)
-        generation["pad_token_id"] = tokenizer.eos_token_id
-    _write_json(path / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    _write_json(path / GENERATION, _generation_config(model, tokenizer))
+
+
+def _generation_config(model: Transformer, tokenizer) -> dict:
+    """Return what the model came with (its temperature, say), with the tokens that end its answers now."""
+    came_with = model.generation_config
+    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    ends = came_with.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer is not None:
+        ids["pad_token_id"] = tokenizer.pad_token_id
+        if not set(tokenizer.end_ids) <= set(ends):
+            ids["eos_token_id"] = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
+            came_with = {key: value for key, value in came_with.items() if key != "eos_token_id"}
+    return {key: value for key, value in (ids | came_with).items() if value is not None}
+
+
+def _read_generation(path: Path) -> dict:
+    """Return the content of a directory's generation_config.json; empty where it is missing or broken."""
+    try:
+        content = json.loads((path / GENERATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _state(model: Transformer) -> dict[str, Tensor]:
@@ -118,19 +170,21 @@ def _state(model: Transformer) -> dict[str, Tensor]:
 # ---- writing ---------------------------------------------------------------------------------------
 
 
-def _pieces_to_write(model: Transformer, dtype: torch.dtype) -> dict[str, tuple[Tensor, torch.dtype]]:
-    """Return the tensors under their names on disk, as parts of the model's, and the dtype to store each in."""
+def _pieces_to_write(model: Transformer, dtype: torch.dtype) -> dict[str, tuple[Tensor, torch.dtype, float]]:
+    """Return the tensors under their names on disk, as parts of the model's; dtype and scale of each there."""
     buffers = dict(model.named_buffers())
     wide = torch.promote_types(dtype, torch.float32)
-    return {
-        piece.name: (tensor.detach()[piece.index], wide if name in buffers else dtype)
+    weights = {
+        piece.name: (tensor.detach()[piece.index], wide if name in buffers else dtype, piece.scale)
         for name, tensor in _state(model).items()
         for piece in pieces_of(name, model.config)
     }
+    dim = model.config.hidden_size
+    return weights | {name: (torch.zeros(1, dim), dtype, 1.0) for name in zero_gates(model.config)}
 
 
-def _write_weights(weights: dict[str, tuple[Tensor, torch.dtype]], path: Path, max_shard_size: int) -> set[str]:
-    sizes = {name: tensor.numel() * dtype.itemsize for name, (tensor, dtype) in weights.items()}
+def _write_weights(weights: dict[str, tuple[Tensor, torch.dtype, float]], path: Path, max_shard_size: int) -> set[str]:
+    sizes = {name: tensor.numel() * dtype.itemsize for name, (tensor, dtype, _) in weights.items()}
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, size in sizes.items():
@@ -143,7 +197,7 @@ def _write_weights(weights: dict[str, tuple[Tensor, torch.dtype]], path: Path, m
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        tensors = {key: weights[key][0].to("cpu", weights[key][1]).contiguous() for key in shard}
+        tensors = {key: _as_stored(*weights[key]) for key in shard}
         _write_shard(tensors, path / name)
     if len(shards) == 1:
         return {WEIGHTS}
@@ -152,10 +206,29 @@ def _write_weights(weights: dict[str, tuple[Tensor, torch.dtype]], path: Path, m
     return {*names, INDEX}
 
 
+def _as_stored(tensor: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    return (tensor if scale == 1 else tensor * scale).to("cpu", dtype).contiguous()
+
+
+def _check_finite(weights: dict[str, tuple[Tensor, torch.dtype, float]]) -> None:
+    """Raise UserError unless every number is finite, and stays so in the dtype it is stored in."""
+    for name, (tensor, dtype, scale) in weights.items():
+        low, high = (bound.item() * scale for bound in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError(f"{name} has numbers that are not finite: nothing was written; take older weights")
+        if max(-low, high) > torch.finfo(dtype).max:
+            short = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name} has the number {max(-low, high):.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}: "
+                f"nothing was written; choose bfloat16 or float32"
+            )
+
+
 def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         save_file(shard, temporary, metadata={"format": "pt"})
+        use_umask(temporary)
     except SafetensorError as error:  # it wraps the system's errors, a full disk among them
         temporary.unlink(missing_ok=True)
         raise OSError(str(error)) from error
@@ -198,6 +271,13 @@ class _InFile(NamedTuple):
         return self.file.get_tensor(self.name)
 
 
+def _pieces(name: str, config: ModelConfig, stored: Mapping[str, Any], has_gates: bool) -> list[Piece]:
+    """Return the pieces of a parameter in the layout that ``stored`` has."""
+    if name in stored and not (has_gates and pieces_of(name, config)[0].scale != 1):
+        return [Piece(name)]  # a state dict of ours holds the experts as they lie in memory
+    return (None if has_gates else pieces_of_minimind(name, config, stored)) or pieces_of(name, config)
+
+
 def _open_pth(path: Path, config: ModelConfig) -> dict[str, _InMemory]:
     return {name: _InMemory(tensor) for name, tensor in load_pth(path, config).items()}
 
@@ -235,9 +315,10 @@ def _read(
 ) -> Tensor:
     """Return one parameter, of ``shape``, put together from its pieces."""
     if pieces[0].index == ():
-        return stored[pieces[0].name].read().to(device=device, dtype=dtype)
+        whole = stored[pieces[0].name].read().to(device=device, dtype=dtype)
+        return whole if pieces[0].scale == 1 else whole / pieces[0].scale
     whole = torch.empty(shape, dtype=dtype, device=device)
-    for name, index in pieces:
+    for name, index, _ in pieces:
         whole[index].copy_(stored[name].read())
     return whole
 

@@ -16,6 +16,10 @@ class KVCache:
     Rows may differ in length: ``lengths[b]`` slots of row b are filled. Prompts are padded on the right, with
     ``document_ids`` −1 there; padding is not stored. With a sliding window all slots are kept, and those that no
     query may see any more are left out of what attention reads.
+
+    Args:
+        dtype: None: that in which keys and values are made, so that nothing is converted from step to step. Under
+            autocast it is not the weights'.
     """
 
     def __init__(
@@ -25,11 +29,13 @@ class KVCache:
         batch_size: int,
         max_len: int,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ):
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)  # (B, G, S, K)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        # Without a dtype there is only the shape, until the first keys show theirs.
+        place = {"device": "meta" if dtype is None else device, "dtype": dtype}
+        self.keys = [torch.zeros(shape, **place) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, **place) for _ in range(config.num_hidden_layers)]
         self.window = config.sliding_window
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)  # (B,)
         self.longest = 0  # max(lengths), known without asking the device
@@ -82,7 +88,10 @@ class KVCache:
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of one layer, each (B, G, T, K); return what is to be seen, (B, G, S, K)."""
-        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
+        for buffers, new in ((self.keys, keys), (self.values, values)):
+            if buffers[layer].is_meta and not new.is_meta:
+                buffers[layer] = torch.zeros(buffers[layer].shape, device=new.device, dtype=new.dtype)
+            buffer = buffers[layer]
             new = new.to(buffer.dtype)
             if not self.ragged:
                 buffer[:, :, self._start : self._end] = new
@@ -102,7 +111,6 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (indices, in the order given), e.g. those not finished yet."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        self.keys, self.values = ([slots[rows] for slots in buffers] for buffers in (self.keys, self.values))
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max()) if len(self.lengths) else 0

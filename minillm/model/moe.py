@@ -1,8 +1,9 @@
 """Mixture of experts: a router sends each token through a few of many feed-forward layers.
 
 Shazeer et al., Outrageously Large Neural Networks (2017), section 2; Fedus et al., Switch Transformer (2021). Softmax
-routing as in Mixtral (Jiang et al., 2024, section 2.1) and Qwen3; sigmoid routing with shared experts, groups and a
-correction bias as in DeepSeek-V3 (2024, section 2.1.2) and GLM-4.5. What balances the load: ``router_stats.py``.
+routing as in Mixtral (Jiang et al., 2024, section 2.1) and Qwen3, or with shared experts as in DeepSeekMoE (Dai et al.,
+2024, section 3.2) and, with a gate, Qwen1.5-MoE; sigmoid routing with shared experts, groups and a correction bias as
+in DeepSeek-V3 (2024, section 2.1.2) and GLM-4.5. What balances the load: ``router_stats.py``.
 
 Tokens are sorted by expert, so that each expert multiplies one contiguous block. Padding is sorted behind the last
 block and meets no expert.
@@ -158,9 +159,13 @@ class MoE(nn.Module):
         self.layer, self.n_experts = layer, config.num_experts
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = None
+        # Several shared experts are one of their joint width. Its name, and the gate's, are those of the family.
+        self.shared_experts = self.shared_expert = self.shared_expert_gate = None
         if config.n_shared_experts:
-            self.shared_experts = MLP(config, config.n_shared_experts * config.moe_intermediate_size)
+            shared = MLP(config, config.shared_expert_intermediate_size)
+            setattr(self, "shared_expert" if config.model_type == "qwen2_moe" else "shared_experts", shared)
+        if config.shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         is_token, stats = routing or Routing()
@@ -173,7 +178,15 @@ class MoE(nn.Module):
         out = self.experts(_Dispatch.apply(flat, order, inverse), ends, is_token is not None)  # (n, D)
         out = _Permute.apply(out, inverse, order).view(*chosen.shape, dim)  # (N, k, D)
         out = (out * weights[..., None]).sum(dim=1).to(out.dtype).view(n_rows, seq_len, dim)  # (B, T, D)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        shared = self._shared(x)
+        return out if shared is None else out + shared
+
+    def _shared(self, x: Tensor) -> Tensor | None:
+        """Return what the shared experts make of x (B, T, D), times their gate where they have one."""
+        shared = self.shared_experts or self.shared_expert
+        if shared is None or self.shared_expert_gate is None:
+            return None if shared is None else shared(x)
+        return torch.sigmoid(self.shared_expert_gate(x)) * shared(x)
 
     @_disable_dynamo  # the number of a layer must stay out of the compiled code, which all layers share
     def _record(self, stats: RouterStats, logits: Tensor, scores: Tensor, chosen: Tensor) -> None:

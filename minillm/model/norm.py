@@ -28,9 +28,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        short = torch.is_autocast_enabled(device) and x.dtype == torch.float32
-        out_dtype = torch.get_autocast_dtype(device) if short else x.dtype
-        if device == "cuda":  # one kernel there; elsewhere torch makes ten passes of its gradient
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+        out_dtype = torch.get_autocast_dtype(device) if autocast and x.dtype == torch.float32 else x.dtype
+        # On CUDA it is one kernel, and the compiler makes one; elsewhere torch makes ten passes of its gradient.
+        if device == "cuda" or torch.compiler.is_compiling():
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(out_dtype)
         return _RMSNorm.apply(x, self.weight, self.eps, out_dtype)

@@ -1,10 +1,11 @@
 """Bare ``.pth`` state dicts: what they hold under other names, and what their shapes tell of the model.
 
 Three layouts are read: ours, which is Hugging Face's; MiniMind's of versions 2 and 3, which uses the same names and
-keeps the tied matrix twice, in float16; and that of MiniMind 1, which version 2 began with too
-(``layers.0.attention.wq.weight``, from Touvron et al., LLaMA, 2023), where a head's rotary pairs are neighbours instead
-of halves. A file has no settings:
-``infer_config`` reads from the shapes what they tell, and asks for the rest.
+keeps the tied matrix twice, in float16; and LLaMA's own (Touvron et al., 2023; ``layers.0.attention.wq.weight``), which
+llama2.c, MiniMind 1 and the first releases of MiniMind 2 have, and where a head's rotary pairs are neighbours instead
+of halves. A file has no settings, unless it brings llama2.c's ``model_args``: ``infer_config`` reads from the shapes
+what they tell, and asks for the rest. Wrong heads, angles or weights of experts load without an error and answer
+nonsense, so none of these is guessed.
 """
 
 import math
@@ -23,7 +24,11 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # Tables that follow from the configuration; some releases stored them. Name: numbers of a head per column.
 TABLES = {"freqs_cos": 1, "freqs_sin": 1, "cos_cached": 1, "sin_cached": 1, "inv_freq": 2, "pos_cis": 2, "mask": 0}
 NOT_IN_SHAPES = ("num_attention_heads", "head_dim", "rope_theta", "max_position_embeddings", "rms_norm_eps",
-                 "num_experts_per_tok", "bos_token_id", "eos_token_id")  # fmt: skip
+                 "bos_token_id", "eos_token_id")  # fmt: skip
+# llama2.c's model_args in our names. Its rotary angles are fixed.
+MODEL_ARGS = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+              "max_seq_len": "max_position_embeddings"}  # fmt: skip
+MODEL_ARGS_THETA = 1e4
 WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 OLD_NAMES = {
     "tok_embeddings": "model.embed_tokens", "output": "lm_head", "norm": "model.norm", "layers": "model.layers",
@@ -33,6 +38,7 @@ OLD_NAMES = {
 }  # fmt: skip
 MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 _MIXTRAL = re.compile(r"\.mlp\.(experts\.\d+\.)(gate|up|down)_proj\.")
+_SHARED = r"shared_experts?\.(\d+\.)?gate_proj\.weight"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
@@ -47,6 +53,12 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     Raises:
         UserError: the file holds other things than tensors, or objects, which would run code when loaded.
     """
+    return _read(path, shapes_only)[0]
+
+
+def _read(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors as ``read_pth`` does, and the settings beside them, in our names."""
+    settings = {}
     try:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=shapes_only)
@@ -58,23 +70,24 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
         first = str(error).partition("\n")[0]
         raise UserError(f"{path} is not a plain state dict of tensors: {first or type(error).__name__}") from error
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
+        if isinstance(said := weights.get("model_args"), dict):
+            settings = {MODEL_ARGS[key]: said[key] for key in MODEL_ARGS if key in said}
+            settings.setdefault("rope_theta", MODEL_ARGS_THETA)
         weights = weights["model"]
     is_dict = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     if not is_dict or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a plain state dict of tensors")
-    return {_unwrapped(name): tensor for name, tensor in weights.items()}
+    return {_unwrapped(name): tensor for name, tensor in weights.items()}, settings
 
 
 def load_pth(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Return the weights of the file under Hugging Face's names, rotary tables left out, dtypes as stored.
 
     Raises:
-        UserError: no plain state dict; a mixture of experts that no family holds; two different matrices where
-            ``config`` ties them.
+        UserError: no plain state dict; two different matrices where ``config`` ties them.
     """
     stored = read_pth(path)
     weights = _renamed(stored)
-    _refuse_foreign_experts(weights, path)
     if config.tie_word_embeddings and not _is_tied(weights):
         raise UserError(
             f"{path} has an output matrix of its own ({OUTPUT} differs from {EMBEDDING}), the configuration ties "
@@ -95,22 +108,23 @@ def infer_config(
 ) -> ModelConfig:
     """Return the configuration of the weights in a ``.pth``, as far as their shapes tell it.
 
-    They tell the sizes of vocabulary, layers and experts, QK-norm, attention bias and tying. The width of a head
-    they tell only with QK-norm or a stored rotary table; without, ``num_attention_heads`` (or ``head_dim``) must be
-    said. Never in the file: ``max_position_embeddings``, ``rope_theta`` (taken as 1e6, ours and MiniMind's) and
-    ``rms_norm_eps`` (1e-5), except that the shapes of MiniMind 3 tell its eps of 1e-6, and those of version 1 its theta
-    of 1e4 and 16 heads.
+    They tell the sizes of vocabulary, layers and experts, QK-norm, attention bias, tying and the kind of the shared
+    experts. The width of a head they tell only with QK-norm or a stored rotary table; without, ``num_attention_heads``
+    (or ``head_dim``) must be given. Never in the shapes, and to be given: ``num_experts_per_tok`` and
+    ``norm_topk_prob`` of a mixture of experts, and ``rope_theta`` where the names are LLaMA's own, which files of 1e4,
+    5e5 and 1e6 have. Taken as usual: ``max_position_embeddings``, ``rope_theta`` of other files (1e6, ours and
+    MiniMind's) and ``rms_norm_eps`` (1e-5; 1e-6 where the shapes are those of MiniMind 3).
 
     Args:
         given: keys of ModelConfig that the caller knows; where the file tells otherwise, that is an error.
         fallback: values for what neither ``given`` nor the file tells, such as a preset's; its ``num_attention_heads``
-            counts only if its ``hidden_size``, where it has one, is that of the weights.
+            counts only if its ``hidden_size``, where it has one, is that of the weights, and their names are ours.
 
     Raises:
-        UserError: no plain state dict of a whole model; ``given`` contradicts it; the heads cannot be told; a mixture
-            of experts that no family holds.
+        UserError: no plain state dict of a whole model; ``given`` contradicts it; what cannot be told is not given; a
+            mixture of experts that no family holds.
     """
-    stored = read_pth(Path(path), shapes_only=True)
+    stored, settings = _read(Path(path), shapes_only=True)
     weights = _renamed(stored)
     given = {name: value for name, value in (given or {}).items() if value is not None}
     preset = dict(fallback or {})
@@ -118,13 +132,12 @@ def infer_config(
         raise UserError(
             f"{path} holds no whole model ({EMBEDDING} or the layers are missing); an adapter alone needs its base"
         )
-    _refuse_foreign_experts(weights, path)
     try:
         told = _sizes(weights) | _experts(weights)
         fallback = {name: value for name, value in preset.items() if name in NOT_IN_SHAPES}
-        if "hidden_size" in preset and preset["hidden_size"] != told["hidden_size"]:
+        if _is_old(stored) or preset.get("hidden_size", told["hidden_size"]) != told["hidden_size"]:
             fallback.pop("num_attention_heads", None)  # a wrong number would load, and answer nonsense
-        fallback |= _of_release(stored, weights, told)
+        fallback |= _of_release(told) | settings
         told |= _heads(stored, weights, told, fallback | given, path)
     except UserError:
         raise  # it is a ValueError too, and says what is wrong
@@ -142,12 +155,36 @@ def infer_config(
             f"the weights of {path} do not fit what was said: {'; '.join(differing)} "
             f"(what the file tells can be left out)"
         )
-    if told["num_experts"] and "num_experts_per_tok" not in fallback | given:
-        raise UserError(f"{path} does not tell how many experts a token goes through: give num_experts_per_tok")
+    for name, value in settings.items():
+        if given.get(name, value) != value:
+            raise UserError(f"{path} says itself that {name} is {value}, and {given[name]} was given; leave it out")
+    _check_given(path, given, told, theta_is_known="rope_theta" in settings | given or not _is_old(stored))
     try:
         return ModelConfig(**(fallback | given | told))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _check_given(path: str | Path, given: Mapping[str, Any], told: Mapping[str, Any], *, theta_is_known: bool) -> None:
+    """Raise UserError unless the caller has said what changes answers and is neither in the shapes nor in the file."""
+    if not theta_is_known:
+        raise UserError(
+            f"{path} does not tell the angles of its positions: give rope_theta (--rope_theta 10000 for llama2.c, "
+            f"LLaMA 1 and 2 and MiniMind 1, 500000 for Llama 3, 1000000 for MiniMind 2)"
+        )
+    if not told["num_experts"]:
+        return
+    if "num_experts_per_tok" not in given:
+        raise UserError(
+            f"{path} does not tell how many experts a token goes through: give num_experts_per_tok "
+            f"(--use_moe --num_experts_per_tok 1 for MiniMind 3, 2 for MiniMind 2 and ours, as a rule)"
+        )
+    if "norm_topk_prob" not in given:
+        raise UserError(
+            f"{path} does not tell whether the weights of a token's experts are divided by their sum: give "
+            f"norm_topk_prob (--norm_topk_prob 1 for most; 0 for MiniMind with one expert per token, if it is version "
+            f"2, or version 3 of after 2026-09-17)"
+        )
 
 
 def _mixtral_name(match: re.Match) -> str:
@@ -182,16 +219,6 @@ def _is_tied(weights: Mapping[str, Tensor]) -> bool:
     return OUTPUT not in weights or EMBEDDING not in weights or torch.equal(weights[OUTPUT], weights[EMBEDDING])
 
 
-def _refuse_foreign_experts(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    has_shared = any(".mlp.shared_experts." in name for name in weights)
-    if has_shared and not any(name.endswith("e_score_correction_bias") for name in weights):
-        raise UserError(
-            f"{path} is a mixture of experts of MiniMind 2: softmax routing and shared experts together, which no "
-            f"family of Hugging Face's holds (qwen3_moe has no shared experts, glm4_moe routes by sigmoid). Use its "
-            f"dense weights or MiniMind 3's (which are qwen3_moe), or distil from it into a model of ours"
-        )
-
-
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what holds for a dense model and a mixture of experts alike."""
     vocab_size, hidden_size = weights[EMBEDDING].shape
@@ -222,9 +249,14 @@ def _experts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "intermediate_size": width if dense is None else dense.shape[0],
         "first_k_dense_replace": routers[0],
     }
-    shared = weights.get(mlp + "shared_experts.gate_proj.weight")
-    if shared is not None:
-        told |= {"scoring_func": "sigmoid", "n_shared_experts": shared.shape[0] // width}
+    parts = [name for name in weights if re.fullmatch(re.escape(mlp) + _SHARED, name)]
+    shared_width = sum(weights[name].shape[0] for name in parts)
+    if mlp + "gate.e_score_correction_bias" in weights:
+        told |= {"scoring_func": "sigmoid", "n_shared_experts": shared_width // width}
+    elif parts:
+        n_shared = len(parts) if shared_width % width else shared_width // width
+        told |= {"n_shared_experts": n_shared, "shared_expert_intermediate_size": shared_width}
+        told["shared_expert_gate"] = mlp + "shared_expert_gate.weight" in weights
     return told
 
 
@@ -257,14 +289,7 @@ def _heads(
     return {"head_dim": width, "num_attention_heads": q_dim // width, "num_key_value_heads": kv_dim // width}
 
 
-def _of_release(stored: Mapping[str, Tensor], weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a release of MiniMind sets and no shape tells, if the shapes tell the release.
-
-    Version 3 has QK-norm and F = 64·⌈πD/64⌉; version 1 has the old names and two query heads for each key head.
-    """
-    if told["use_qk_norm"] and told["intermediate_size"] == 64 * math.ceil(told["hidden_size"] * math.pi / 64):
-        return {"rms_norm_eps": 1e-6} | ({"num_experts_per_tok": 1} if told["num_experts"] else {})
-    q_dim, kv_dim = (weights[f"model.layers.0.self_attn.{name}_proj.weight"].shape[0] for name in "qk")
-    if _is_old(stored) and q_dim == 2 * kv_dim:
-        return {"num_attention_heads": 16, "rope_theta": 1e4}
-    return {}
+def _of_release(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the eps of MiniMind 3, if the shapes are its: QK-norm and F = 64·⌈πD/64⌉."""
+    is_minimind_3 = told["intermediate_size"] == 64 * math.ceil(told["hidden_size"] * math.pi / 64)
+    return {"rms_norm_eps": 1e-6} if told["use_qk_norm"] and is_minimind_3 else {}

@@ -5,6 +5,7 @@ Pre-norm residual blocks as in Touvron et al., LLaMA (2023), section 2.2. Parame
 Legend: B batch, T positions, D hidden, V vocabulary.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.generation_config: dict = {}  # of the directory it was read from; ``save_model`` writes it back
         self.block_attention = True
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -163,11 +165,29 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.end()
         if head is not None:
-            is_adapted = "forward" in vars(self.lm_head)
-            return head(self.lm_head(hidden), None) if is_adapted else head(hidden, self.lm_head.weight)
+            return head(hidden, self.lm_head.weight) if self._head_is_plain() else head(self.lm_head(hidden), None)
         return self.lm_head(hidden)
+
+    def _head_is_plain(self) -> bool:
+        """Return whether the output layer is its weight alone, so that the logits need not exist as a whole.
+
+        Not with an adapter, nor where someone has replaced its ``forward``: a hook that, say, fetches the weight from
+        the CPU must be run. The second is not of this library's making, so what it costs is worth a word.
+        """
+        if "lora" in self.lm_head._modules:
+            return False
+        if "forward" not in vars(self.lm_head):
+            return True
+        warnings.warn(
+            "the output layer's forward was replaced (by a hook?): all logits are held at once, which takes positions "
+            "x vocabulary x 4 bytes and more; remove the hook to train by chunks",
+            stacklevel=3,
+        )
+        return False
 
     def _trains_in_blocks(self, input_ids: Tensor) -> bool:
         # Without gradients too: a frozen copy of a model that is trained must give the same bits as the model.
-        wanted = self.block_attention and self.training
-        return wanted and input_ids.device.type == "cpu" and 1 < input_ids.shape[1] <= MAX_SEQ_LEN
+        wanted = self.block_attention and self.training and input_ids.device.type == "cpu"
+        # The plan reads numbers out of the mask, which an exported graph or a tensor without data has not.
+        has_data = not torch.compiler.is_compiling() and type(input_ids) is Tensor
+        return wanted and has_data and 1 < input_ids.shape[1] <= MAX_SEQ_LEN

@@ -158,7 +158,9 @@ def _expert_activations(step: Step) -> int:
     if not step.lora_rank:  # what its own gradient needs: the float32 input; of the balance and z-loss logits and sums
         size += n * (4 * dim + 4 * config.num_experts + 3 * 4)
     if config.n_shared_experts:
-        size += _swiglu(step, n, config.n_shared_experts * config.moe_intermediate_size)
+        size += _swiglu(step, n, config.shared_expert_intermediate_size)
+        if config.shared_expert_gate:  # it, and what it is multiplied by
+            size += n * (dim + 1) * c + _thin(step, 1)
         # Without autocast that input is the router's too.
         size -= n * dim * c if c == 4 and not step.lora_rank else 0
     return size

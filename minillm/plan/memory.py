@@ -158,9 +158,9 @@ def _loss(step: Step) -> tuple[int, int]:
     chunk = min(n_positions, max(1, CHUNK_NUMEL // vocab))
     second = min(chunk, n_positions - chunk)
     weight, is_trained = vocab * dim, not step.lora_rank
-    # Hidden states and their gradient; the output weight in the dtype of products; its gradient so far.
+    # Hidden states and their gradient; the output weight in the dtype of products; its gradient so far, in float32.
     beside = 2 * n_positions * dim * c + weight * c * step.is_mixed
-    so_far = weight * step.weight_bytes * is_trained * (second > 0)
+    so_far = weight * 4 * is_trained * (second > 0)
     last_product = so_far * (n_positions > 2 * chunk)  # of the chunk before, which has been added
     short = c if c < 4 else 0  # the gradient of the logits has a copy of its own in a shorter dtype
     softmax = [8 * chunk * vocab, so_far + last_product]
@@ -169,7 +169,7 @@ def _loss(step: Step) -> tuple[int, int]:
             softmax[0], (4 * chunk + 8 * second) * vocab, (4 + short) * (chunk + second) * vocab * bool(short)
         )
     # Then the gradient of the logits is multiplied; the product is widened, to be added.
-    product = weight * is_trained * (c + (step.weight_bytes if step.is_mixed else 0)) + chunk * dim * c
+    product = weight * is_trained * (c + (4 if c < 4 else 0)) + chunk * dim * c
     gradient = [(4 + short) * chunk * vocab, so_far + product]
     logits, more = max(softmax, gradient, key=sum)
     return logits, beside + more
@@ -206,7 +206,7 @@ def _feed_forward(step: Step, layer: int) -> int:
     weighing = rows * dim * (8 + (c if c < 4 else 0))
     inside = 2 * rows * width * c - rows * dim * c
     inside += config.num_experts * dim * width * (number - c * step.is_mixed)  # a cast copy is no longer needed
-    largest, shared = max(weighing, inside), config.n_shared_experts * width
+    largest, shared = max(weighing, inside), config.shared_expert_intermediate_size
     if shared:  # their gradients are made first, and what they kept is gone then
         gone = (2 if step.lora_rank else 3) * n * shared * c
         largest = max(swiglu(n, shared), largest - gone + 3 * dim * shared * number + n * dim * c)

@@ -96,9 +96,10 @@ class Tokenizer:
     def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
         """Text of ``ids``; bytes that are no whole character become U+FFFD, never an error.
 
-        ``skip_special_tokens`` leaves out control and spare tokens; tags such as ``<think>`` are shown.
+        ``skip_special_tokens`` leaves out control and spare tokens; tags such as ``<think>`` are shown. Ids above the
+        vocabulary say nothing: embeddings are often padded to a round number, and a model may draw one of those.
         """
-        ids = [int(i) for i in ids]
+        ids = [i for i in map(int, ids) if i < self.vocab_size]
         if skip_special_tokens:
             ids = [i for i in ids if i not in self._special_ids]
         if not self._joins_bytes:
@@ -156,10 +157,16 @@ class Tokenizer:
 
     @cached_property
     def eos_token_id(self) -> int:
-        """``<|endoftext|>``, which begins and ends every document; else the eos_token of the directory."""
-        if self.has_token("<|endoftext|>"):
-            return self.token_id("<|endoftext|>")
+        """The token that a document ends with.
+
+        Where the directory names a bos_token, the eos_token beside it is meant: MiniMind, Llama, Mistral and DeepSeek
+        write ``bos text eos``. Where it names none, as Qwen's, or both are one token, as in ours, documents stand
+        between two ``<|endoftext|>``; the eos_token of Qwen's chat models ends a turn there, not a document.
+        """
         name = _token_name(self._settings.get("eos_token"))
+        name = name if name is not None and self.has_token(name) else None
+        if name is None or self._bos_name is None:
+            name = "<|endoftext|>" if self.has_token("<|endoftext|>") else name
         if name is None:
             raise UserError(
                 f"{self.origin} has no '<|endoftext|>' and no eos_token in tokenizer_config.json: add one"
@@ -168,9 +175,21 @@ class Tokenizer:
 
     @cached_property
     def bos_token_id(self) -> int:
-        """The token a document begins with: ``<|endoftext|>`` in ours, bos_token elsewhere, else the eos."""
+        """The token that a document begins with: the directory's bos_token, else the one that it ends with."""
+        return self.eos_token_id if self._bos_name is None else self.token_id(self._bos_name)
+
+    @property
+    def _bos_name(self) -> str | None:
         name = _token_name(self._settings.get("bos_token"))
-        return self.token_id(name) if name is not None and self.has_token(name) else self.eos_token_id
+        return name if name is not None and self.has_token(name) else None
+
+    def document(self, ids: list[int]) -> list[int]:
+        """Return a whole document, ``[bos, *ids, eos]``: so it is trained on, validated and measured."""
+        return [self.bos_token_id, *ids, self.eos_token_id]
+
+    def open_document(self, ids: list[int]) -> list[int]:
+        """Return the beginning of a document, ``[bos, *ids]``, for a model to continue."""
+        return [self.bos_token_id, *ids]
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -190,23 +209,43 @@ class Tokenizer:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer, each once: the eos token, ``<|im_end|>`` where there is one, those that the model's
-        generation_config.json names, and the one that its chat template writes behind an answer."""
-        names = ["<|im_end|>"]
+        """Ids that end an answer, each once: the end of a document, that of a turn where there is one, those that the
+        model's generation_config.json names, and the one that its chat template writes behind an answer."""
+        names = [_token_name(self._settings.get("eos_token")), "<|im_end|>", "<|endoftext|>"]
         with contextlib.suppress(UserError):  # no template that works: chat says so, and texts do not need one
             names.append(chat_format(self).end_token)
-        turns = [self.token_id(name) for name in names if name is not None and self.has_token(name)]
+        ids = [self.token_id(name) for name in names if name is not None and self.has_token(name)]
         more = [end for end in self.generation_ends if end < self.vocab_size]
-        return tuple(dict.fromkeys([self.eos_token_id, *turns, *more]))
+        return tuple(dict.fromkeys([self.eos_token_id, *ids, *more]))
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of what decides the ids: model, pre-tokenizer, normaliser, added tokens."""
+        """SHA-256 (hex) of what decides the ids of a text: model, pre-tokenizer, normaliser, added tokens."""
         spec = json.loads(self.files["tokenizer.json"])
         for unused in ("truncation", "padding", "post_processor"):
             spec.pop(unused, None)
-        canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+        return _hash(spec)
+
+    @property
+    def document_hash(self) -> str:
+        """SHA-256 (hex) of what decides the ids of a document: ``content_hash``, and what begins and ends it."""
+        return _hash([self.content_hash, self.bos_token_id, self.eos_token_id])
+
+    @property
+    def template_hash(self) -> str:
+        """SHA-256 (hex) of what a chat template makes of a conversation: its text, and the names it may write.
+
+        Wherever the template lies, in ``chat_template.jinja`` or in ``tokenizer_config.json``.
+        """
+        template = self.files.get("chat_template.jinja") or self._settings.get("chat_template")
+        names = {key: _token_name(value) for key, value in self._settings.items() if key.endswith("_token")}
+        return _hash([template or None, {key: name for key, name in names.items() if name is not None}])
+
+    @property
+    def encoding_hash(self) -> str:
+        """SHA-256 (hex) of all that decides the ids of a conversation and their mask: ``document_hash``,
+        ``template_hash``, and the tokens that end an answer."""
+        return _hash([self.document_hash, self.template_hash, sorted(self.end_ids)])
 
     def save(self, path: str | Path) -> None:
         """Write the directory that ``load_tokenizer`` and transformers' AutoTokenizer open.
@@ -285,6 +324,11 @@ def _parse_json(text: str, name: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {type(value).__name__}, not a JSON object; train or copy it again")
     return value
+
+
+def _hash(value) -> str:
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def _mentions_byte_level(part: dict | None) -> bool:

@@ -34,6 +34,8 @@ GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 BYTE_OF = dict(sorted(byte_level_alphabet().items()))
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 
+MAX_KNOWN, MAX_KNOWN_LEN = 1 << 16, 64  # pieces whose ids are remembered, and the bytes of the longest one
+
 Pair = tuple[int, int]
 
 
@@ -59,7 +61,11 @@ class BytePairEncoding:
         for piece in pieces(text, self.pattern):
             known = self._known.get(piece)
             if known is None:
-                known = self._known[piece] = self.encode_piece(piece)
+                known = self.encode_piece(piece)
+                if len(self._known) >= MAX_KNOWN:
+                    self._known.clear()  # what is frequent comes back soon
+                if len(piece) <= MAX_KNOWN_LEN:
+                    self._known[piece] = known
             ids += known
         return ids
 

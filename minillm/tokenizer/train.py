@@ -24,9 +24,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minillm.errors import UserError
 from minillm.tokenizer.base import SPECIAL_TOKENS, TAG_TOKENS, Tokenizer
-from minillm.tokenizer.bpe import BytePairEncoding, count_pieces, learn_merges
+from minillm.tokenizer.bpe import BytePairEncoding, count_pieces, learn_merges, pieces
 
 N_SPECIAL = 32  # with the spare ones, for tokens a later stage may want
+# Longest piece that merges are learned from, in characters. Learning takes time that grows with the square of a piece;
+# words are short, but a text without blanks and punctuation is one piece, whatever its length.
+MAX_PIECE_LEN = 1000
 SPARES_FROM_VOCAB = 512  # below this size spare tokens would crowd out merges: only the named ones are kept
 
 _SPECIAL_TEXT = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
@@ -66,6 +69,7 @@ def train_bpe(
         None: no limit.
     split_han: each Chinese character a piece of its own, never merged with its neighbour.
     min_frequency: a merge must occur so often.
+    A piece of more than 1,000 characters is cut for learning, so that time grows with the text alone.
     by_hand: learn the merges with ``bpe.py`` instead of the library: the same result, only later.
 
     Warns when the text is too small for ``vocab_size`` merges: then ``tokenizer.vocab_size`` is smaller.
@@ -85,7 +89,7 @@ def train_bpe(
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    texts = CountedTexts(texts_of(files))
+    texts = CountedTexts(texts_of(files), pattern)
     if by_hand:
         learned = learn_merges(
             count_pieces(texts, pattern),
@@ -164,10 +168,14 @@ def directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[
 
 
 class CountedTexts:
-    """Iterate once, count characters, and refuse what is no text before Rust reports it in its own words."""
+    """Iterate once, count characters, cut what is too long, and refuse what is no text before Rust says it in its way.
 
-    def __init__(self, texts: Iterable[str]):
-        self.texts = texts
+    Args:
+        pattern: of the pieces; those longer than ``MAX_PIECE_LEN`` are cut. None: nothing is cut.
+    """
+
+    def __init__(self, texts: Iterable[str], pattern: str | None = None):
+        self.texts, self.pattern = texts, pattern
         self.n_characters = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -177,7 +185,29 @@ class CountedTexts:
             self.n_characters += len(text)
             # In chats <think> and its like are tokens already: their letters must not earn merges.
             text = _SPECIAL_TEXT.sub("\n", text)
-            yield text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate counts as "?"
+            text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate counts as "?"
+            yield from [text] if self.pattern is None else without_long_pieces(text, self.pattern)
+
+
+# Where a piece may be too long: no piece reaches over a blank, but for the one before it, nor over a newline.
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_PIECE_LEN},}}|(?<![^\S\n])[^\S\n]{{{MAX_PIECE_LEN},}}")
+
+
+def without_long_pieces(text: str, pattern: str) -> Iterator[str]:
+    """Yield ``text`` in parts, cut inside of pieces longer than ``MAX_PIECE_LEN`` and nowhere else.
+
+    Ordinary text comes back whole.
+    """
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        end = run.start()
+        for piece in pieces(run.group(), pattern):
+            begin, end = end, end + len(piece.decode("utf-8"))
+            while end - begin > MAX_PIECE_LEN:
+                begin += MAX_PIECE_LEN
+                yield text[start:begin]
+                start = begin
+    yield text[start:]
 
 
 def texts_of(files) -> Iterable[str]:

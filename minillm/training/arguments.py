@@ -5,6 +5,9 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.data.columns import parse_columns
+from minillm.data.files import expand_paths
+from minillm.data.split import DataFiles
 from minillm.errors import UserError
 from minillm.training.command_line import require
 from minillm.training.scale_arguments import ScaleArguments
@@ -15,10 +18,16 @@ class TrainArguments(ScaleArguments):
     """What every training stage shares."""
 
     data_path: str = ""
-    """Training data: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas (default: the first known name in
-    dataset/, see dataset/README.md, else the demo world with its settings)."""
+    """Training data: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with commas; directories
+    and patterns (data/*.jsonl) too (default: the first known name in dataset/, see dataset/README.md, else the demo
+    world with its settings)."""
     valid_path: str = ""
     """Validation data; empty: no validation."""
+    valid_ratio: float = 0.0
+    """Without --valid_path: share of the training records to hold out for validation, such as 0.01. They are chosen by
+    a hash of their content, so they are the same in every run and when the file grows."""
+    columns: str = ""
+    """The files' names for our keys, ours=theirs: prompt=question,completion=answer."""
     save_dir: str = "out"
     """Directory that holds the run directories."""
     tokenizer_path: str = ""
@@ -29,6 +38,8 @@ class TrainArguments(ScaleArguments):
     """Where tokenised data is kept (default: SAVE_DIR/.token_cache)."""
     strict: bool = False
     """Refuse data files that hold a bad line, instead of setting the line aside."""
+    allow_rejected: bool = False
+    """Train even if more than a tenth of the records of a file were rejected."""
 
     epochs: int = 1
     """Passes over the data."""
@@ -114,13 +125,18 @@ class TrainArguments(ScaleArguments):
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be at least 0 and below 2^63")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
         super().check()
-        one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob
+        one_weight = self.has_experts and self.num_experts_per_tok == 1 and self.norm_topk_prob is not False
         message = "the weight of a single expert, divided by itself, is always 1, and the router learns nothing"
-        other = "choose at least 2, or add --norm_topk_prob 0 (with softmax scores --use_qk_norm too)"
+        other = "choose at least 2, or add --norm_topk_prob 0"
+        other += " (with softmax scores --use_qk_norm or --n_shared_experts 1 too)"
         require(not one_weight, f"--num_experts_per_tok 1: {message}; {other}")
         require(bool(self.data_files), "--data_path names no file: give at least one")
+        require(0 <= self.valid_ratio < 1, f"--valid_ratio {self.valid_ratio}: must be at least 0 and below 1")
+        one_source = not (self.valid_ratio and self.valid_path)
+        require(one_source, f"--valid_ratio {self.valid_ratio} and --valid_path {self.valid_path}: choose one of them")
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
+        parse_columns(self.columns)
 
     def rows_per_step(self, world_size: int) -> int:
         """Return the rows of one update over all ranks.
@@ -129,8 +145,14 @@ class TrainArguments(ScaleArguments):
             UserError: ``--global_batch_size`` is no multiple of what one micro-batch of all ranks takes.
         """
         per_micro_step = self.batch_size * world_size
+        n_rows = per_micro_step * self.accumulation_steps
         if not self.global_batch_size:
-            return per_micro_step * self.accumulation_steps
+            return n_rows
+        if self.accumulation_steps > 1 and self.global_batch_size != n_rows:
+            raise UserError(
+                f"--accumulation_steps {self.accumulation_steps} x --batch_size {self.batch_size} x {world_size} ranks "
+                f"= {n_rows} rows, but --global_batch_size is {self.global_batch_size}: leave one of them out"
+            )
         if self.global_batch_size % per_micro_step:
             raise UserError(
                 f"--global_batch_size {self.global_batch_size} is not a multiple of batch_size x ranks = "
@@ -141,12 +163,24 @@ class TrainArguments(ScaleArguments):
     @property
     def data_files(self) -> list[str]:
         """Return the files of ``--data_path``."""
-        return [part.strip() for part in self.data_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.data_path)]
 
     @property
     def valid_files(self) -> list[str]:
         """Return the files of ``--valid_path``."""
-        return [part.strip() for part in self.valid_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.valid_path)]
+
+    @property
+    def train_data(self) -> DataFiles:
+        """Return the records to train on: those of ``--data_path``, without what ``--valid_ratio`` holds out."""
+        return DataFiles(self.data_files, self.valid_ratio, "train", self.columns)
+
+    @property
+    def valid_data(self) -> DataFiles | None:
+        """Return the records to validate with: of ``--valid_path``, or held out; None without validation."""
+        if self.valid_ratio:
+            return DataFiles(self.data_files, self.valid_ratio, "valid", self.columns)
+        return DataFiles(self.valid_files, columns=self.columns) if self.valid_files else None
 
     @property
     def token_cache(self) -> str:
@@ -190,10 +224,13 @@ class TokenizerArguments:
 
     bare_stage = "tokenizer"
     data_path: str = ""
-    """Text to learn from, of any schema: .jsonl, .jsonl.gz, .parquet or .txt; several files with commas (default: the
-    first known name in dataset/, else the demo world)."""
+    """Text to learn from, of any schema: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files with
+    commas; directories and patterns (data/*.jsonl) too (default: the first known name in dataset/, else the demo
+    world)."""
     valid_path: str = ""
     """Held-out text for bytes per token (default: every 20th record of the data, kept out of training)."""
+    columns: str = ""
+    """The files' names for our keys, ours=theirs: prompt=question,completion=answer."""
     save_dir: str = "out"
     """Directory that holds the run directories; the tokenizer goes to SAVE_DIR/tokenizer."""
     vocab_size: int = 6400
@@ -221,13 +258,14 @@ class TokenizerArguments:
             for path in files:
                 require(os.path.isfile(path), f"--{flag} {path}: no such file")
         require(bool(self.data_files), "--data_path names no file: give at least one")
+        parse_columns(self.columns)
 
     @property
     def data_files(self) -> list[str]:
         """Return the files of ``--data_path``."""
-        return [part.strip() for part in self.data_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.data_path)]
 
     @property
     def valid_files(self) -> list[str]:
         """Return the files of ``--valid_path``."""
-        return [part.strip() for part in self.valid_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.valid_path)]

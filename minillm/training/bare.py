@@ -60,8 +60,6 @@ def choose(stage: str, argv: list[str], from_file: dict) -> dict:
         notes.append(f"results in {values['save_dir']}/")
         return _say(values, notes)
     values["save_dir"] = given("save_dir") or ("out" if own_data else _demo_save_dir(stage, values, weights, given))
-    if stage == "distill" and weights and not given("from_weight"):
-        values["tokenizer_path"] = str(weights if weights.is_dir() else weights.parent)
     if stage == "pretrain" and not given("tokenizer_path") and not given("from_weight"):
         values["tokenizer_path"] = _tokenizer(values["save_dir"], own_data)
         notes.append(f"tokenizer {values['tokenizer_path']}")

@@ -24,6 +24,7 @@ from minillm.errors import UserError
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
 DAMAGED = "damaged-"
+EARLIER = "earlier"  # folder of a run directory: the run that was there before
 
 
 def save_checkpoint(
@@ -135,18 +136,31 @@ def _no_room(directory: Path, final: Path, error: OSError, n_bytes: int) -> User
     )
 
 
-def set_aside(directory: Path) -> Path | None:
-    """Move the checkpoints of an earlier run out of the way of a new one; return where to, or None if there are none.
+def holds_a_run(directory: Path) -> str | None:
+    """Return what a run directory holds of an earlier run, in words; None if it is free for a new one."""
+    if (directory / f".{EARLIER}.tmp").is_dir():
+        return "a run that was about to be moved"
+    if any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return "a finished run"
+    checkpoints = list_checkpoints(directory / "checkpoints")
+    return f"an unfinished run with checkpoints up to {checkpoints[0].name}" if checkpoints else None
 
-    So a forgotten ``--from_resume`` loses nothing. What was set aside before them is removed.
+
+def move_to_earlier(directory: Path) -> Path:
+    """Move all that an earlier run has left in ``directory`` into its folder ``earlier``; return that.
+
+    What lay in ``earlier`` before is removed. The lock, and what starts with a dot, stays. A move that was cut short by
+    a kill is completed by the next call.
     """
-    if not list_checkpoints(directory):
-        return None
-    aside = directory.with_name(f"{directory.name}.earlier")
-    shutil.rmtree(aside, ignore_errors=True)
-    _remove_leftovers(directory)
-    os.rename(directory, aside)
-    return aside
+    earlier, emptied = directory / EARLIER, directory / f".{EARLIER}.tmp"
+    emptied.mkdir(exist_ok=True)
+    for path in sorted(directory.iterdir()):
+        if not path.name.startswith(".") and path.name not in (EARLIER, "wandb"):
+            os.rename(path, emptied / path.name)
+    shutil.rmtree(earlier, ignore_errors=True)
+    os.rename(emptied, earlier)
+    _remove_leftovers(earlier / "checkpoints")
+    return earlier
 
 
 def newest_checkpoint(directory: Path, *, report: Callable[[str], None] = print) -> Path | None:
@@ -242,7 +256,12 @@ def sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a directory, have reached the disk."""
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
+        return  # it opens no directories; its file system writes names down by itself
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR | os.O_BINARY if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,14 +6,16 @@ not be in memory while another is trained. A cache is a directory:
     <column>.bin     the numbers of all rows, one row after the other, without padding
     manifest.json    what it was made from and with (``identity``), and the columns with their sizes
 
-It is written under a temporary name and renamed when it is whole.
+The directory's name is a hash of the rows and of everything else the numbers depend on, so two caches never share a
+place. It is whole or absent, and several processes may make the same one at once (``data/whole_directory.py``).
 """
 
 import hashlib
+import json
 import os
 import shutil
-import socket
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -24,9 +26,10 @@ from tqdm import tqdm
 
 from minillm.data.batches import collate
 from minillm.data.sealed import read_sealed, write_sealed
-from minillm.data.shards import remove_orphans
+from minillm.data.whole_directory import build_directory
 from minillm.errors import UserError
 
+FORMAT = 2  # raise it when the meaning of the columns changes: older caches are then not looked at
 MANIFEST = "manifest.json"
 GIB = 2**30
 
@@ -81,25 +84,23 @@ def cached_columns(
     max_gib: float = 0.0,
     flag: str,
     batch_size: int = 8,
-    must_fit: bool = False,
 ) -> WithColumns:
     """Return ``rows`` with the columns that ``compute`` gives for them, from the cache or computed now.
 
     Args:
-        directory: a folder for caches; that of these rows is called after their hash.
-        identity: what else the numbers depend on, as JSON values: the model's hash, and settings.
+        directory: a folder for caches; that of these rows is called after the hash of rows and identity.
+        identity: everything else the numbers depend on, as JSON values: the model's hash, and settings.
         compute: takes a batch (see ``collate``), returns columns (B, T, ...) as wide as ``input_ids``, or as
             ``other_input_ids`` where their name begins with ``other_``.
         bytes_per_position, max_gib: the cache's size is known beforehand and refused above this limit (0: no limit).
         flag: what the place is called on the command line, for messages.
-        must_fit: refuse a cache that was made with another identity; else it is made anew.
 
     Raises:
-        UserError: a stale cache that must fit; the cache is too large; the disk is full.
+        UserError: the cache is too large; the disk is full.
     """
-    place = directory / rows.data_hash[:32]
-    manifest = _read_manifest(place)
-    if manifest is not None and _can_be_used(place, manifest, identity, flag, must_fit):
+    key = json.dumps([FORMAT, rows.data_hash, identity], sort_keys=True)
+    place = directory / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if _is_whole(place):
         return WithColumns(rows, place)
     size = int(rows.lengths.sum()) * bytes_per_position
     if max_gib and size > max_gib * GIB:
@@ -107,53 +108,40 @@ def cached_columns(
             f"the cache for {flag} would take {size / 2**20:,.2f} MiB, the limit is {max_gib * 1024:,.2f}: raise "
             f"--max_cache_gib, keep less per position, or do without the cache"
         )
-    partial = place.with_name(f".{place.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    remove_orphans(directory, place.name)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+
+    def write(partial: Path) -> None:
         columns = _write(rows, partial, compute, batch_size, flag)
         sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-        content = {"identity": identity, "columns": columns, "sizes": sizes}
-        write_sealed(partial / MANIFEST, content)
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
+        write_sealed(partial / MANIFEST, {"identity": identity, "columns": columns, "sizes": sizes})
+
+    try:
+        build_directory(place, write=write, is_whole=_is_whole)
     except OSError as error:
         free = shutil.disk_usage(directory.parent if directory.parent.exists() else ".").free
         raise UserError(
             f"cannot write the cache for {flag} to {place}: {error.strerror or error}; it needs "
             f"{size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return WithColumns(rows, place)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 (hex) of a model's parameters and buffers, names and dtypes included."""
-    digest = hashlib.sha256()
+def model_hash(model: nn.Module) -> str:
+    """Return the SHA-256 (hex) of all that decides a model's numbers: its configuration, if it has one, and its
+    parameters and buffers with their names and dtypes."""
+    config = getattr(model, "config", None)
+    digest = hashlib.sha256(json.dumps(None if config is None else asdict(config), sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _read_manifest(place: Path) -> dict | None:
+def _is_whole(place: Path) -> bool:
     try:
-        return read_sealed(place / MANIFEST)
-    except FileNotFoundError:
-        return None
+        sizes = read_sealed(place / MANIFEST)["sizes"]
+        return all((place / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
-        return {}
-
-
-def _can_be_used(place: Path, manifest: dict, identity: dict, flag: str, must_fit: bool) -> bool:
-    was = manifest.get("identity", {})
-    different = [f"{key}: {was.get(key)} then, {now} now" for key, now in identity.items() if was.get(key) != now]
-    if different and must_fit:
-        raise UserError(f"{flag} {place} is stale ({'; '.join(different)}): remove it, or name another place")
-    sizes = manifest.get("sizes", {})
-    return not different and all((place / n).is_file() and (place / n).stat().st_size == s for n, s in sizes.items())
+        return False
 
 
 def _write(rows, partial: Path, compute: Callable, batch_size: int, flag: str) -> dict:

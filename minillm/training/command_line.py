@@ -163,7 +163,7 @@ def _to_type(where: str, value, kind):
 
 
 def _spell_out_booleans(cls, argv: list[str]) -> list[str]:
-    booleans = {name for name, kind in get_type_hints(cls).items() if kind is bool}
+    booleans = {name for name, kind in get_type_hints(cls).items() if kind in (bool, bool | None)}
     words, spelled = list(argv), []
     while words:
         word = words.pop(0)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minillm.files import use_umask
 from minillm.losses import hidden_distance, linear_distill_loss, linear_top_k_distill_loss
 from minillm.training.outputs import WholeModel
 from minillm.training.teacher import Teacher
@@ -45,8 +46,7 @@ class DistillLoss:
             "divergence": args.divergence,
         }
         if "teacher_ids" in batch:
-            # In float16, as they lie on disk: the dtype tells the loss how well "the rest" of the probability is known.
-            taught = {"teacher_ids": batch["teacher_ids"], "teacher_log_probs": batch["teacher_log_probs"].half()}
+            taught = {name: batch[name] for name in ("teacher_ids", "teacher_log_probs", "teacher_log_rest")}
         else:
             taught = self.teacher.outputs(batch)
 
@@ -95,7 +95,9 @@ class StudentAlone(WholeModel):
         """Write what is needed to go on, exactly."""
         self.export(model, path, tokenizer=tokenizer, dtype=torch.float32)
         if PROJECTION in model._modules:
-            save_file(getattr(model, PROJECTION).state_dict(), path / f"{PROJECTION}.safetensors")
+            file = path / f"{PROJECTION}.safetensors"
+            save_file(getattr(model, PROJECTION).state_dict(), file)
+            use_umask(file)
 
     def read_checkpoint(self, model, path: Path) -> None:
         """Read it back into ``model``."""

@@ -3,6 +3,7 @@
 import time
 
 from minillm.data.report import colour_targets, data_report, format_report
+from minillm.terminal import use_colour
 from minillm.training import hardware
 from minillm.training.routing import describe_parameters, trained_parameters
 
@@ -20,7 +21,8 @@ def dry_run(run, loader, tokenizer, loss, *, prepare=lambda micro_batches, train
     micro_batches = loader.step(0, 0)
     if run.ranks.is_main:
         print(format_report(data_report(loader.rows, tokenizer)))
-        print("\nfirst row, targets coloured:\n" + colour_targets(micro_batches[0], tokenizer))
+        how = "coloured" if use_colour() else "in [[ ]]"
+        print(f"\nfirst row, targets {how}:\n" + colour_targets(micro_batches[0], tokenizer))
     n_tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in micro_batches)
     module = run.model.train()
     for _ in range(2):

@@ -1,5 +1,6 @@
 """Which engine a run has, and how a run of several ranks ends before its time."""
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -40,10 +41,14 @@ def explain(error: BaseException, run) -> None:
     """Say what an error that ends a run means, where that is not plain: a second Ctrl-C, or a rank that is gone.
 
     Raises:
+        Interrupted: in place of KeyboardInterrupt, which would show where the program was.
         UserError: in place of what the communication library says when another rank has died or hangs.
     """
-    if isinstance(error, KeyboardInterrupt) and run.ranks.is_main and run._save_step >= 0:
-        print(f"interrupted after step {run.step}; go on with: {resume_command()}", file=sys.stderr)
+    if isinstance(error, KeyboardInterrupt):
+        if run.ranks.is_main:
+            how = f"; go on with: {resume_command()}" if run._save_step >= 0 else ", before its first checkpoint"
+            print(f"interrupted after step {run.step}{how}", file=sys.stderr)
+        raise Interrupted(signal.SIGINT) from None
     is_of_ranks = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
     )

@@ -6,7 +6,6 @@ recomputation, over the device's peak.
 
 import ctypes
 import re
-import resource
 import sys
 import time
 
@@ -45,9 +44,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far: of the CUDA allocator, or of this process (resident) elsewhere."""
+    """Return the peak memory so far: of the CUDA allocator, or of this process (resident) elsewhere; 0 if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -6,10 +6,10 @@ from typing import Literal
 from minillm.config import PRESETS
 from minillm.training.command_line import require
 
-# The flags that shape the experts, under the configuration's own names (and ``norm_topk_prob``, which is on or off).
+# The flags that shape the experts, under the configuration's own names (and ``shared_expert_gate``, on or off).
 EXPERT_FLAGS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
-    "first_k_dense_replace",
+    "first_k_dense_replace", "norm_topk_prob",
 )  # fmt: skip
 
 
@@ -33,6 +33,8 @@ class ModelArguments:
     """Use the embedding matrix as the output layer too."""
     use_qk_norm: bool = False
     """Normalise queries and keys per head (the Qwen3 family)."""
+    rope_theta: float | None = None
+    """Base of the rotary angles (default: 1e6); a .pth with LLaMA's own names needs it."""
     use_moe: bool = False
     """Mixture of experts: 4 experts, 2 per token, and 1 shared by all, unless the next flags say otherwise."""
     num_experts: int | None = None
@@ -42,13 +44,16 @@ class ModelArguments:
     moe_intermediate_size: int | None = None
     """Width F of one expert (default: that of the dense layer)."""
     n_shared_experts: int | None = None
-    """Experts that every token goes through as well (default: 1 with sigmoid scores; softmax has none)."""
+    """Experts that every token goes through as well (default: 1 with sigmoid scores, 0 with softmax)."""
+    shared_expert_gate: bool = False
+    """With softmax scores: multiply what the shared experts give by a trained gate, as Qwen1.5-MoE does."""
     scoring_func: Literal["softmax", "sigmoid"] | None = None
-    """sigmoid: GLM-4.5, balanced by a bias; softmax: Qwen3-MoE with use_qk_norm, else Mixtral (default: sigmoid)."""
+    """sigmoid: GLM-4.5, balanced by a bias; softmax: Qwen2-MoE with shared experts, Qwen3-MoE with use_qk_norm, else
+    Mixtral (default: sigmoid)."""
     first_k_dense_replace: int | None = None
     """First blocks, which have a dense layer instead of experts (default: 0)."""
-    norm_topk_prob: bool = True
-    """Divide the weights of a token's experts by their sum."""
+    norm_topk_prob: bool | None = None
+    """Divide the weights of a token's experts by their sum (default: true)."""
     rope_scaling: str = ""
     """Take more positions than were trained on, TYPE:FACTOR with linear, dynamic or yarn, e.g. yarn:4 for 4 times as
     many; none: what the weights say is left out (default: what the weights say)."""
@@ -85,10 +90,11 @@ class ModelArguments:
 
     def model_overrides(self) -> dict:
         """Return the configuration keys that were set on the command line."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+                 "rope_theta")  # fmt: skip
         given = {name: getattr(self, name) for name in (*names, *EXPERT_FLAGS) if getattr(self, name) is not None}
-        if not self.norm_topk_prob:
-            given["norm_topk_prob"] = False
+        if self.shared_expert_gate:
+            given["shared_expert_gate"] = True
         return given | {"tie_word_embeddings": self.tie_word_embeddings, "use_qk_norm": self.use_qk_norm}
 
     def expert_defaults(self) -> dict:
@@ -96,14 +102,14 @@ class ModelArguments:
         if not self.has_experts:
             return {}
         experts = {name: PRESETS["moe"][name] for name in EXPERT_FLAGS if name in PRESETS["moe"]}
-        # No family has softmax scores and shared experts.
         return experts | ({"n_shared_experts": 0} if self.scoring_func == "softmax" else {})
 
     def check(self) -> None:
         """Raise ``UserError`` for a --rope_scaling that cannot be, and flags of experts without any or out of range."""
         _ = self.rope_type_and_factor  # raises what is to be raised
         given = [name for name in EXPERT_FLAGS if getattr(self, name) is not None]
-        for name in given + ([] if self.norm_topk_prob else ["norm_topk_prob"]):
+        require(self.rope_theta is None or self.rope_theta > 0, f"--rope_theta {self.rope_theta}: must be positive")
+        for name in given + (["shared_expert_gate"] if self.shared_expert_gate else []):
             value = getattr(self, name)
             require(self.has_experts, f"--{name} {value}: goes with --use_moe (a mixture of experts), add it")
             least = 1 if name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size") else 0

@@ -1,6 +1,5 @@
-"""When numbers go wrong: stop with the batch saved, or warn before much time is lost."""
+"""When numbers are not finite: stop with the batch saved."""
 
-import math
 from typing import NoReturn
 
 import torch
@@ -25,13 +24,3 @@ def stop_for_nonfinite(run, loss_sum: float, grad_norm: float) -> NoReturn:
         f"finite, the update was not applied; {where}. Lower --learning_rate, or look at "
         f"that batch; the newest checkpoint is untouched"
     )
-
-
-def compare_with_uniform(run, loss: float) -> None:
-    """Warn when the first loss of a fresh model, in nats per target, is not near that of guessing, ln V."""
-    uniform = math.log(run.model.config.vocab_size)
-    if abs(loss - uniform) > 0.5:
-        run.tracker.print(
-            f"warning: the first loss is {loss:.3f}, a fresh model should start near ln V = {uniform:.3f}; "
-            f"look at the initialisation, the targets and the loss"
-        )

@@ -1,5 +1,6 @@
 """What a run writes of its model and reads back: all of it, or its adapter alone."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
+from minillm.files import use_umask
 from minillm.lora import save_lora
+from minillm.lora.base import BASE
 from minillm.lora.merge import merge_adapters
 from minillm.lora.state import load_trained_state, trained_state
 from minillm.model.hf import load_model, save_model
@@ -19,12 +22,15 @@ TRAINED = "trained.safetensors"
 class WholeModel:
     """A run of a stage that trains all weights: ``SAVE_DIR/<stage>_<hidden_size>``, a Hugging Face directory."""
 
+    is_adapter = False
     is_large = True  # too large for one rank to write, where ranks hold parts of it
     tags = "library_name: transformers\npipeline_tag: text-generation"
     usage = "Opens as it is with `transformers.AutoModelForCausalLM.from_pretrained`."
 
     def directory(self, args, stage: str, config) -> Path:
-        """Return the run's directory."""
+        """Return the run's directory: ``--run_name``, or a name of stage and width."""
+        if args.run_name:
+            return Path(args.save_dir) / args.run_name
         has_experts = bool(config.num_experts)
         return Path(args.save_dir) / run_name(stage, hidden_size=config.hidden_size, has_experts=has_experts)
 
@@ -48,8 +54,9 @@ class WholeModel:
 class AdapterAlone(WholeModel):
     """A run that trains an adapter: ``SAVE_DIR/lora/<lora_name>_<hidden_size>``, a directory as peft's."""
 
+    is_adapter = True
     is_large = False
-    tags = "library_name: peft"
+    base: str | None = None
     usage = (
         "An adapter: `python eval_model.py --lora_name` uses it, `peft.PeftModel.from_pretrained` loads it, and "
         "`python -m minillm.lora merge` adds it to its model for good."
@@ -58,18 +65,28 @@ class AdapterAlone(WholeModel):
     def __init__(self, args):
         self.args = args
 
+    @property
+    def tags(self) -> str:
+        """Return the head of the model card; it names the adapted model."""
+        base = f"\nbase_model: {json.dumps(self.base, ensure_ascii=False)}" if self.base else ""
+        return f"library_name: peft{base}"
+
     def directory(self, args, stage: str, config) -> Path:
         """Return the run's directory."""
+        if args.run_name:
+            raise UserError(f"--run_name {args.run_name}: an adapter is named by --lora_name")
         return adapter_directory(args.lora_name, save_dir=args.save_dir, config=config)
 
     def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:
         """Write the adapter; it stays float32, being small."""
         save_lora(model, path)
+        self.base = json.loads((path / BASE).read_text(encoding="utf-8"))["base"]
 
     def write_checkpoint(self, model, path: Path, *, tokenizer) -> None:
         """Write the adapter as others read it, and once more as it is trained."""
         save_lora(model, path)
         save_file(trained_state(model), path / TRAINED)
+        use_umask(path / TRAINED)
 
     def read_checkpoint(self, model, path: Path) -> None:
         """Read it back into ``model``."""

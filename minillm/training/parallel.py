@@ -5,9 +5,12 @@ or DDP, FSDP2 in ``fsdp.py``, DeepSpeed's ZeRO in ``zero.py``. Every engine *ave
 multiplies the loss by the number of ranks before it divides by the global count of targets.
 """
 
+import contextlib
 import datetime
 import inspect
 import os
+import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +21,7 @@ from minillm.errors import UserError
 from minillm.training import precision
 from minillm.training.rendezvous import meeting_store
 
+SIGN_OF_LIFE_S = 10.0  # the main rank gives one so often while it works alone
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch names them
 
 
@@ -30,6 +34,9 @@ class Ranks:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's, after a failure
         self._started_here = False
+        self._store: dist.Store | None = None
+        self._timeout_s = 0.0
+        self._n_alone = 0  # times that the main rank has worked alone
 
     @property
     def is_main(self) -> bool:
@@ -40,7 +47,7 @@ class Ranks:
         """Join the process group (nccl for cuda, gloo otherwise) when there is more than one rank.
 
         Args:
-            timeout_minutes: how long a rank waits for the others before it gives up.
+            timeout_minutes: how long a rank waits for a sign of the others before it gives up.
             alone: make a group of one rank too, for engines that cannot do without.
         """
         if device.type == "cuda":
@@ -52,6 +59,7 @@ class Ranks:
         store = meeting_store(self.rank, self.world_size, timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self._started_here = True
+        self._store, self._timeout_s = store, timeout.total_seconds()
         # Every agent of torchrun counts its own failures: what one of them knows, all must.
         self.is_restart = any(self.gather(self.is_restart))
 
@@ -80,19 +88,61 @@ class Ranks:
             dist.barrier()
 
     def main_alone(self, build):
-        """Run ``build()`` on rank 0 while the others wait; return its result, None elsewhere. All raise if it fails."""
+        """Run ``build()`` on rank 0 while the others wait; return its result, None elsewhere. All raise if it fails.
+
+        It may take longer than the timeout of the group: the others wait for as long as rank 0 gives signs of life.
+        """
         result = error = None
+        self._n_alone += 1
         if self.is_main:
-            try:
-                result = build()
-            except Exception as caught:
-                error = caught
+            with self._signs_of_life():
+                try:
+                    result = build()
+                except Exception as caught:
+                    error = caught
+        else:
+            self._wait_for_main()
         failures = self.gather(None if error is None else str(error))
         if error is not None:
             raise error
         if failures[0] is not None:
             raise UserError(f"rank 0 failed: {failures[0]}")
         return result
+
+    @contextlib.contextmanager
+    def _signs_of_life(self):
+        """Tell the others in the store, every few seconds, that this process is alive, and at last that it is done."""
+        if self._store is None or self.world_size == 1:
+            yield
+            return
+        done = threading.Event()
+
+        def tell() -> None:
+            while not done.wait(min(SIGN_OF_LIFE_S, self._timeout_s / 4)):
+                self._store.add(f"minillm alone {self._n_alone}", 1)
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._store.set(f"minillm alone {self._n_alone} done", "")
+
+    def _wait_for_main(self) -> None:
+        """Wait until rank 0 is done with what it does alone; raise UserError when it gives no sign of life."""
+        if self._store is None:
+            return
+        name, n_signs, since, pause_s = f"minillm alone {self._n_alone}", 0, time.monotonic(), 0.01
+        while not self._store.check([f"{name} done"]):
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.5)
+            if (n := self._store.add(name, 0)) != n_signs:
+                n_signs, since = n, time.monotonic()
+            if time.monotonic() - since > self._timeout_s:
+                minutes = self._timeout_s / 60
+                raise UserError(f"rank 0 has given no sign of life for {minutes:g} minutes (--timeout_minutes)")
 
     def main_first(self, build):
         """Return ``build()``, run on rank 0 before the others, so that these find its files ready."""

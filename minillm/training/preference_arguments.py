@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from minillm.lora.init import TAKEN_OUT
 from minillm.losses.preference import LOSS_TYPES, NEEDS_REFERENCE, SMOOTHED
 from minillm.training.command_line import require
 from minillm.training.lora_arguments import AdapterArguments
@@ -70,5 +71,13 @@ class PreferenceArguments(AdapterArguments):
         message = f"--reference {self.reference}: --loss_type {self.loss_type} has none; those with one: {known}"
         require(self.reference == "auto" or self.loss_type in NEEDS_REFERENCE, message)
         require(self.reference != "adapter" or bool(self.lora_name), "--reference adapter: goes with --lora_name")
+        # With B = 0 dropout changes nothing at first; an adapter made of the weights themselves it does change.
+        starts_at_reference = not (self.lora_name and self.lora_dropout and self.lora_init in TAKEN_OUT)
+        require(
+            starts_at_reference or self.loss_type not in NEEDS_REFERENCE,
+            f"--lora_dropout {self.lora_dropout} with --lora_init {self.lora_init}: dropout would take from what the "
+            f"model can already do, so that it would not start at its reference; use --lora_dropout 0, or another "
+            f"--lora_init",
+        )
         cached = self.reference == "cached" or not self.reference_cache
         require(cached, f"--reference_cache {self.reference_cache}: goes with --reference cached")

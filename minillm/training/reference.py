@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from minillm.lora import disable_lora
 from minillm.losses import linear_log_probs
-from minillm.training.column_cache import cached_columns, weights_hash
+from minillm.training import announce
+from minillm.training.column_cache import cached_columns, model_hash
 
 COLUMN = "reference_log_probs"
 
@@ -40,43 +41,56 @@ class Reference:
     Args:
         kind: "copy", "adapter" or "cached".
 
+    It takes the policy's way through the kernels, which may differ between training and validation, so that both are
+    bit-equal at first: a copy follows the policy's mode, and a cache is made in the mode that its rows are used in.
+    There is no dropout in the model.
+
     Attributes:
-        hash: of its weights.
+        hash: of its weights and configuration.
     """
 
     def __init__(self, kind: str, model: nn.Module, run):
-        self.kind, self.run, self.hash = kind, run, weights_hash(model)
+        self.kind, self.run, self.hash = kind, run, model_hash(model)
         self.model = copy.deepcopy(model) if kind == "copy" else model
+        if run.args.compile:
+            self.model.block_attention = False  # as Run.wrap does with the policy
         if kind == "copy":
-            # It stays in training mode, as the policy, so that both take the same way through the same kernels and
-            # are bit-equal at first; there is no dropout in the model.
-            self.model.to(run.device).requires_grad_(False).train()
+            self.model.to(run.device).requires_grad_(False)
 
-    def add_to(self, rows):
-        """Return ``rows`` with a column of the reference's log-probabilities, if this kind has them on disk."""
+    def add_to(self, rows, *, training: bool = True):
+        """Return ``rows`` with a column of the reference's log-probabilities, if this kind has them on disk.
+
+        Args:
+            training: whether they are rows to train on, or to validate with.
+        """
         if self.kind != "cached":
             return rows
         args = self.run.args
-        self.model.to(self.run.device).train()
+        announce.check_rows(rows, args, flag="the data")  # before time is spent on it
+        self.model.to(self.run.device).train(training)
         return self.run.ranks.main_first(
             lambda: cached_columns(
                 rows,
                 Path(args.reference_cache or Path(args.save_dir) / ".reference_cache"),
                 identity={
-                    "weights": self.hash,
+                    "reference": self.hash,
                     "dtype": str(self.run.dtype).removeprefix("torch."),
+                    "device": self.run.device.type,
+                    "compile": args.compile,
+                    "training": training,
                 },
                 compute=self.columns,
                 bytes_per_position=4,
                 flag="--reference_cache",
                 batch_size=args.batch_size,
-                must_fit=bool(args.reference_cache),
             )
         )
 
     @torch.no_grad()
     def columns(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the log-probabilities of a batch's targets, and of those of its other rows where it has such."""
+        if self.kind == "copy":
+            self.model.train(self.run.model.training)
         on_device = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
         prefixes = ["", "other_"] if "other_input_ids" in batch else [""]
         with self.run.autocast(), self._as_it_was():

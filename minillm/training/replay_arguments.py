@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from minillm.data.files import expand_paths
+from minillm.data.split import DataFiles
 from minillm.training.arguments import SFTArguments
 from minillm.training.command_line import require
 
@@ -26,4 +28,9 @@ class ReplayArguments(SFTArguments):
     @property
     def replay_files(self) -> list[str]:
         """Return the files of ``--replay_path``."""
-        return [part.strip() for part in self.replay_path.split(",") if part.strip()]
+        return [str(file) for file in expand_paths(self.replay_path)]
+
+    @property
+    def replay_data(self) -> DataFiles:
+        """Return the records of ``--replay_path``."""
+        return DataFiles(self.replay_files, columns=self.columns)

@@ -11,12 +11,15 @@ from minillm.training import checkpoint
 
 COUNTERS = (
     "step", "epoch", "step_in_epoch", "tokens", "seconds", "skipped_steps", "best_loss", "_eval_step", "last_eval",
+    "_validation_due", "n_warmup_steps",
 )  # fmt: skip
 # Flags that decide the schedule, the updates and the order of the data: a run that goes on with others is another run.
 FLAGS = (
     "seed", "max_seq_len", "learning_rate", "lr_scheduler", "warmup_ratio", "min_lr_ratio", "decay_ratio",
-    "weight_decay", "adam_beta1", "adam_beta2", "grad_clip",
+    "weight_decay", "adam_beta1", "adam_beta2", "grad_clip", "valid_ratio",
 )  # fmt: skip
+CHAT_TEMPLATE = "chat template"
+LENGTH = ("epochs", "max_steps")  # flags that say how long to train
 SHARDS = "shards"  # of a checkpoint that all ranks have written together
 
 
@@ -25,7 +28,7 @@ def identity_of(run) -> dict:
     schedule, the model and the loss."""
     return {
         "data": run.loader.rows.data_hash,
-        "tokenizer": getattr(run.tokenizer, "content_hash", None),
+        **_encoding(run),
         **{name: getattr(run.args, name) for name in FLAGS},
         "rows_per_step": run.rows_per_step,
         "total_steps": run.total_steps,
@@ -33,6 +36,19 @@ def identity_of(run) -> dict:
         **run.balance.settings(),
         **run.output.settings(),
         **run.settings,
+    }
+
+
+def _encoding(run) -> dict:
+    """Return what decides the ids of the data; it is in the data's hash too, but here a difference can be named."""
+    if run.tokenizer is None:
+        return {}
+    store = getattr(run.loader.rows, "store", None)
+    is_chat = store is not None and store.has_mask  # texts know no chat template
+    return {
+        "tokenizer": run.tokenizer.content_hash,
+        "tokens around a document": f"{run.tokenizer.bos_token_id} and {run.tokenizer.eos_token_id}",
+        **({CHAT_TEMPLATE: run.tokenizer.template_hash} if is_chat else {}),
     }
 
 
@@ -76,7 +92,9 @@ def state_of(run, rng_states: list[dict], measures: list, optimizer: dict | None
         "measures": measures,
         "experts": run.balance.state(),
         "watch": run.watch.state(),
+        "alarm": run.alarm.state(),
         "identity": identity_of(run),
+        "asked_for": {name: getattr(run.args, name) for name in LENGTH},
         "surroundings": surroundings_of(run),
         "data_files": files_of(run.loader.rows),
         "tracker_run_id": run.tracker.run_id,
@@ -114,6 +132,17 @@ def refuse_nothing(run, *, is_there: bool) -> None:
         )
 
 
+def refuse_to_overwrite(run) -> None:
+    """Raise ``UserError`` when a new run would take the directory of another one without having been told to."""
+    held = checkpoint.holds_a_run(run.directory)
+    if held and not (run.args.overwrite or may_resume(run)):
+        another = "--lora_name NAME" if hasattr(run.args, "lora_name") else "--run_name NAME"
+        raise UserError(
+            f"{run.directory} holds {held}: go on with it (--from_resume), start over (--overwrite, which moves it to "
+            f"{run.directory / checkpoint.EARLIER}), or give the new run another name ({another})"
+        )
+
+
 def restore(run, path: Path) -> str | None:
     """Put a run where the checkpoint ``path`` was; return its tracker's run id.
 
@@ -122,6 +151,7 @@ def restore(run, path: Path) -> str | None:
     """
     state = checkpoint.load_state(path)
     _refuse_another_run(run, state, path)
+    run.is_resumed = True
     if run.ranks.is_main:
         checkpoint.put_damaged_aside(path.parent, newest=path)
     optimizer = state["optimizer"]
@@ -144,6 +174,7 @@ def restore(run, path: Path) -> str | None:
     run.measures.load_state(state["measures"], run.ranks)
     run.balance.load_state(state.get("experts"))  # checkpoints of dense models may lack it
     run.watch.load_state(state.get("watch"))
+    run.alarm.load_state(state.get("alarm"))
     if len(state["rng"]) == run.ranks.world_size:
         checkpoint.set_rng_state(state["rng"][run.ranks.rank])
     else:  # the ranks' own states are of no use to another number of them
@@ -157,7 +188,13 @@ def restore(run, path: Path) -> str | None:
 
 
 def _refuse_another_run(run, state: dict, path: Path) -> None:
-    different = _differences(state["identity"], identity_of(run))
+    identity = identity_of(run)
+    if state["identity"].get("total_steps") != identity["total_steps"]:
+        other = {key: value for key, value in state["identity"].items() if key != "total_steps"}
+        if not _differences(other, {key: value for key, value in identity.items() if key != "total_steps"}):
+            _check_longer(run, state, path)
+            return
+    different = _differences(state["identity"], identity)
     if not different:
         return
     was, now = state.get("data_files", {}), files_of(run.loader.rows)
@@ -165,11 +202,38 @@ def _refuse_another_run(run, state: dict, path: Path) -> None:
              if was.get(name) != now.get(name)]  # fmt: skip
     if (n_rows := state["identity"].get("rows_per_step")) != run.rows_per_step:
         different.append(f"--global_batch_size {n_rows} keeps the rows per step on any number of ranks")
+    if state["identity"].get(CHAT_TEMPLATE) != identity_of(run).get(CHAT_TEMPLATE):
+        different.append(
+            f"the chat template changed: {run.tokenizer.origin} holds another one than {path}, whose template goes "
+            f"with this run"
+        )
     text = "; ".join(different + files)
     raise UserError(
         f"--from_resume: {path} was made with other data or settings ({text}); go on with those, or begin anew without "
         f"--from_resume"
     )
+
+
+def _check_longer(run, state: dict, path: Path) -> None:
+    """Raise ``UserError`` unless ``--extend`` was given and the schedule so far is that of the longer run too."""
+    n_before, n_now = state["identity"]["total_steps"], run.total_steps
+    asked = state.get("asked_for", {})
+    flags = [f"--{name} {asked[name]} then, {getattr(run.args, name)} now" for name in LENGTH
+             if name in asked and asked[name] != getattr(run.args, name)]  # fmt: skip
+    change = f"{path} belongs to a run of {n_before} steps, this one would have {n_now} ({'; '.join(flags)})"
+    new_run = f"or start a new run from its weights: --from_weight {path.parent.parent} --run_name NAME"
+    step, scheduler = state["counters"]["step"], run.args.lr_scheduler
+    if n_now < n_before:
+        raise UserError(f"--from_resume: {change}; a run cannot become shorter: keep the flag, {new_run}")
+    if not run.args.extend:
+        raise UserError(f"--from_resume: {change}; keep the flag, add --extend to make the run longer, {new_run}")
+    run.n_warmup_steps = state["counters"].get("n_warmup_steps", run.n_warmup_steps)
+    before, now = run.learning_rate_factor(n_before), run.learning_rate_factor(n_now)
+    if any(before(past) != now(past) for past in range(step)):
+        raise UserError(
+            f"--extend: {change}, and the {scheduler} schedule of a longer run has other learning rates up to step "
+            f"{step}; constant can be extended, and wsd before its decay; {new_run.removeprefix('or ')}"
+        )
 
 
 def _differences(was: dict, now: dict) -> list[str]:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,21 @@ from torch import Tensor, nn
 from minillm.errors import UserError
 from minillm.losses import count_targets
 from minillm.model import RouterStats
-from minillm.training import checkpoint, engines, hardware, precision, resume
+from minillm.training import announce, checkpoint, engines, hardware, precision, resume
 from minillm.training.arguments import TrainArguments, as_dict
+from minillm.training.compiled import compile_blocks
+from minillm.training.divergence import LossAlarm, advice_of
 from minillm.training.interrupt import Interrupted, StopSignals
-from minillm.training.lock import lock_directory
+from minillm.training.lock import lock_directory, writable
 from minillm.training.measures import NO_MEASURES, Measures
-from minillm.training.nonfinite import compare_with_uniform, stop_for_nonfinite
+from minillm.training.nonfinite import stop_for_nonfinite
 from minillm.training.outputs import WholeModel
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
 from minillm.training.routing import Balance, active_parameters, describe_parameters, flops_per_token
 from minillm.training.saving import Saver
 from minillm.training.schedule import Schedule, schedule_factor
 from minillm.training.summary import write_run_file, write_summary
-from minillm.training.tracking import NotWatched, Tracker
+from minillm.training.tracking import NotWatched, Tracker, rate
 from minillm.training.validation import evaluate_loss
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
@@ -61,6 +64,7 @@ class Run:
         self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
         self.dtype = precision.choose_dtype(args.dtype, self.device)
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of losses
+        _ = self.rows_per_step  # raises for flags that contradict each other, before any work
         engine = engine or engines.find(args.parallel)
         self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype), args, self.dtype)
         self.step = self.epoch = self.step_in_epoch = 0
@@ -68,8 +72,12 @@ class Run:
         self.seconds = 0.0  # spent in steps, without validation and saving
         self.skipped_steps = self._skipped_in_a_row = 0
         self.best_loss = math.inf
+        self.last_train_loss: float | None = None  # of the last row of metrics
         self.last_eval: dict = {}
+        self.is_resumed = False
         self._eval_step = self._save_step = -1
+        self._has_begun = False  # nothing in the directory is touched before the first update has worked
+        self._validation_due = False  # what a checkpoint made before this step's validation says
         self.tracker: Tracker | None = None
         self.saver: Saver | None = None
         self.signals = StopSignals()
@@ -129,9 +137,7 @@ class Run:
         self._flops_per_token = flops_per_token(model, self.args.max_seq_len)
         self.saver = Saver(self)
         if self.args.compile:
-            self.model.block_attention = False  # the compiler has its own way with torch's attention
-            for block in self.model.model.layers:  # all blocks share one compiled code; the loss stays eager
-                block.compile(dynamic=False)
+            compile_blocks(self.model)
         return self.engine.wrap(self.model, self.device)
 
     def start(
@@ -149,6 +155,7 @@ class Run:
         measures: Measures = NO_MEASURES,
         unit: str = "token",
         settings: dict | None = None,
+        is_cross_entropy: bool = True,
     ) -> nn.Module:
         """Open the run directory, restore the newest checkpoint if asked, and return the module to call.
 
@@ -162,29 +169,36 @@ class Run:
             measures: what the loss writes down beside itself, for the rows of metrics.
             unit: what the loss counts, for people.
             settings: of the loss; a checkpoint made with others is not gone on with.
+            is_cross_entropy: False where the loop's loss of tokens is another one, which ln V says nothing about.
+
+        Raises:
+            UserError: before anything is written, more than a tenth of the data was rejected; no checkpoint to resume.
         """
         args = self.args
+        announce.check_rows(loader.rows, args, flag="--data_path")
+        if valid_loader is not None:
+            announce.check_rows(valid_loader.rows, args, flag="--valid_path")
         self.optimizer, self.loader, self.valid_loader = optimizer, loader, valid_loader
-        self.tokenizer, self.loss, self.count, self.from_scratch = tokenizer, loss, count, from_scratch
+        self.tokenizer, self.loss, self.count = tokenizer, loss, count
         self.prepare = prepare or (lambda micro_batches, training: micro_batches)
         self.measures, self.unit, self.settings = measures, unit, settings or {}
         if watch is not None and not self.engine.shows_gradients:
             raise UserError(f"--monitor with --parallel {args.parallel}: no rank has the gradients whole; use ddp")
         self.watch = watch if watch is not None and self.ranks.is_main else NotWatched()
         self.total_steps = args.max_steps or args.epochs * loader.steps_per_epoch
-        factor = schedule_factor(
-            args.lr_scheduler,
-            total_steps=self.total_steps,
-            warmup_steps=math.ceil(args.warmup_ratio * self.total_steps),
-            min_ratio=args.min_lr_ratio,
-            decay_ratio=args.decay_ratio,
+        self.n_warmup_steps = math.ceil(args.warmup_ratio * self.total_steps)
+        self.alarm = LossAlarm(
+            vocab_size=self.model.config.vocab_size,
+            from_scratch=from_scratch,
+            unit=unit,
+            is_cross_entropy=is_cross_entropy,
+            advice=advice_of(args),
         )
-        self.schedule = Schedule(optimizer, factor)
         module = self.engine.attach(optimizer)
+        self.schedule = Schedule(optimizer, self.learning_rate_factor(self.total_steps))
         resume.refuse_nothing(self, is_there=bool(checkpoint.list_checkpoints(self.directory / "checkpoints")))
         self._lock = self.ranks.main_alone(lambda: lock_directory(self.directory))
         run_id = self._resume()
-        self.ranks.main_alone(lambda: write_run_file(self))
         self.tracker = Tracker(
             self.directory,
             enabled=self.ranks.is_main,
@@ -194,19 +208,37 @@ class Run:
         )
         self.tracker.run_id = run_id  # kept for later runs, whether this one tells anyone or not
         if args.use_wandb:
-            self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
+            self.ranks.main_alone(
+                lambda: self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
+            )
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
-        self.tracker.print(f"{self.directory.name}, parameters: {self.parameters_text}")
+        self.tracker.print(announce.header_of(self).text())
         module.train()
         return module
+
+    def learning_rate_factor(self, total_steps: int) -> Callable[[int], float]:
+        """Return the schedule of a run of ``total_steps``: the share of the peak learning rate, by step."""
+        args = self.args
+        return schedule_factor(
+            args.lr_scheduler,
+            total_steps=total_steps,
+            warmup_steps=self.n_warmup_steps,
+            min_ratio=args.min_lr_ratio,
+            decay_ratio=args.decay_ratio,
+        )
 
     # ---- the loop's four calls -------------------------------------------------------------------------------
 
     def steps(self, loader) -> Iterator[StepBatchesOnDevice]:
         """Yield, for each optimizer update, this rank's micro-batches; go on where a checkpoint left off."""
         self.signals.__enter__()
+        if self._validation_due and self.valid_loader is not None:  # the checkpoint was made before it
+            self._begin()
+            self.validate()
         while self.step < self.total_steps:
+            if self.args.num_workers:
+                self.saver.wait()  # workers are forked now: not while a thread writes and holds locks
             batches = loader.iterate(self.epoch, self.step_in_epoch, num_workers=self.args.num_workers)
             began = time.perf_counter()
             for _, micro_batches in batches:
@@ -220,7 +252,6 @@ class Run:
                 if self.step >= self.total_steps:
                     break
                 began = time.perf_counter()
-        self.signals.__exit__()
 
     def autocast(self):
         """Return the context of a forward pass in the run's dtype."""
@@ -250,47 +281,59 @@ class Run:
             stop_for_nonfinite(self, loss_sum, grad_norm)
         self.watch.before_update(self.step + 1)
         applied = self.engine.step()
+        self._begin()
         self._count_skips(applied, loss_sum, grad_norm)
         if applied:
             self.balance.apply()
             self.watch.after_update(self.step + 1, self.optimizer)
         self._advance(loss_sum if applied else 0.0, applied)
-        if self.step == 1 and self.from_scratch:
-            compare_with_uniform(self, loss_sum / max(self._n_targets, 1e-12))
+        if applied and self._n_targets:
+            self._warn(self.alarm.train(self.step, loss_sum / self._n_targets))
         if self.step % self.args.log_interval == 0 or self.step == self.total_steps:
             self._log(lr, grad_norm)
-        if self.args.eval_interval and self.step % self.args.eval_interval == 0:
-            self.validate()
-        by_steps = self.args.save_interval and self.step % self.args.save_interval == 0
-        if (by_steps or is_due or caught) and self.step < self.total_steps:
-            self.save()
-        self.saver.check()
-        if caught and self.step < self.total_steps:
-            engines.stop(self, int(self.signals.caught or signal.SIGTERM))
+        # A checkpoint comes before the validation, which may be long, or too much for the memory.
+        if self.step < self.total_steps:
+            by_interval = self.args.eval_interval and self.step % self.args.eval_interval == 0
+            self._validation_due = bool(by_interval) and self.valid_loader is not None
+            if (self.args.save_interval and self.step % self.args.save_interval == 0) or is_due or caught:
+                self.save()
+            self.saver.check()
+            if caught:
+                self._stop()
+            if self._validation_due:
+                self.validate()
 
     # ---- after the loop --------------------------------------------------------------------------------------
 
     def finish(self, *, samples: Callable[[], list[tuple[str, str]]] | None = None) -> dict:
-        """Validate, save the last checkpoint, export the model, draw the summary; return the last validation.
+        """Save the last checkpoint, validate, export the model, draw the summary; return the last validation.
 
         ``samples()`` returns pairs (prompt, text) for the summary page; it is called on the main rank.
         """
-        self.validate()
+        self._begin()
+        self._validation_due = self.valid_loader is not None and self._eval_step != self.step
         self.save()
+        if self._is_asked_to_stop():
+            self._stop()
+        if self._validation_due:
+            self.validate()
         model = self.saver.whole_model()
         self.saver.wait()
-        if self.ranks.is_main:
-            # A resumed run that had nothing left to do has saved nothing, and so removed nothing.
-            checkpoint.tidy(self.directory / "checkpoints", step=self.step, keep_last=self.args.keep_last)
-            self.export(self.directory, model)
-            self.model = model.to(self.device).eval()
-            self.watch.finish()
-            with self.autocast():  # a frozen model may have a shorter dtype than what is trained of it
-                texts = samples() if samples is not None else []
-            write_summary(self, texts)
-            self.tracker.print(f"{self.stage}: saved {self.directory}")
-        self.ranks.barrier()
+        self.ranks.main_alone(lambda: self._finish_alone(model, samples))
         return self.last_eval
+
+    def _finish_alone(self, model: nn.Module, samples: Callable[[], list[tuple[str, str]]] | None) -> None:
+        # A resumed run that had nothing left to do has saved nothing, and so removed nothing.
+        checkpoint.tidy(self.directory / "checkpoints", step=self.step, keep_last=self.args.keep_last)
+        self.export(self.directory, model)
+        # A model that is sharded while it is trained may be too large for one device.
+        device = torch.device("cpu") if self.engine.is_sharded else self.device
+        self.model = model.to(device).eval()
+        self.watch.finish()
+        with self.engine.autocast(device):  # a frozen model may have a shorter dtype than what is trained
+            texts = samples() if samples is not None else []
+        write_summary(self, texts)
+        self.tracker.print(announce.footer_of(self).text())
 
     def export(self, directory: Path, model: nn.Module) -> None:
         """Write what is to be used: the model as a Hugging Face directory in ``--save_dtype``, or the adapter."""
@@ -304,11 +347,15 @@ class Run:
             ) from error
 
     def validate(self) -> None:
-        """Measure the validation loss, log it, and keep the best weights under ``best/``."""
-        if self.valid_loader is None or self._eval_step == self.step:
-            return
-        self._eval_step = self.step
+        """Measure the validation loss, log it, and keep the best weights under ``best/``.
+
+        A signal that comes meanwhile ends the run: it is saved as it was before, and validates when it goes on.
+        """
         result = evaluate_loss(self.engine.module, self.valid_loader, self)
+        if result is None:
+            self.save()
+            self._stop()
+        self._eval_step, self._validation_due = self.step, False
         self.last_eval = result
         self.tracker.log(self._row("valid", result["loss"]) | result)
         text = f"step {self.step}: validation loss {result['loss']:.4f} nats/{self.unit}"
@@ -317,11 +364,11 @@ class Run:
         if "floor" in result:
             text += f", {result['loss'] - result['floor']:.4f} above the floor"
         self.tracker.print(text + self.measures.text(result))
+        self._warn(self.alarm.valid(self.step, result["loss"]))
         if result["loss"] < self.best_loss:
             self.best_loss = result["loss"]
             model = self.saver.whole_model()
-            if self.ranks.is_main:
-                self.export(self.directory / "best", model)
+            self.ranks.main_alone(lambda: self.export(self.directory / "best", model))
 
     def save(self) -> None:
         """Write a checkpoint, once per step; it may still be written when this returns (``--async_save``)."""
@@ -334,13 +381,34 @@ class Run:
     def _resume(self) -> str | None:
         path = resume.find(self)
         if path is not None:
-            return resume.restore(self, path)
-        aside = checkpoint.set_aside(self.directory / "checkpoints") if self.ranks.is_main else None
-        if aside is not None:
-            print(f"checkpoints of an earlier run are now in {aside}; --from_resume would have gone on from them")
+            run_id = resume.restore(self, path)
+            self.schedule.factor = self.learning_rate_factor(self.total_steps)  # the warm-up is the checkpoint's
+            return run_id
+        self.ranks.main_alone(lambda: resume.refuse_to_overwrite(self))
         if self.ranks.rank:  # all have drawn the same weights; what is dropped out is every rank's own
             checkpoint.seed_everything(self.args.seed + self.ranks.rank)
         return None
+
+    def _begin(self) -> None:
+        """Take the directory: move an earlier run out of the way, or cut the metrics to where this one goes on."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.ranks.main_alone(self._take_directory)
+
+    def _take_directory(self) -> None:
+        with writable(self.directory):
+            if not self.is_resumed and checkpoint.holds_a_run(self.directory):
+                earlier = checkpoint.move_to_earlier(self.directory)
+                self.tracker.print(f"the run that was in {self.directory} is now in {earlier}")
+            write_run_file(self)
+            self.tracker.begin(after_step=self.step, without_validation=self._validation_due)
+
+    def _is_asked_to_stop(self) -> bool:
+        """Return whether a signal has come to any rank. All ranks call it together."""
+        return bool(self.ranks.sum(torch.tensor(float(self.signals.caught), device=self.device)))
+
+    def _stop(self) -> NoReturn:
+        engines.stop(self, int(self.signals.caught or signal.SIGTERM))
 
     def _advance(self, loss_sum: float, applied: bool) -> None:
         elapsed = time.perf_counter() - self._began
@@ -355,6 +423,10 @@ class Run:
         self._window["tokens"] += int(self._n_tokens)
         self._window["seconds"] += elapsed
         self.tracker.advance()
+
+    def _warn(self, message: str | None) -> None:
+        if message is not None:
+            self.tracker.print(message if message.startswith("note: ") else f"warning: {message}")
 
     def _row(self, split: str, loss: float | None) -> dict:
         place = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, "split": split}
@@ -374,9 +446,11 @@ class Run:
             self.tracker.print(f"step {self.step}: {note}")
         self.tracker.log(row | self.balance.row() | measured)
         memory = hardware.memory_bytes(self.device) / 2**30
-        shown_loss = "skipped" if loss is None else f"{loss:.4f}"
-        shown = {"loss": shown_loss, "tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
-        self.tracker.show(**shown, **({"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}))
+        self.last_train_loss = loss
+        shown = {"loss": "skipped" if loss is None else f"{loss:.4f}", "lr": rate(lr)}
+        shown |= {"tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory:.2f}G"}
+        shown |= {"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}
+        self.tracker.show(self.step, epoch=self.epoch + self.step_in_epoch / self.loader.steps_per_epoch, **shown)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0}
 
     def _count_skips(self, applied: bool, loss_sum: float, grad_norm: float) -> None:

@@ -19,11 +19,18 @@ class ScaleArguments(ModelArguments):
     timeout_minutes: float = 30.0
     """How long a rank waits for the others before it gives up."""
 
+    run_name: str = ""
+    """Name of the run directory under SAVE_DIR (default: <stage>_<hidden_size>)."""
+    overwrite: bool = False
+    """Start over in a directory that holds a run already; that run is moved to earlier/ inside it."""
     from_resume: bool = False
     """Go on from the newest intact checkpoint of this run's directory."""
     auto_resume: bool = False
     """Go on if there is a checkpoint, else begin: for jobs that a scheduler starts again. torchrun's own restarts do so
     without it."""
+    extend: bool = False
+    """With --from_resume: train longer than the checkpoint's run was meant to (more --epochs or --max_steps). Only the
+    schedules constant and wsd allow it, the latter before its decay begins."""
     save_interval: int = 100
     """Steps between checkpoints (0: only at the end)."""
     save_minutes: float = 0.0
@@ -38,5 +45,10 @@ class ScaleArguments(ModelArguments):
         for name, least in {"save_interval": 0, "save_minutes": 0, "keep_last": 1}.items():
             value = getattr(self, name)
             require(value >= least, f"--{name} {value}: must be at least {least}")
+        is_plain = self.run_name not in (".", "..") and not set(self.run_name) & set('/\\:*?"<>|')
+        require(is_plain, f"--run_name {self.run_name}: must be a plain name, without slashes and the like")
+        resumes = self.from_resume or self.auto_resume
+        require(not (self.extend and not resumes), "--extend: needs --from_resume, whose run it makes longer")
+        require(not (self.overwrite and self.from_resume), "--overwrite starts over, --from_resume goes on: choose one")
         require(self.timeout_minutes > 0, f"--timeout_minutes {self.timeout_minutes}: must be more than 0")
         super().check()

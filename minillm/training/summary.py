@@ -165,6 +165,8 @@ def summary_facts(run) -> dict[str, str]:
     }
     if run.skipped_steps:
         facts["skipped steps (float16 overflow)"] = str(run.skipped_steps)
+    if run.alarm.messages:
+        facts["warnings"] = "; ".join(run.alarm.messages)
     names = {
         "loss": f"validation loss (nats/{run.unit})",
         "bits_per_byte": "bits per byte",

@@ -1,5 +1,6 @@
 """The teacher of a distillation: a frozen model, or its best tokens kept on disk."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,16 +10,17 @@ from minillm.errors import UserError
 from minillm.losses import top_k_teacher
 from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
-from minillm.training.column_cache import cached_columns, weights_hash
+from minillm.training import announce
+from minillm.training.column_cache import cached_columns, model_hash
 from minillm.training.names import find_weights
-from minillm.training.weights import preset_config, pth_config
+from minillm.training.weights import other_format, preset_config, pth_config
 
 
 class Teacher:
     """A frozen model that says how likely every next token is.
 
     Attributes:
-        hash: of its weights.
+        hash: of its weights and configuration.
 
     Raises:
         UserError: there are no such weights, or they were trained with another tokenizer: equal ids would mean
@@ -38,8 +40,14 @@ class Teacher:
                     f"({tokenizer.vocab_size}): logits compare over one vocabulary only; give both the same one, or "
                     f"let the teacher write texts and train on them with train_sft.py"
                 )
+            if run.ranks.is_main and (difference := other_format(tokenizer, theirs)):
+                print(
+                    f"note: --teacher {args.teacher} was trained with {difference} than the student's: both read the "
+                    f"student's, which the teacher may know less well",
+                    file=sys.stderr,
+                )
         self.model = load_model(path, device=run.device, dtype=torch.float32, config=config).requires_grad_(False)
-        self.hash = weights_hash(self.model)
+        self.hash = model_hash(self.model)
         # In training mode, as the student: both take the same way through the same kernels, and there is no dropout.
         self.model.train()
         if self.model.config.vocab_size < tokenizer.vocab_size:
@@ -63,21 +71,24 @@ class Teacher:
         return {"teacher_hidden": hidden, "teacher_weight": weight}
 
     def add_to(self, rows, *, vocab_size: int):
-        """Return ``rows`` with the columns ``teacher_ids`` and ``teacher_log_probs`` (T, k) of the k best tokens."""
+        """Return ``rows`` with the columns of ``top_k_teacher``: ``teacher_ids``, ``teacher_log_probs`` (T, k) and
+        ``teacher_log_rest`` (T, 1)."""
         args = self.run.args
+        announce.check_rows(rows, args, flag="--data_path")  # before time is spent on it
         id_dtype = torch.int16 if vocab_size <= 1 << 15 else torch.int32
 
         def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             batch = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
             with self.run.autocast():
-                ids, log_probs = top_k_teacher(
+                ids, log_probs, log_rest = top_k_teacher(
                     **self.outputs(batch),
                     targets=batch["targets"],
                     k=args.top_k,
                     temperature=args.temperature,
                     vocab_size=vocab_size,
                 )
-            return {"teacher_ids": ids.to(id_dtype), "teacher_log_probs": log_probs.to(torch.float16)}
+            columns = {"teacher_ids": ids.to(id_dtype), "teacher_log_probs": log_probs.to(torch.float16)}
+            return columns | {"teacher_log_rest": log_rest.float()}
 
         return self.run.ranks.main_first(
             lambda: cached_columns(
@@ -89,13 +100,14 @@ class Teacher:
                     "temperature": args.temperature,
                     "vocab_size": vocab_size,
                     "dtype": str(self.run.dtype).removeprefix("torch."),
+                    "device": self.run.device.type,
+                    "columns": "ids, log-probabilities, log of the rest",
                 },
                 compute=compute,
-                bytes_per_position=args.top_k * (id_dtype.itemsize + 2),
+                bytes_per_position=args.top_k * (id_dtype.itemsize + 2) + 4,
                 max_gib=args.max_cache_gib,
                 flag="--teacher_cache",
                 batch_size=args.batch_size,
-                must_fit=bool(args.teacher_cache),
             )
         )
 

@@ -4,10 +4,14 @@ import math
 
 import torch
 
+from minillm.terminal import progress
+
 
 @torch.no_grad()
-def evaluate_loss(module, loader, run) -> dict:
+def evaluate_loss(module, loader, run) -> dict | None:
     """Return ``loss`` (nats per target) over all rows of ``loader``, the run's measures, and what else they allow.
+
+    Returns None if the run was asked to stop by a signal: a single rank stops at once, several at the end together.
 
     Sums and counts are added over micro-batches and ranks before the one division. With the bytes of the
     targets known, ``bits_per_byte`` = Σ loss / ln 2 / bytes, which compares across tokenizers. With the exact
@@ -15,16 +19,24 @@ def evaluate_loss(module, loader, run) -> dict:
     """
     was_training = module.training
     module.eval()
-    totals = torch.zeros(2, dtype=run.sum_dtype, device=run.device)  # Σ loss, Σ targets
+    totals = torch.zeros(3, dtype=run.sum_dtype, device=run.device)  # Σ loss, Σ targets, signals
     of_training = run.measures.exchange(None)
-    for _, micro_batches in loader.iterate(0, 0, num_workers=0):
+    steps = loader.iterate(0, 0, num_workers=0)
+    bar = {"total": loader.steps_per_epoch, "desc": "validation", "enabled": run.ranks.is_main}
+    for _, micro_batches in progress(steps, **bar):
         for batch in run.prepare(micro_batches, False):
             batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
             with run.autocast():
                 loss_sum, n_targets = run.loss(module, batch)
-            totals += torch.stack([loss_sum.to(run.sum_dtype), n_targets.to(run.sum_dtype)])
+            totals[:2] += torch.stack([loss_sum.to(run.sum_dtype), n_targets.to(run.sum_dtype)])
+        if run.signals.caught and run.ranks.world_size == 1:
+            break
+    totals[2] = run.signals.caught
     module.train(was_training)
-    loss_sum, n_targets = run.ranks.sum(totals).tolist()
+    loss_sum, n_targets, caught = run.ranks.sum(totals).tolist()
+    if caught:
+        run.measures.exchange(of_training)
+        return None
     result = {"loss": loss_sum / max(n_targets, 1e-12), "n_targets": n_targets}
     if loader.rows.target_bytes:
         result["bits_per_byte"] = loss_sum / math.log(2) / loader.rows.target_bytes

@@ -1,6 +1,8 @@
 """Where a model comes from: a new one from a preset, or the weights that ``--from_weight`` names."""
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -18,12 +20,16 @@ from minillm.training.model_arguments import ModelArguments
 from minillm.training.names import find_weights, run_name
 
 
-def find_tokenizer(args: TrainArguments) -> str:
-    """Return the tokenizer directory: ``--tokenizer_path``, else that of ``--from_weight``, else SAVE_DIR/tokenizer."""
+def find_tokenizer(args: TrainArguments, *, teacher: Path | None = None) -> str:
+    """Return the tokenizer directory: ``--tokenizer_path``, else that of ``--from_weight``, else SAVE_DIR/tokenizer.
+
+    Args:
+        teacher: weights whose tokenizer a student from scratch has to share; it then comes before SAVE_DIR/tokenizer.
+    """
     if args.tokenizer_path:
         return args.tokenizer_path
-    if args.from_weight:
-        weights = weights_of(args, preset_config(args))
+    weights = weights_of(args, preset_config(args)) if args.from_weight else teacher
+    if weights is not None:
         folder = weights if weights.is_dir() else weights.parent  # a .pth has it beside itself
         if (folder / "tokenizer.json").is_file():
             return str(folder)
@@ -57,7 +63,7 @@ def create_model(args: TrainArguments, tokenizer, *, dtype: torch.dtype = torch.
             longer than the model's positions.
     """
     config = preset_config(
-        args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
+        args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     if not args.from_weight:
         config = scale_positions(config, args)
@@ -92,7 +98,7 @@ def pth_config(path: Path, args: ModelArguments, tokenizer) -> ModelConfig:
     given = args.model_overrides()
     given = {name: value for name, value in given.items() if value != usual.get(name)}
     fallback = PRESETS[args.preset] | args.expert_defaults()
-    fallback |= {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    fallback |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return infer_config(path, given=given, fallback=fallback)
 
 
@@ -129,7 +135,9 @@ def scale_positions(config: ModelConfig, args: ModelArguments) -> ModelConfig:
 def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
     """Raise ``UserError`` unless ``tokenizer`` is the one that the weights at ``path`` were trained with.
 
-    With another one of the same size every id would mean another text, and nothing else would say so.
+    With another one of the same size every id would mean another text, and nothing else would say so. Another chat
+    template, or other tokens around a document, are allowed, since a model may well be taught a new format; a note
+    says so.
     """
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
@@ -137,11 +145,31 @@ def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
             f"{model.config.vocab_size}; give --tokenizer_path the tokenizer these weights were trained with"
         )
     folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).content_hash != tokenizer.content_hash:
+    if not (folder / "tokenizer.json").is_file():
+        return
+    theirs = load_tokenizer(folder)
+    if theirs.content_hash != tokenizer.content_hash:
         raise UserError(
             f"the tokenizer ({tokenizer.vocab_size} tokens) is not the one that lies beside the weights in {folder}: "
             f"leave --tokenizer_path out, or give it that directory"
         )
+    difference = other_format(tokenizer, theirs)
+    if difference and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"note: {tokenizer.origin} has {difference} than the weights in {folder}; its own is used from now on "
+            f"(leave --tokenizer_path out to keep that of the weights)",
+            file=sys.stderr,
+        )
+
+
+def other_format(tokenizer, theirs) -> str:
+    """Return in words how two tokenizers of one vocabulary differ in what they write; empty where they agree."""
+    differences = []
+    if tokenizer.document_hash != theirs.document_hash:
+        differences.append("other tokens around a document")
+    if tokenizer.template_hash != theirs.template_hash:
+        differences.append("another chat template")
+    return " and ".join(differences)
 
 
 def _check_positions(config: ModelConfig, args: TrainArguments) -> None:

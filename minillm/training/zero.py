@@ -8,6 +8,7 @@ every engine, on any number of ranks, can go on from.
 import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -56,6 +57,10 @@ class ZeRO(Engine):
             on_cuda=self.device.type == "cuda",
         )
         os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher
+        if self.ranks.is_main:
+            for lock in build_locks():
+                text = f"waiting for the process that builds {lock.parent.name} for DeepSpeed, as {lock} says; if there"
+                print(f"{text} is none (it was killed), remove that file", file=sys.stderr, flush=True)
         self.module, self.wrapped, _, _ = self.deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
@@ -185,14 +190,23 @@ class ZeRO(Engine):
             self.wrapped._lazy_init_hp_params_optimizer_state()
 
 
+def build_locks() -> list[Path]:
+    """Return the lock files of DeepSpeed's extensions: a build that was killed leaves its own, and all others wait."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return sorted(root.glob("*/lock")) + sorted(root.glob("*/*/lock"))
+
+
 def read_settings(path: Path) -> dict:
     """Return the contents of a DeepSpeed configuration.
 
     Raises:
         UserError: it is not there or no JSON object.
     """
+    beside = Path(__file__).parents[2] / path  # a command given in another directory than the library's
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads((path if path.exists() else beside).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--deepspeed_config {path}: no such file; configs/deepspeed/ has one for each stage") from None
     except (OSError, ValueError) as error:

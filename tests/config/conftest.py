@@ -24,6 +24,11 @@ SPECIAL = {
         "num_experts": 6, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "use_qk_norm": True,
         "norm_topk_prob": False, "first_k_dense_replace": 1, "head_dim": 12,
     },
+    "qwen2_moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 1,
+        "shared_expert_intermediate_size": 36, "shared_expert_gate": True, "attention_bias": True,
+        "decoder_sparse_step": 2,
+    },
     "glm4_moe": {
         "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "n_shared_experts": 2,
         "first_k_dense_replace": 2, "scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "n_group": 4,
@@ -75,16 +80,20 @@ def meaning(theirs) -> dict:
     said["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     kind = theirs.model_type
     said["sliding_window"] = theirs.sliding_window if kind in WINDOWED else None
-    said["attention_bias"], said["use_qk_norm"] = kind == "qwen2", kind in ("qwen3", "qwen3_moe")
+    said["attention_bias"] = kind == "qwen2" or (kind == "qwen2_moe" and theirs.qkv_bias)
+    said["use_qk_norm"] = kind in ("qwen3", "qwen3_moe")
     if kind in N_EXPERTS:
-        said["num_experts"] = theirs.num_local_experts  # in every family: attribute_map
+        is_own = kind == "qwen2_moe"  # in the others: attribute_map
+        said["num_experts"] = theirs.num_experts if is_own else theirs.num_local_experts
         said["num_experts_per_tok"] = theirs.num_experts_per_tok
         said["moe_intermediate_size"] = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
         said["norm_topk_prob"] = getattr(theirs, "norm_topk_prob", True)
         said["scoring_func"] = "sigmoid" if kind == "glm4_moe" else "softmax"
-    if kind == "qwen3_moe":
-        assert theirs.decoder_sparse_step == 1
+    if kind in ("qwen2_moe", "qwen3_moe"):
+        said["decoder_sparse_step"] = theirs.decoder_sparse_step
         said["first_k_dense_replace"] = len(theirs.mlp_only_layers)
+    if kind == "qwen2_moe":
+        said["shared_expert_intermediate_size"] = theirs.shared_expert_intermediate_size
     return said | ({name: getattr(theirs, name) for name in GLM} if kind == "glm4_moe" else {})
 
 

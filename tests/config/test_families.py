@@ -72,6 +72,11 @@ CUSTOM_SPECIAL = {
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "norm_topk_prob": True,
         "mlp_only_layers": [1, 0],
     },
+    "qwen2_moe": {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "norm_topk_prob": True,
+        "shared_expert_intermediate_size": 50, "qkv_bias": False, "mlp_only_layers": [0], "decoder_sparse_step": 1,
+        "use_sliding_window": False, "sliding_window": 33, "max_window_layers": 2,
+    },
     "glm4_moe": {
         "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "norm_topk_prob": False,
         "n_shared_experts": 2, "first_k_dense_replace": 2, "routed_scaling_factor": 1.5, "n_group": 3, "topk_group": 2,
@@ -100,6 +105,7 @@ def test_their_default_class_is_read(tools, family):
 MISFITS = {
     ("qwen2", "num_key_value_heads"): "num_attention_heads 8 is not a multiple of num_key_value_heads 32",
     ("qwen3", "num_key_value_heads"): "num_attention_heads 8 is not a multiple of num_key_value_heads 32",
+    ("qwen2_moe", "num_key_value_heads"): "num_attention_heads 8 is not a multiple of num_key_value_heads 16",
     ("qwen3_moe", "num_experts_per_tok"): "num_experts_per_tok is 8: choose from 1 to num_experts 6",
     ("glm4_moe", "num_experts_per_tok"): "num_experts_per_tok is 8: choose from 1 to num_experts 6",
     ("glm4_moe", "n_routed_experts"): "n_group 3, topk_group 2: num_experts 128 must divide",
@@ -120,6 +126,24 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(tools, family, name):
         tools.assert_same(ModelConfig.from_hf(values), tools.open_theirs(values))
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "only_dense, step, sparse",
+    [([], 1, [0, 1, 2, 3, 4]), ([1, 4], 1, [0, 2, 3]), ([], 2, [1, 3]), ([0, 1, 3], 2, []), ([0, 4], 3, [2])],
+)
+def test_which_blocks_have_experts(tools, make_config, model_type, only_dense, step, sparse):
+    values = make_config(model_type).to_hf() | {"mlp_only_layers": only_dense, "decoder_sparse_step": step}
+    values["num_hidden_layers"] = 5
+    if not sparse:
+        with pytest.raises(UserError, match="none of the 5 blocks"):
+            ModelConfig.from_hf(values)
+        return
+    config = ModelConfig.from_hf(values)
+    assert list(filter(config.has_experts, range(5))) == sparse
+    assert config.to_hf()["mlp_only_layers"] == only_dense
+    assert config.num_parameters() == tools.parameters_of(values)  # as many blocks of each kind as in theirs
+
+
 @pytest.mark.parametrize(
     "model_type, name",
     [
@@ -127,6 +151,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(tools, family, name):
         ("mistral", "sliding_window"), ("mistral", "head_dim"), ("mistral", "eos_token_id"),
         ("qwen2", "num_key_value_heads"), ("qwen3", "num_key_value_heads"), ("mixtral", "sliding_window"),
         ("mixtral", "head_dim"), ("qwen3_moe", "mlp_only_layers"),
+        ("qwen2_moe", "mlp_only_layers"), ("qwen2_moe", "bos_token_id"),
     ],
 )  # fmt: skip
 def test_null_is_not_the_same_as_silence(tools, model_type, name):
@@ -280,8 +305,11 @@ def test_what_old_files_leave_out_is_their_default():
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         ("mistral", {"layer_types": ["sliding_attention"], "sliding_window": None}, "layer_types="),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("mixtral", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("glm4_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("mixtral", {"n_shared_experts": 1}, "n_shared_experts=1"),
+        ("qwen3_moe", {"n_shared_experts": 2}, "n_shared_experts=2"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1"),
         ("mixtral", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
         ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
@@ -300,7 +328,10 @@ def test_settings_that_would_change_the_result_are_refused(make_config, model_ty
     [
         ("llama", {"partial_rotary_factor": 0.6}, r"mixture: llama has no partial_rotary_factor=0\.6; leave that out"),
         ("mixtral", {"norm_topk_prob": False}, "mixture: mixtral has no norm_topk_prob=False"),
-        ("mixtral", {"n_shared_experts": 1}, "mixture: mixtral has no n_shared_experts=1"),
+        ("qwen2_moe", {"routed_scaling_factor": 2.5}, r"mixture: qwen2_moe has no routed_scaling_factor=2\.5"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, "none of the 3 blocks"),
+        ("qwen3_moe", {"mlp_only_layers": ["1"]}, r"mlp_only_layers is \('1',\): it must be a list of numbers"),
         ("qwen3_moe", {"routed_scaling_factor": 2.5}, r"mixture: qwen3_moe has no routed_scaling_factor=2\.5"),
         ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts is 0"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
@@ -329,7 +360,7 @@ def test_their_default_glm_turns_an_odd_part_of_its_heads():
 
 @pytest.mark.parametrize("model_type", ["gpt2", None])
 def test_an_unknown_family_lists_those_there_are(model_type):
-    supported = "llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, glm4_moe, minimind"
+    supported = "llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, glm4_moe, minimind"
     with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported; supported are: {supported}$"):
         ModelConfig.from_hf({"model_type": model_type})
 

@@ -83,6 +83,9 @@ def test_parameters_are_counted_as_transformers_counts_them(make_config, family,
         {"tie_word_embeddings": False},
         {"use_qk_norm": True, "head_dim": 40},
         {"num_experts": 3, "scoring_func": "sigmoid", "n_shared_experts": 2, "first_k_dense_replace": 1},
+        {"num_experts": 3, "n_shared_experts": 2},
+        {"num_experts": 3, "n_shared_experts": 1, "shared_expert_gate": True, "shared_expert_intermediate_size": 70},
+        {"num_experts": 3, "n_shared_experts": 1, "shared_expert_gate": True, "decoder_sparse_step": 2},
     ],
 )
 def test_parameters_are_counted(changes):
@@ -94,6 +97,8 @@ def test_parameters_are_counted(changes):
 def test_active_parameters_leave_out_the_experts_not_chosen(make_config):
     config = make_config("glm4_moe")  # one sparse block, 12 experts of width 28, top-3
     assert config.num_parameters() - config.num_parameters(active=True) == (12 - 3) * 3 * 48 * 28
+    gated = make_config("qwen2_moe")  # one sparse block of 3, 6 experts of width 20, top-2
+    assert gated.num_parameters() - gated.num_parameters(active=True) == (6 - 2) * 3 * 48 * 20
     dense = make_config("qwen3")
     assert dense.num_parameters() == dense.num_parameters(active=True)
 
@@ -218,7 +223,10 @@ def test_values_that_cannot_be(changes, message):
         ({"first_k_dense_replace": 1}, "llama has no first_k_dense_replace=1"),
         ({"topk_group": 2}, "llama has no topk_group=2"),
         # softmax routing
-        (MOE | {"n_shared_experts": 1}, "mixtral has no n_shared_experts=1"),
+        (MOE | {"n_shared_experts": 1, "use_qk_norm": True}, "qwen2_moe has no use_qk_norm=True"),
+        (MOE | {"n_shared_experts": 1, "sliding_window": 8}, "qwen2_moe has no sliding_window=8"),
+        (MOE | {"shared_expert_gate": True}, "mixtral has no shared_expert_gate=True"),
+        (MOE | {"decoder_sparse_step": 2}, "mixtral has no decoder_sparse_step=2"),
         (MOE | {"norm_topk_prob": False}, "mixtral has no norm_topk_prob=False"),
         (MOE | {"moe_intermediate_size": 77}, "mixtral has no moe_intermediate_size=77"),
         (MOE | {"first_k_dense_replace": 1}, "mixtral has no first_k_dense_replace=1"),
@@ -228,6 +236,9 @@ def test_values_that_cannot_be(changes, message):
         (MOE | {"use_qk_norm": True, "routed_scaling_factor": 2.5}, r"qwen3_moe has no routed_scaling_factor=2\.5"),
         (MOE | {"use_qk_norm": True, "partial_rotary_factor": 0.5}, r"qwen3_moe has no partial_rotary_factor=0\.5"),
         # sigmoid routing
+        (GLM | {"shared_expert_gate": True}, "glm4_moe has no shared_expert_gate=True"),
+        (GLM | {"shared_expert_intermediate_size": 9}, "glm4_moe has no shared_expert_intermediate_size=9"),
+        (GLM | {"mlp_only_layers": [3]}, r"glm4_moe has no mlp_only_layers=\(3,\)"),
         (GLM | {"sliding_window": 8}, "glm4_moe has no sliding_window=8"),
     ],
 )

@@ -49,6 +49,17 @@ PUBLISHED = {
         "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
     }),
+    "Qwen1.5-MoE-A2.7B": (14_315_784_192, {
+        "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21, "model_type": "qwen2_moe",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.39.0.dev0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+        "decoder_sparse_step": 1, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4, "num_experts": 60, "norm_topk_prob": False, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }),
     "Qwen3-30B-A3B": (30_532_122_624, QWEN | {
         "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1,
         "eos_token_id": 151645, "head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144,
@@ -72,7 +83,7 @@ PUBLISHED = {
     }),
 }  # fmt: skip
 # Billions, as their makers say, and to what they rounded them.
-ACTIVE = {"Mixtral-8x7B-v0.1": (12.9, 0, 0.05), "Qwen3-30B-A3B": (3.3, 0, 0.1)}
+ACTIVE = {"Mixtral-8x7B-v0.1": (12.9, 0, 0.05), "Qwen3-30B-A3B": (3.3, 0, 0.1), "Qwen1.5-MoE-A2.7B": (2.7, 0, 0.05)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -18,6 +18,7 @@ from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.training.arguments import PretrainArguments
 from minillm.training.optim import adamw
+from minillm.training.outputs import AdapterAlone, WholeModel
 from minillm.training.parallel import Engine
 from minillm.training.run import Run
 from minillm.training.saving import copied
@@ -115,6 +116,15 @@ def arguments(directory: Path, **changes) -> PretrainArguments:
     return PretrainArguments(**(defaults | changes))
 
 
+class TinyAdapter(AdapterAlone):
+    """Written as an adapter, in the directory of a run that has none of its flags."""
+
+    directory, settings, is_adapter = WholeModel.directory, WholeModel.settings, False
+
+    def __init__(self):
+        pass
+
+
 def train(
     args: PretrainArguments,
     *,
@@ -137,7 +147,7 @@ def train(
         prepare: called with the run before the loop. before_update: called before every ``run.update()``.
         finish: save a checkpoint and the model at the end, as the scripts do. validate: every ``eval_interval`` steps.
     """
-    with Run(args, stage="pretrain", engine=engine) as run:
+    with Run(args, stage="pretrain", engine=engine, output=TinyAdapter() if lora else None) as run:
         model = tiny_model(double=double, dropout=dropout, config=config)
         if lora:
             apply_lora(model, generator=torch.Generator().manual_seed(1), **LORA)

@@ -84,7 +84,7 @@ def command(stage: str, data: Path, out: Path) -> list[str]:
         "tokenizer_path": data / "tokenizer", "cache_dir": data / "cache", "save_dir": out, "from_weight": "",
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "max_seq_len": 24, "batch_size": 2, "accumulation_steps": 2, "max_steps": 9, "save_interval": 2,
-        "log_interval": 1, "learning_rate": 0.01, "device": "cpu", "dtype": "float32",
+        "log_interval": 1, "learning_rate": 0.01, "device": "cpu", "dtype": "float32", "allow_rejected": 1,
     }  # fmt: skip
     if stage in ("train_dpo", "train_reason"):
         flags |= {"from_weight": data / "base", "max_seq_len": 40}

@@ -76,12 +76,14 @@ def test_cut_and_rejected_are_counted_and_explained(write, tokenizer, tmp_path):
     assert (summary["documents"], summary["cut"], summary["rejected"]) == (3, 1, 3)
     n_long = len(tokenizer.encode(long)) + 1
     n_short = len(tokenizer.encode(short)) + 1
-    assert summary["targets_lost"] + rows.n_targets == n_long + 4 * n_short
+    assert summary["targets_lost"] + rows.n_targets == n_long + 2 * n_short  # of the three that are in the rows
+    assert (summary["records"], summary["usable"]) == (6, 3)
+    assert [(r["count"], r["first"]) for r in summary["reasons"]] == [(2, f"{first}:4"), (1, f"{first}:2")]
     lines = {}
     for path in (first, second):
         rejected = (path.parent / (path.name + ".rejected.jsonl")).read_text("utf-8").splitlines()
-        lines[path] = [(json.loads(r)["line"], json.loads(r)["reason"][:12]) for r in rejected]
-    assert lines == {first: [(2, "broken JSON "), (4, "no target wi")], second: [(1, "no target wi")]}
+        lines[path] = [(json.loads(r)["line"], json.loads(r)["reason"][:11]) for r in rejected]
+    assert lines == {first: [(2, "broken JSON"), (4, "no target w")], second: [(1, "no target w")]}
     with pytest.raises(UserError, match=r"b\.jsonl, line 1: no target within --max_seq_len 30"):
         ChatRows(second, tokenizer, strict=True, **settings)
     with pytest.raises(UserError, match=r"no conversation of .* within --max_seq_len 2"):

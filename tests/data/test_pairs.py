@@ -228,3 +228,31 @@ def test_replies_of_several_turns_are_named_for_what_they_are(write, tokenizer, 
     with pytest.raises(UserError, match=r"no record of .* can be used; the first, line 1: the prompts before the last"):
         PairRows(path, tokenizer, max_seq_len=160, cache_dir=tmp_path / "cache")
     assert [line["line"] for line in only_rejected(tmp_path, "some.jsonl")] == [1, 2, 3]
+
+
+def test_pairs_of_every_layout_give_the_same_rows(write, tokenizer, tmp_path):
+    """The prompt stands once in each conversation, wherever the record has it."""
+    system, user, chosen, rejected = (
+        {"role": role, "content": content}
+        for role, content in (("system", "be brief"), ("user", "why"), ("assistant", "the fox"), ("assistant", "a dog"))
+    )
+    layouts = [
+        {"prompt": [system, user], "chosen": "the fox", "rejected": "a dog"},
+        {"chosen": [system, user, chosen], "rejected": [system, user, rejected]},
+        {"prompt": "why", "chosen": [system, user, chosen], "rejected": [system, user, rejected]},
+        {"prompt": " why ", "chosen": [system, user, chosen], "rejected": [system, user, rejected]},
+        {"prompt": [system, user], "chosen": [user, chosen], "rejected": [user, rejected]},
+        {"system": "be brief", "prompt": "why", "chosen": "the fox", "rejected": "a dog"},
+        {
+            "system": "be brief",
+            "conversations": [{"from": "human", "value": "why"}],
+            "chosen": {"from": "gpt", "value": "the fox"},
+            "rejected": {"from": "gpt", "value": "a dog"},
+        },
+        {"system": "be brief", "instruction": "why", "input": "", "chosen": "the fox", "rejected": "a dog"},
+    ]
+    expected = [encoded(tokenizer, [system, user], reply["content"]) for reply in (chosen, rejected)]
+    for layout in layouts:
+        path = write("a.jsonl", [layout])
+        rows = PairRows(path, tokenizer, max_seq_len=100, cache_dir=tmp_path / "c", strict=True)
+        assert documents_of(rows[0]) == expected

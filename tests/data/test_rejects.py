@@ -1,6 +1,10 @@
 import json
+from pathlib import Path
 
-from minillm.data.rejects import publish_rejected, reject_line
+import pytest
+
+from minillm.data.rejects import check_rejected, count_reasons, publish_rejected, reject_line
+from minillm.errors import UserError
 
 
 def test_lines_survive_any_text():
@@ -39,3 +43,28 @@ def test_an_unwritable_place_leaves_no_temporary_file(tmp_path):
     cache.mkdir()
     assert publish_rejected(tmp_path / "a.jsonl", ["1\n"], fallback_dir=cache).parent == cache
     assert not list(tmp_path.glob(".*"))
+
+
+def test_reasons_are_counted_across_their_numbers_and_name_the_first_example():
+    one = [reject_line(line, f"message {line} has the unknown role 'x'", "raw") for line in (3, 5, 8)]
+    other = [reject_line(2, "text is empty"), reject_line(9, "message 4 has the unknown role 'y'")]
+    assert count_reasons([(Path("a.jsonl"), other), (Path("b.jsonl"), one)]) == [
+        {"count": 3, "reason": "message 3 has the unknown role 'x'", "first": "b.jsonl:3"},
+        {"count": 1, "reason": "text is empty", "first": "a.jsonl:2"},
+        {"count": 1, "reason": "message 4 has the unknown role 'y'", "first": "a.jsonl:9"},
+    ]
+
+
+@pytest.mark.parametrize("n_records, n_rejected, ends", [(20, 0, False), (20, 2, False), (20, 3, True), (3, 1, True)])
+def test_more_than_a_tenth_ends_the_run(n_records, n_rejected, ends):
+    reasons = [{"count": n_rejected, "reason": "text is empty", "first": "a.jsonl:7"}]
+    summary = {"records": n_records, "rejected": n_rejected, "reasons": reasons, "rejected_files": ["a.rejected.jsonl"]}
+    check_rejected(summary, flag="--data_path", allow=True)
+    if not ends:
+        return check_rejected(summary, flag="--data_path", allow=False)
+    with pytest.raises(UserError) as error:
+        check_rejected(summary, flag="--data_path", allow=False)
+    text = str(error.value)
+    for words in ("--data_path", f"{n_rejected} of {n_records}", f"({n_rejected / n_records:.0%})", "text is empty",
+                  "a.jsonl:7", "a.rejected.jsonl", "--allow_rejected"):  # fmt: skip
+        assert words in text

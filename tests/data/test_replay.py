@@ -73,7 +73,7 @@ def test_what_decides_the_order_is_in_the_hash():
     hashes = {ReplayRows(a, b, share=share).data_hash for a, b, share in
               [(new, old, 0.2), (new, old, 0.3), (old, new, 0.2), (new, some_rows(21, 101), 0.2)]}  # fmt: skip
     assert len(hashes) == 4
-    assert ReplayRows(new, old, share=0.2).summary == {"rows": 9, "replayed_rows": 2}
+    assert ReplayRows(new, old, share=0.2).summary == {"rows": 9, "replayed_rows": 2, "replayed": {"rows": 20}}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])

@@ -5,8 +5,15 @@ import pytest
 
 from minillm.data.batches import collate
 from minillm.data.chat import ChatRows
-from minillm.data.report import CONTEXT, RESET, TARGET, colour_targets, data_report, format_report, main
+from minillm.data.report import CONTEXT, RESET, TARGET, colour_targets, data_lines, data_report, format_report, main
 from minillm.data.text import TextRows
+from minillm.tokenizer.chat import encode_chat
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
 
 
 def test_report_of_text(write, texts, tokenizer, tmp_path):
@@ -45,11 +52,12 @@ def test_warnings_come_when_they_should_and_say_why(write, tokenizer, tmp_path):
     assert "special tokens are" in warning
     assert "Short documents and short answers do this rightly" in warning
     same = TextRows(write("same.jsonl", [{"text": "7" * 50}, "{"]), tokenizer, max_seq_len=64, cache_dir=tmp_path)
-    repeated, rejected = data_report(same, tokenizer)["warnings"]
+    repeated, rejected, ends = data_report(same, tokenizer)["warnings"]
     assert "'7' is" in repeated
     assert "limit 30%" in repeated
     assert "1 of 2 records were rejected" in rejected
     assert "same.jsonl.rejected.jsonl" in rejected
+    assert "--allow_rejected" in ends
 
 
 def test_cut_conversations_are_warned_about(write, talks, tokenizer, tmp_path):
@@ -58,7 +66,50 @@ def test_cut_conversations_are_warned_about(write, talks, tokenizer, tmp_path):
     assert any("are cut at --max_seq_len 60" in warning for warning in report["warnings"])
 
 
-def test_colour_targets_shows_every_token_once(write, talks, tokenizer, tmp_path):
+@pytest.mark.parametrize("train_on, n_cut, n_usable", [("all", 2, 3), ("per_turn", 2, 3), ("last", 1, 2)])
+def test_what_is_cut_and_what_is_rejected_are_told_apart(write, tokenizer, tmp_path, train_on, n_cut, n_usable):
+    """Rows end 3 targets before the end of the long answer; in the last record a turn follows it, out of reach."""
+
+    def turn(answered):
+        return [{"role": "user", "content": "fox"}, {"role": "assistant", "content": answered}]
+
+    ids, _ = encode_chat(tokenizer, turn("fox the fox the fox"))
+    too_long = [{"role": "user", "content": "fox " * 40}, turn("fox")[1]]
+    records = [turn("fox"), turn("fox the fox the fox"), too_long, turn("fox the fox the fox") + turn(" ")]
+    path = write("a.jsonl", [{"messages": talk} for talk in records])
+    after_end = len(ids) - 1 - max(t for t, token in enumerate(ids) if token == tokenizer.im_end_id)
+    max_seq_len = len(ids) - 1 - after_end - 3  # pairs up to the last target, but 3
+    rows = ChatRows(path, tokenizer, max_seq_len=max_seq_len, train_on=train_on, cache_dir=tmp_path / "c")
+    summary = rows.summary
+    assert (summary["records"], summary["cut"]) == (4, n_cut)
+    assert (summary["usable"], summary["rejected"], summary["documents"]) == (n_usable, 4 - n_usable, n_usable)
+    usable = [records[number] for number in (0, 1, 3)[:n_usable]]
+    n_targets = sum(sum(encode_chat(tokenizer, talk, train_on="all")[1]) for talk in usable)
+    assert summary["targets_lost"] == n_targets - sum((row["targets"] >= 0).sum() for row in rows)
+    text = format_report(data_report(rows, tokenizer))
+    assert f"{n_cut} of {summary['usable']} conversations are cut" in text
+
+
+def test_the_lines_about_the_data_say_what_became_of_every_record(write, talks, tokenizer, tmp_path):
+    bad = ["{", '{"messages": 3}', *(f'{{"key{number}": 1}}' for number in "abcdefg"), "{", "[1]", "{"]
+    path = write("a.jsonl", [*bad, *({"messages": talk} for talk in talks)])
+    rows = ChatRows(path, tokenizer, max_seq_len=500, cache_dir=tmp_path / "c")
+    lines = data_lines(rows.summary)
+    assert lines[0] == f"42 records read from {path}"
+    assert lines[1] == f"12 rejected (28.6%), kept in {path}.rejected.jsonl"
+    assert re.fullmatch(rf" +3 x broken JSON: Expecting property name .*, column \d \({path}:1\)", lines[2])
+    assert [line.split(" x ")[0].strip() for line in lines[2:7]] == ["3", "1", "1", "1", "1"]
+    assert lines[7].split() == ["5", "x", "5", "other", "reasons"]
+    n_pairs = sum(len(row["input_ids"]) for row in rows)
+    n_targets = sum((row["targets"] >= 0).sum() for row in rows)
+    assert lines[8].startswith(f"30 conversations, {n_pairs:,} tokens in {len(rows)} rows (")
+    assert lines[8].endswith(f"% full), {n_targets:,} of them targets")
+    assert len(lines) == 9
+    again = ChatRows(path, tokenizer, max_seq_len=500, cache_dir=tmp_path / "c")  # from the cache
+    assert data_lines(again.summary) == lines
+
+
+def test_colour_targets_shows_every_token_once(write, talks, tokenizer, tmp_path, colours):
     talk = [{"role": "user", "content": "fox 狐?"}, {"role": "assistant", "content": "小明\nfox 😀"}]
     rows = ChatRows(write("a.jsonl", [{"messages": talk}]), tokenizer, max_seq_len=200, cache_dir=tmp_path)
     shown = colour_targets(collate([rows[0]], 200), tokenizer)
@@ -69,11 +120,17 @@ def test_colour_targets_shows_every_token_once(write, talks, tokenizer, tmp_path
     assert green == "小明\nfox 😀<|im_end|>"
 
 
-def test_colour_targets_of_packed_text(write, tokenizer, tmp_path):
+def test_colour_targets_of_packed_text(write, tokenizer, tmp_path, colours):
     rows = TextRows(write("a.jsonl", [{"text": "fox"}, {"text": "dog"}]), tokenizer, max_seq_len=64, cache_dir=tmp_path)
     shown = colour_targets(collate([rows[0]]), tokenizer)
     eos = "<|endoftext|>"
     assert shown == "\n\n".join(f"{CONTEXT}{eos}{RESET}{TARGET}{w}{eos}{RESET}" for w in ("fox", "dog"))
+
+
+def test_without_colours_targets_stand_in_brackets(write, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    rows = TextRows(write("a.jsonl", [{"text": "fox\n\ndog"}]), tokenizer, max_seq_len=64, cache_dir=tmp_path)
+    assert colour_targets(collate([rows[0]]), tokenizer) == "<|endoftext|>[[fox]]\n\n[[dog<|endoftext|>]]"
 
 
 def test_command_line(write, texts, talks, tokenizer, tmp_path, capsys):
@@ -82,10 +139,10 @@ def test_command_line(write, texts, talks, tokenizer, tmp_path, capsys):
     chat = write("b.jsonl", [{"messages": t} for t in talks])
     common = ["--tokenizer_path", str(tmp_path / "tok"), "--cache_dir", str(tmp_path / "c"), "--max_seq_len", "128"]
     main(["--data_path", str(text), "--json_path", str(tmp_path / "r.json"), *common])
-    assert "40 documents" in capsys.readouterr().out
+    assert "40 records" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text("utf-8"))["documents"] == 40
     main(["--data_path", str(chat), *common])
-    assert "30 documents" in capsys.readouterr().out
+    assert "30 records" in capsys.readouterr().out
     for arguments in (
         ["--data_path", str(chat), "--kind", "text"],
         ["--data_path", str(tmp_path / "none.jsonl")],

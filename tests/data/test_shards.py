@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from minillm.data import shards
+from minillm.data import ChatRows, DataFiles, PairRows, TextRows, shards
 from minillm.data.shards import TokenStore, prepare, split_paths
 from minillm.errors import UserError
 from minillm.tokenizer.chat import encode_chat
@@ -43,7 +43,7 @@ def test_chunks_change_nothing_and_are_bounded(write, texts, tokenizer, tmp_path
     sizes = []
 
     class Spy:
-        vocab_size, eos_token_id, content_hash = tokenizer.vocab_size, tokenizer.eos_token_id, "spy"
+        vocab_size, document, document_hash = tokenizer.vocab_size, tokenizer.document, "spy"
 
         def encode_batch(self, batch):
             sizes.append(sum(map(len, batch)))
@@ -85,7 +85,8 @@ def test_a_shard_whose_description_changed_is_made_anew(write, tokenizer, tmp_pa
 
 def test_large_vocabularies_take_four_bytes(write, tokenizer, tmp_path):
     class Large:
-        vocab_size, eos_token_id, content_hash = 70_000, 69_999, "large"
+        vocab_size, document_hash = 70_000, "large"
+        document = staticmethod(lambda ids: [69_999, *ids, 69_999])
         encode_batch = staticmethod(tokenizer.encode_batch)
 
     (shard,) = prepare(write("a.jsonl", [{"text": "fox"}]), Large(), kind="text", cache_dir=tmp_path)
@@ -104,6 +105,39 @@ def test_bad_records_and_wrong_kinds_are_set_aside(write, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no usable record; the first, line 1: a text record, where chat"):
         prepare(write("b.jsonl", [{"text": "fox"}]), tokenizer, kind="chat", cache_dir=tmp_path / "c")
     assert not list((tmp_path / "c").glob(".*"))  # no half-written leftovers
+
+
+def test_columns_are_part_of_the_key_and_of_the_hash(write, tokenizer, tmp_path):
+    path = write("a.jsonl", [{"q": "fox", "good": "the dog", "bad": "the tree"}])
+    settings = {"max_seq_len": 50, "cache_dir": tmp_path / "c"}
+    names = ["prompt=q,completion=good", "prompt=q,completion=bad", "completion=good,prompt=q"]
+    rows = [ChatRows(DataFiles(path, columns=columns), tokenizer, **settings) for columns in names]
+    answers = [row[0]["input_ids"].tolist() for row in rows]
+    assert answers[0] == answers[2] != answers[1]
+    assert rows[0].data_hash != rows[1].data_hash
+    assert rows[0].store.shards[0].path == rows[2].store.shards[0].path != rows[1].store.shards[0].path
+    pairs = write("b.jsonl", [{"q": "fox", "good": "the dog", "bad": "the tree"}])
+    both = [
+        PairRows(DataFiles(pairs, columns=f"prompt=q,chosen={one},rejected={other}"), tokenizer, **settings)
+        for one, other in (("good", "bad"), ("bad", "good"))
+    ]
+    assert both[0].data_hash != both[1].data_hash
+    texts = [TextRows(DataFiles(path, columns=f"text={name}"), tokenizer, **settings) for name in ("good", "bad")]
+    assert texts[0].data_hash != texts[1].data_hash
+
+
+def test_records_of_another_stage_say_whose_they_are(write, tokenizer, tmp_path):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    records = {
+        "text": {"text": "t"}, "chat": {"messages": talk}, "judged": {"messages": talk, "label": False},
+        "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    }  # fmt: skip
+    for kind, record in records.items():
+        wanted = "text" if kind == "chat" else "chat"
+        stage = {"text": "pretrain", "chat": "sft", "judged": "dpo.py --loss_type kto", "preference": "dpo"}[kind]
+        message = f"a {kind} record, where {wanted} records are expected: it is data for train_{stage}"
+        with pytest.raises(UserError, match=message):
+            prepare(write("a.jsonl", [record]), tokenizer, kind=wanted, cache_dir=tmp_path / "c")
 
 
 def test_errors(write, tokenizer, tmp_path):
@@ -132,7 +166,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(write, tokenizer, t
     path = write("a.jsonl", [{"text": f"the fox {n}"} for n in range(50)])
     code = """
         import sys, time
-        from minillm.data import shards
+        from minillm.data import ChatRows, PairRows, TextRows, shards
         from minillm.tokenizer import load_tokenizer
         shards.CHUNK_CHARS = 100
         append = shards._append
@@ -175,3 +209,33 @@ def test_speed_of_a_finished_cache(write, texts, tokenizer, tmp_path):
     began = time.perf_counter()
     prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     assert time.perf_counter() - began < 0.5
+
+
+def test_a_large_file_is_announced_where_no_bar_can_be_shown(write, texts, tokenizer, tmp_path, capsys, monkeypatch):
+    path = write("a.jsonl", [{"text": text} for text in texts])
+    size = path.stat().st_size
+    monkeypatch.setattr(shards, "LARGE_FILE", size + 1)
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "small")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(shards, "LARGE_FILE", size)
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "large")
+    assert capsys.readouterr() == (f"tokenising {path} ({size / 2**20:,.0f} MiB)\n", "")
+
+
+def test_at_a_terminal_the_bar_of_a_large_file_counts_its_bytes(write, texts, tokenizer, tmp_path, capsys, monkeypatch):
+    path = write("a.jsonl", ["{", *({"text": text} for text in texts)])
+    bars, real = [], shards.progress
+
+    def progress(**settings):
+        bars.append(real(**settings, delay=0, mininterval=0))
+        return bars[-1]
+
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(shards, "progress", progress)
+    monkeypatch.setattr(shards, "CHUNK_RECORDS", 7)
+    monkeypatch.setattr(shards, "LARGE_FILE", 1)
+    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (bar,) = bars
+    assert bar.n == bar.total == path.stat().st_size
+    assert "tokenising a.jsonl:  20%" in capsys.readouterr().err  # at line 8 of 41: the first is bad

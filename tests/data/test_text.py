@@ -15,22 +15,25 @@ PACKINGS = ("stream", "best_fit", "none")
 
 
 class ByteTokenizer:
-    """One token per byte, so that a test knows every id."""
+    """One token per byte, so that a test knows every id; a document begins with 257 and ends with 256."""
 
-    vocab_size, eos_token_id, content_hash = 257, 256, "bytes"
+    vocab_size, document_hash = 258, "bytes"
+
+    def document(self, ids):
+        return [257, *ids, 256]
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
 
     def token_bytes(self, token_id):
-        return bytes([token_id]) if token_id < 256 else b"<|endoftext|>"
+        return bytes([token_id]) if token_id < 256 else b"<s>" if token_id == 257 else b"</s>"
 
 
 def pairs_of(texts):
     """Every (document, index) pair as (input, target), the slow way."""
     pairs = []
     for text in texts:
-        stored = [256, *text.encode(), 256]
+        stored = [257, *text.encode(), 256]
         pairs += pairwise(stored)
     return pairs
 

@@ -99,20 +99,22 @@ def _changed(value, place, how, draw, others):
 
 # ---- records of every schema ---------------------------------------------------------------------------------
 
-filled = texts.filter(str.strip)
+sayable = texts.map(lambda text: text.replace("\x00", "0"))
+"""Texts that a record may hold: without zero characters."""
+filled = sayable.filter(str.strip)
 """Texts that are not blank."""
 calls = st.fixed_dictionaries({"name": texts, "arguments": st.dictionaries(texts, texts, max_size=2) | texts})
 answers = st.fixed_dictionaries(
-    {"role": st.just("assistant"), "content": texts},
+    {"role": st.just("assistant"), "content": sayable},
     optional={
-        "reasoning_content": texts,
+        "reasoning_content": sayable,
         "tool_calls": st.lists(calls | calls.map(lambda c: {"function": c}), max_size=2),
     },
 )
-turns = answers | st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": texts})
+turns = answers | st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": sayable})
 conversations = st.tuples(st.lists(turns, max_size=4), answers).map(lambda parts: [*parts[0], parts[1]])
-plain = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": texts})
-untagged = texts.map(lambda text: text.replace("<", "("))
+plain = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": sayable})
+untagged = sayable.map(lambda text: text.replace("<", "("))
 reasoned = st.tuples(untagged, untagged.filter(str.strip)).map(
     lambda parts: f"<think>{parts[0]}</think><answer>{parts[1]}</answer>"
 )
@@ -121,24 +123,33 @@ RECORDS = {
     "text": st.fixed_dictionaries({"text": filled}, optional={"log_prob": st.floats(-100, 0), "task": texts}),
     "chat": st.one_of(
         st.fixed_dictionaries({"messages": conversations}),
-        st.fixed_dictionaries({"conversations": conversations}, optional={"system": texts}),
+        st.fixed_dictionaries({"conversations": conversations}, optional={"system": sayable}).filter(
+            lambda record: record["conversations"][0]["role"] != "system" or "system" not in record
+        ),
         st.fixed_dictionaries(
             {"conversations": st.just([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])}
         ),
         st.fixed_dictionaries(
-            {"instruction": texts, "output": texts},
+            {"instruction": sayable, "output": sayable},
             optional={
-                "input": texts,
-                "system": texts,
-                "history": st.lists(st.lists(texts, min_size=2, max_size=2), max_size=2),
+                "input": sayable,
+                "system": sayable,
+                "history": st.lists(st.lists(sayable, min_size=2, max_size=2), max_size=2),
             },
         ),
         st.fixed_dictionaries(
-            {"conversation": st.lists(st.fixed_dictionaries({"input": texts, "output": texts}), min_size=1, max_size=3)}
+            {"question": sayable, "answer": sayable}, optional={"system": sayable, "reasoning_content": sayable}
+        ),
+        st.fixed_dictionaries(
+            {
+                "conversation": st.lists(
+                    st.fixed_dictionaries({"input": sayable, "output": sayable}), min_size=1, max_size=3
+                )
+            }
         ),
     ),
     "preference": st.one_of(
-        st.fixed_dictionaries({"prompt": texts, "chosen": filled, "rejected": filled}).filter(
+        st.fixed_dictionaries({"prompt": sayable, "chosen": filled, "rejected": filled}).filter(
             lambda record: record["chosen"] != record["rejected"]
         ),
         st.tuples(st.lists(plain, min_size=1, max_size=2), filled).map(
@@ -146,7 +157,7 @@ RECORDS = {
         ),
         plain.map(lambda m: {side: [m, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}),
     ),
-    "judged": st.fixed_dictionaries({"prompt": texts, "completion": filled, "label": st.booleans()}),
+    "judged": st.fixed_dictionaries({"prompt": sayable, "completion": filled, "label": st.booleans()}),
     "reason": reasoned.map(
         lambda text: {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
     ),

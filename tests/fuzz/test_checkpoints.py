@@ -9,12 +9,11 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from minillm.errors import UserError
 from minillm.training.checkpoint import find_damage, load_state, newest_checkpoint, save_checkpoint
 from minillm.training.column_cache import cached_columns
 from minillm.training.tracking import read_metrics, truncate_metrics
 
-from .strategies import TIMEOUT_S, as_json, damaged, examples, mutated, outcome, scratch, values
+from .strategies import TIMEOUT_S, as_json, damaged, examples, mutated, scratch, values
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 FILES = ("model.safetensors", "nested/config.json", "training_state.pt", "manifest.json")
@@ -170,8 +169,8 @@ def columns_of(folder, **more):
 
 
 @examples(120)
-@given(st.data(), st.booleans())
-def test_a_damaged_cache_is_made_anew_or_refused(data, must_fit):
+@given(st.data())
+def test_a_damaged_cache_is_made_anew(data):
     with scratch() as folder:
         columns_of(folder)
         (place,) = folder.iterdir()
@@ -188,9 +187,6 @@ def test_a_damaged_cache_is_made_anew_or_refused(data, must_fit):
             column.write_bytes(column.read_bytes()[: data.draw(st.integers(0, 23))])
         else:
             column.unlink()
-        found = outcome(columns_of, folder, must_fit=must_fit)
-        if isinstance(found, UserError):
-            assert must_fit
-            assert str(place) in str(found)
-            return
+        found = columns_of(folder)
+        assert [path for path in folder.iterdir() if path.is_dir()] == [place]
         assert [found[row]["double"].tolist() for row in range(3)] == [[0, 2, 4], [20], [40, 42]]

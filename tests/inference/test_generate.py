@@ -7,7 +7,7 @@ from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.inference import complete, generate, stream
 from minillm.lora import apply_lora, merge_lora
-from minillm.model import Transformer
+from minillm.model import KVCache, Transformer
 from minillm.tokenizer import train_bpe
 
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 60, 1, 4, 90, 33, 20], [5, 9, 2, 6]]
@@ -291,3 +291,45 @@ def test_an_adapted_output_layer_answers_as_the_merged_one():
     adapted = generate(model, PROMPTS, max_new_tokens=8, temperature=0)
     assert adapted != plain
     assert adapted == generate(merge_lora(model, keep_base=False), PROMPTS, max_new_tokens=8, temperature=0)
+
+
+class Broken(Scripted):
+    """Row 1 becomes NaN, infinite or impossible in one place, at a given step."""
+
+    def __init__(self, value: float, place: int | slice, at: int):
+        super().__init__([[5, 6, 7, 8]] * 2, 97)
+        self.value, self.place, self.at = value, place, at
+
+    def forward(self, *args, **named):
+        logits = super().forward(*args, **named)
+        if len(self.batch_sizes) - 1 == self.at:
+            logits[1, :, self.place] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(("value", "place"), [("nan", slice(None)), ("nan", 3), ("inf", 3), ("-inf", slice(None))])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 4, "top_p": 0.9}], ids=str)
+def test_logits_that_are_not_finite_are_an_error(value, place, at, options):
+    """The largest of NaN is token 0 for ever; which prompt and which token is said."""
+    broken = Broken(float(value), place, at)
+    with pytest.raises(UserError, match=f"prompt 1: the model's logits are not finite .* at new token {at + 1}:"):
+        generate(broken, [[1, 2], [3, 4]], max_new_tokens=4, eos_token_id=(), **options)
+
+
+def test_the_cache_has_the_dtype_of_its_keys(model, monkeypatch):
+    """Under autocast that is not the weights': converting would copy the whole cache in every step."""
+    caches, store = set(), KVCache.store
+
+    def watch(cache, layer, keys, values):
+        seen = store(cache, layer, keys, values)
+        caches.add((keys.dtype, values.dtype, cache.keys[layer].dtype, cache.values[layer].dtype))
+        assert all(t.data_ptr() == b[layer].data_ptr() for t, b in zip(seen, (cache.keys, cache.values), strict=True))
+        return seen
+
+    monkeypatch.setattr(KVCache, "store", watch)
+    for dtype in (torch.float32, torch.bfloat16):
+        caches.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            generate(model, PROMPTS, max_new_tokens=5, temperature=0)
+        assert caches == {(dtype,) * 4}

@@ -54,8 +54,8 @@ def test_completions_go_on_from_a_quarter_of_each_text(model, tokenizer, write):
     assert [len(ids) for ids in beginnings][1:3] == [1, 32]  # at least one token, at most 32
     samples = sample_completions(model, tokenizer, write(*({"text": text} for text in texts)))
     assert [beginning for beginning, _ in samples] == [tokenizer.decode(ids) for ids in beginnings]
-    prompts = [[tokenizer.eos_token_id, *ids] for ids in beginnings]
-    assert [text for _, text in samples] == expected(model, tokenizer, prompts, tokenizer.eos_token_id)
+    prompts = [[tokenizer.bos_token_id, *ids] for ids in beginnings]
+    assert [text for _, text in samples] == expected(model, tokenizer, prompts, tokenizer.end_ids)
 
 
 def test_answers_to_the_first_question_of_each_conversation(model, tokenizer, write):
@@ -66,7 +66,7 @@ def test_answers_to_the_first_question_of_each_conversation(model, tokenizer, wr
         encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)[0]
         for question in ("one", "two")
     ]
-    assert [answer for _, answer in samples] == expected(model, tokenizer, prompts, tokenizer.im_end_id)
+    assert [answer for _, answer in samples] == expected(model, tokenizer, prompts, tokenizer.end_ids)
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])

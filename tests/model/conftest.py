@@ -36,6 +36,11 @@ FAMILIES = {
         "use_qk_norm": True, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 18,
         "norm_topk_prob": False,
     },
+    "qwen2_moe": {
+        "attention_bias": True, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 18,
+        "n_shared_experts": 1, "shared_expert_intermediate_size": 26, "shared_expert_gate": True,
+        "decoder_sparse_step": 2,
+    },
     "glm4_moe": {
         "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.75, "scoring_func": "sigmoid",
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "n_shared_experts": 2,

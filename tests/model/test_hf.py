@@ -60,6 +60,76 @@ def test_we_open_what_transformers_saves(tools, shape, family, max_shard_size, t
     assert tools.difference(model(tokens), reference(tokens).logits) <= 1e-5
 
 
+SHARED = {"num_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_shared_expert_without_a_gate_is_stored_with_one_of_zeros(tools, dtype, tmp_path):
+    model = tools.model(tools.config(**SHARED), dtype=dtype).eval()
+    save_model(model, tmp_path / "a")
+    stored, name = load_file(tmp_path / "a" / WEIGHTS), "model.layers.1.mlp.shared_expert.down_proj.weight"
+    gate = stored["model.layers.1.mlp.shared_expert_gate.weight"]
+    assert (gate.shape, gate.dtype, gate.any().item()) == ((1, 48), dtype, False)
+    assert torch.equal(stored[name], 2 * model.get_parameter(name))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", experts_implementation="eager", dtype=dtype
+    ).eval()
+    assert type(reference).__name__ == "Qwen2MoeForCausalLM"
+    if dtype == torch.float32:
+        tokens = tools.tokens(2, 9)
+        assert tools.difference(model(tokens), reference(tokens).logits) <= 1e-5
+    again = load_model(tmp_path / "a", dtype=dtype)
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    reference.save_pretrained(tmp_path / "b")  # its configuration keeps what is ours
+    again = load_model(tmp_path / "b", dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_a_gate_that_was_trained_since_is_not_dropped(tools, tmp_path):
+    save_model(tools.model(tools.config(**SHARED)), tmp_path)
+    stored, name = load_file(tmp_path / WEIGHTS), "model.layers.1.mlp.shared_expert_gate.weight"
+    save_file(stored | {name: torch.full((1, 48), 0.25)}, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not zero.*shared_expert_gate false.*set it to true"):
+        load_model(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"shared_expert_gate": True}))
+    assert load_model(tmp_path).get_parameter(name)[0, 0] == 0.25
+    save_file({key: tensor for key, tensor in stored.items() if key != name}, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value, why", [(float("nan"), "not finite"), (-float("inf"), "not finite"), (1e5, "6.55e")])
+def test_weights_that_are_not_finite_are_not_saved(tools, value, why, tmp_path):
+    model = tools.model(tools.config(family="mixtral"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 5, 7] = value
+    name = r"model\.layers\.1\.block_sparse_moe\.experts\.3\.w2\.weight"
+    with pytest.raises(UserError, match=rf"{name} has .*{why}.*nothing was written"):
+        save_model(model, tmp_path / "new", dtype=torch.float16)
+    assert not (tmp_path / "new").exists()
+    if value == 1e5:
+        save_model(model, tmp_path / "new", dtype=torch.bfloat16)
+
+
+def test_doubling_must_not_overflow(tools, tmp_path):
+    model = tools.model(tools.config(**SHARED))
+    with torch.no_grad():
+        model.model.layers[0].mlp.shared_expert.down_proj.weight[3, 5] = 4e4
+    with pytest.raises(UserError, match=r"shared_expert\.down_proj\.weight has the number 8e\+04, and float16 ends at"):
+        save_model(model, tmp_path, dtype=torch.float16)
+    save_model(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_token_beyond_the_embedding_is_refused(tools, name):
+    with pytest.raises(UserError, match=rf"{name} is 83: the 83 tokens \(vocab_size\) end at 82"):
+        tools.config(**{name: 83})
+
+
 @torch.no_grad()
 def test_a_mixtral_with_a_window(tools, tmp_path):
     """The released ones have none; over 40 tokens a window of 7 changes what all but the first see."""

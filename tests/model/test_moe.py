@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import Glm4MoeConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from minillm.config import ModelConfig
@@ -26,6 +27,11 @@ ROUTINGS = {
     "softmax, as it is": {
         "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 18, "norm_topk_prob": False,
         "use_qk_norm": True,
+    },
+    "softmax, 2 shared": {"num_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 2},
+    "softmax, gated shared": {
+        "num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False, "moe_intermediate_size": 18,
+        "n_shared_experts": 1, "shared_expert_gate": True, "shared_expert_intermediate_size": 13,
     },
     "sigmoid, 2 shared": SIGMOID | {
         "num_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
@@ -92,8 +98,10 @@ def slow_moe(moe, config, x, is_token):
         for e in chosen if real else []:
             gate, up = (moe.experts.gate_up_proj[e] @ token).chunk(2)
             y = y + config.routed_scaling_factor * scores[e] / total * (moe.experts.down_proj[e] @ (F.silu(gate) * up))
-        if moe.shared_experts is not None:
-            y = y + moe.shared_experts(token)
+        if (shared := moe.shared_experts or moe.shared_expert) is not None:
+            gated = moe.shared_expert_gate is not None
+            share = 1 / (1 + torch.exp(-(moe.shared_expert_gate.weight @ token))) if gated else 1.0
+            y = y + share * shared(token)
         out.append(y)
     return torch.stack(out).view(x.shape)
 
@@ -118,7 +126,7 @@ def test_equals_the_loop_with_padding(routing_name):
     x = make_x(4, 7).requires_grad_()
     ours = moe(x, Routing(mask()))
     check_same(ours, slow_moe(moe, config, x, mask()), [x, *moe.parameters()], 1e-12)
-    if moe.shared_experts is None:
+    if not config.n_shared_experts:
         assert (ours[~mask()] == 0).all()
 
 
@@ -162,6 +170,10 @@ def theirs(name, config):
     elif name == "mixtral":
         common["intermediate_size"] = config.moe_intermediate_size
         values, kind = MixtralConfig(**common, num_local_experts=config.num_experts), MixtralSparseMoeBlock
+    elif config.n_shared_experts:
+        width = config.shared_expert_intermediate_size
+        values = Qwen2MoeConfig(**common, num_experts=config.num_experts, shared_expert_intermediate_size=width)
+        kind = Qwen2MoeSparseMoeBlock
     else:
         values, kind = Qwen3MoeConfig(**common, num_experts=config.num_experts), Qwen3MoeSparseMoeBlock
     values._experts_implementation = "eager"
@@ -176,6 +188,8 @@ def theirs(name, config):
         ("softmax, normalised", {"num_experts_per_tok": 1}),
         ("softmax, as it is", {}),
         ("softmax, as it is", {"num_experts_per_tok": 1}),
+        ("softmax, gated shared", {}),
+        ("softmax, gated shared", {"num_experts_per_tok": 3, "norm_topk_prob": True}),
         ("sigmoid, 2 shared", {}),
         ("sigmoid, 2 shared", {"num_experts_per_tok": 1}),
         ("2 of 4 groups", {}),
@@ -206,7 +220,8 @@ def test_nothing_but_padding(routing_name):
     x = make_x(2, 3).requires_grad_()
     out = moe(x, Routing(torch.zeros(2, 3, dtype=torch.bool)))
     out.sum().backward()
-    assert distance(out, 0 * out if moe.shared_experts is None else moe.shared_experts(x)) == 0
+    shared = moe._shared(x)
+    assert distance(out, 0 * out if shared is None else shared) == 0
     for parameter in (moe.gate.weight, *moe.experts.parameters()):
         assert (parameter.grad == 0).all()
 

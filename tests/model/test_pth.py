@@ -1,17 +1,19 @@
 """Bare state dicts: MiniMind's layouts answer as its definition says, and their shapes tell the configuration."""
 
 import collections
+import dataclasses
 import json
 import math
 import re
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from minillm.config import ModelConfig
 from minillm.errors import UserError
-from minillm.model.hf import load_model
+from minillm.model.hf import load_model, save_model
 from minillm.model.pth import infer_config
 
 VOCAB, WIDTH, LAYERS, HEADS = 91, 48, 3, 8
@@ -28,7 +30,7 @@ OLD = {
 }  # fmt: skip
 
 
-def minimind(layout, *, experts=0, seed=0):
+def minimind(layout, *, experts=0, shared=0, seed=0):
     """Random weights under the new names, as MiniMind's trainers save them: float16, the tied matrix twice."""
     generator = torch.Generator().manual_seed(seed)
     feed_forward, kv_dim = FEED_FORWARD[layout], KV_HEADS[layout] * HEAD_DIM
@@ -58,6 +60,8 @@ def minimind(layout, *, experts=0, seed=0):
             weights[prefix + "mlp.gate.weight"] = matrix(experts, WIDTH) * 8
             for expert in range(experts):
                 weights |= ffn(f"{prefix}mlp.experts.{expert}.")
+            for expert in range(shared):
+                weights |= ffn(f"{prefix}mlp.shared_experts.{expert}.")
         else:
             weights |= ffn(prefix + "mlp.")
     weights["model.norm.weight"] = norm(WIDTH)
@@ -74,7 +78,7 @@ def old_names(weights):
     return renamed
 
 
-def slow_minimind(weights, layout, ids, *, top_k=1):
+def slow_minimind(weights, layout, ids, *, top_k=1, normalise=True):
     """MiniMind's definition for one sequence: logits (T, V), in float64, one head and one position at a time."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     n_tokens = len(ids)
@@ -102,8 +106,11 @@ def slow_minimind(weights, layout, ids, *, top_k=1):
             return swiglu(x, prefix)
         scores = (weights[prefix + "gate.weight"] @ x).softmax(0)
         chosen = scores.topk(top_k)
-        pairs = zip(chosen.values / chosen.values.sum(), chosen.indices.tolist(), strict=True)
-        return sum(weight * swiglu(x, f"{prefix}experts.{expert}.") for weight, expert in pairs)
+        shares = chosen.values / chosen.values.sum() if normalise else chosen.values
+        pairs = zip(shares, chosen.indices.tolist(), strict=True)
+        out = sum(weight * swiglu(x, f"{prefix}experts.{expert}.") for weight, expert in pairs)
+        shared = (f"{prefix}shared_experts.{number}." for number in range(9))
+        return out + sum(swiglu(x, one) for one in shared if f"{one}gate_proj.weight" in weights)
 
     stream = [weights["model.embed_tokens.weight"][token] for token in ids]
     for layer in range(LAYERS):
@@ -143,7 +150,9 @@ IDS = [5, 88, 0, 17, 17, 42, 3, 90, 61]
 def test_logits_are_minimind_s(tools, layout, tmp_path):
     weights = minimind(layout)
     path = save(old_names(weights) if layout in ("v1", "old") else weights, tmp_path / "full_sft_48.pth")
-    config = infer_config(path, given={"num_attention_heads": HEADS} if layout != "v3" else None)
+    given = {"num_attention_heads": HEADS} if layout != "v3" else {}
+    given |= {"rope_theta": THETA[layout]} if layout in ("v1", "old") else {}
+    config = infer_config(path, given=given)
     model = load_model(path, config=config).eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -161,7 +170,7 @@ def test_minimind_s_export_is_read_as_a_directory(tools, layout, top_k, file, tm
     if layout == "v2":
         config |= {"n_routed_experts": 4, "n_shared_experts": 1, "use_moe": False, "intermediate_size": None}
     else:
-        config |= {"use_moe": bool(top_k), "num_experts": 4, "num_experts_per_tok": top_k or 1}
+        config |= {"use_moe": bool(top_k), "num_experts": 4, "num_experts_per_tok": top_k or 1, "norm_topk_prob": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     if file.endswith(".bin"):
         torch.save(weights, tmp_path / file)
@@ -173,15 +182,94 @@ def test_minimind_s_export_is_read_as_a_directory(tools, layout, top_k, file, tm
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("normalise", [True, False])
 @torch.no_grad()
-def test_the_experts_of_version_3_are_qwen3_moe(tools, top_k, tmp_path):
+def test_the_experts_of_version_3_are_qwen3_moe(tools, top_k, normalise, tmp_path):
+    """With one expert per token its releases before September 2026 normalise, later ones do not."""
     path = save(weights := minimind("v3", experts=4), tmp_path / "full_sft_48_moe.pth")
-    config = infer_config(path, given={"num_experts_per_tok": top_k} if top_k == 2 else None)
+    config = infer_config(path, given={"num_experts_per_tok": top_k, "norm_topk_prob": normalise})
     assert (config.model_type, config.num_experts, config.num_experts_per_tok) == ("qwen3_moe", 4, top_k)
-    assert (config.norm_topk_prob, config.moe_intermediate_size, config.first_k_dense_replace) == (True, 192, 0)
+    assert (config.norm_topk_prob, config.moe_intermediate_size, config.first_k_dense_replace) == (normalise, 192, 0)
     model = load_model(path, config=config).eval()
-    wanted = slow_minimind(weights, "v3", IDS, top_k=top_k)
+    wanted = slow_minimind(weights, "v3", IDS, top_k=top_k, normalise=normalise)
     assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("file", ["x.pth", "old.pth", "pytorch_model.bin", "model.safetensors"])
+@torch.no_grad()
+def test_the_experts_of_version_2_are_an_ungated_qwen2_moe(tools, shared, file, tmp_path):
+    layout = "old" if file == "old.pth" else "v2"
+    weights, given = minimind(layout, experts=4, shared=shared), {"num_experts_per_tok": 2, "norm_topk_prob": True}
+    if file.endswith(".pth"):
+        path = save(old_names(weights) if layout == "old" else weights, tmp_path / file)
+        given |= {"num_attention_heads": HEADS, "rope_theta": THETA[layout]}
+        config = infer_config(path, given=given)
+    else:
+        path, config = tmp_path, None
+        values = {"model_type": "minimind", "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+        values |= {"n_routed_experts": 4, "n_shared_experts": shared, "use_moe": True, "intermediate_size": None}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        tensors = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+        torch.save(weights, tmp_path / file) if file.endswith(".bin") else save_file(tensors, tmp_path / file)
+    model = load_model(path, config=config).eval()
+    config = model.config
+    assert (config.model_type, config.n_shared_experts, config.shared_expert_gate) == ("qwen2_moe", shared, False)
+    assert (config.shared_expert_intermediate_size, config.attention_bias) == (shared * 128, False)
+    wanted = slow_minimind(weights, layout, IDS, top_k=2)
+    assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
+    save_model(model, tmp_path / "ours")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", experts_implementation="eager")
+    assert type(reference).__name__ == "Qwen2MoeForCausalLM"
+    assert tools.difference(reference.eval()(torch.tensor([IDS])).logits[0].double(), wanted) <= 1e-5
+    again = load_model(tmp_path / "ours")
+    assert again.config == config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    bare = save(model.state_dict(), tmp_path / "bare.pth")  # as in memory: no gate, and nothing doubled
+    given |= {"num_attention_heads": HEADS}
+    assert infer_config(bare, given=given).shared_expert_intermediate_size == shared * 128
+    again = load_model(bare, config=config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_a_state_dict_of_transformers_qwen2_moe(tools, tmp_path):
+    config = tools.config(family="qwen2_moe", decoder_sparse_step=1, norm_topk_prob=False, eos_token_id=2)
+    model = tools.model(config).eval()
+    path = save(tools.reference(model).state_dict(), tmp_path / "theirs.pth")
+    given = {"num_attention_heads": 6, "num_experts_per_tok": 2, "norm_topk_prob": False, "rope_theta": 1e4}
+    found = infer_config(path, given=given | {"max_position_embeddings": 64, "eos_token_id": 2})
+    # The width of a dense layer, of which there is none, and whether 26 is one expert or several, is not there.
+    assert dataclasses.replace(found, intermediate_size=100) == config
+    tokens = tools.tokens(2, 9)
+    assert torch.equal(load_model(path, config=found).eval()(tokens), model(tokens))
+
+
+LLAMA2_C = {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": 4, "vocab_size": VOCAB, "multiple_of": 32,
+            "max_seq_len": 77, "dropout": 0.0}  # fmt: skip
+
+
+@torch.no_grad()
+def test_llama2_c_s_checkpoint_says_its_heads_itself(tools, tmp_path):
+    weights = minimind("v1")  # its names, its angles, and as often twice as many heads as key heads
+    content = {f"_orig_mod.{name}": tensor for name, tensor in old_names(weights).items()}
+    torch.save({"model": content, "model_args": LLAMA2_C, "iter_num": 5, "config": {}}, tmp_path / "ckpt.pth")
+    config = infer_config(tmp_path / "ckpt.pth", fallback={"hidden_size": WIDTH, "num_attention_heads": 6})
+    assert (config.num_attention_heads, config.rope_theta, config.max_position_embeddings) == (HEADS, 1e4, 77)
+    model = load_model(tmp_path / "ckpt.pth", config=config).eval()
+    assert tools.difference(model(torch.tensor([IDS]))[0].double(), slow_minimind(weights, "v1", IDS)) <= 1e-5
+    with pytest.raises(UserError, match="says itself that num_attention_heads is 8, and 4 was given"):
+        infer_config(tmp_path / "ckpt.pth", given={"num_attention_heads": 4})
+
+
+def test_nothing_is_guessed_from_llama_s_names(tmp_path):
+    path = save(old_names(minimind("v1")), tmp_path / "w.pth")
+    for fallback in ({}, {"hidden_size": WIDTH, "num_attention_heads": HEADS}):
+        with pytest.raises(UserError, match="does not tell how many heads its 48 query rows are"):
+            infer_config(path, fallback=fallback)
+        with pytest.raises(UserError, match=r"does not tell the angles.*--rope_theta 10000"):
+            infer_config(path, given={"num_attention_heads": HEADS}, fallback=fallback | {"rope_theta": 1e6})
+    assert infer_config(path, given={"num_attention_heads": HEADS, "rope_theta": 5e5}).rope_theta == 5e5
 
 
 def test_the_shapes_tell_the_configuration(tmp_path):
@@ -193,14 +281,6 @@ def test_the_shapes_tell_the_configuration(tmp_path):
     v3 = infer_config(save(minimind("v3"), tmp_path / "3.pth"))
     assert v3 == ModelConfig(**sizes, num_key_value_heads=4, intermediate_size=192, use_qk_norm=True, rms_norm_eps=1e-6)
     assert (v2.rope_theta, v2.rms_norm_eps) == (1e6, 1e-5)
-    v1 = {name: tensor for name, tensor in minimind("v1").items() if "self_attn" not in name}
-    for layer in range(LAYERS):  # 16 heads of 2
-        for name, rows in (("q", 32), ("k", 16), ("v", 16)):
-            v1[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = torch.zeros(rows, WIDTH)
-    preset = {"hidden_size": WIDTH, "num_attention_heads": 8, "max_position_embeddings": 512}
-    told = infer_config(save(old_names(v1), tmp_path / "1.pth"), fallback=preset)
-    assert (told.num_attention_heads, told.num_key_value_heads, told.head_dim) == (16, 8, 2)
-    assert (told.rope_theta, told.rms_norm_eps, told.max_position_embeddings) == (1e4, 1e-5, 512)
 
 
 def test_more_layers_than_nine_and_what_was_said_besides(tmp_path):
@@ -259,10 +339,8 @@ def test_tables_and_wrappers_are_no_weights(tools, tmp_path):
         loaded = load_model(tmp_path / "b.pth", config=config, dtype=torch.bfloat16)
         assert all(torch.equal(a, b.bfloat16()) for a, b in zip(loaded.parameters(), plain.parameters(), strict=True))
     old = old_names(weights) | {"pos_cis": torch.zeros(64, HEAD_DIM // 2, dtype=torch.complex64)}
-    assert (
-        infer_config(save(old, tmp_path / "old.pth", **{"layers.0.attention.mask": torch.zeros(1, 1, 9, 9)}))
-        == plain.config
-    )
+    save(old, tmp_path / "old.pth", **{"layers.0.attention.mask": torch.zeros(1, 1, 9, 9)})
+    assert infer_config(tmp_path / "old.pth", given={"rope_theta": 1e6}) == plain.config
     assert load_model(tmp_path / "old.pth", config=plain.config).config == plain.config
 
 
@@ -314,30 +392,24 @@ def test_an_output_of_its_own_is_not_lost(tmp_path):
         load_model(path, config=tied)
 
 
-@pytest.mark.parametrize("rename", [dict, old_names], ids=["v2", "old"])
-@pytest.mark.parametrize("shared", ["mlp.shared_experts.0.gate_proj.weight", "mlp.shared_experts.gate_proj.weight"])
-def test_the_experts_of_version_2_are_refused(tmp_path, rename, shared):
-    weights = minimind("v2", experts=4) | {f"model.layers.1.{shared}": torch.zeros(128, WIDTH)}
-    path = save(rename(weights), tmp_path / "w.pth")
-    wanted = "softmax routing and shared experts together.*qwen3_moe has no shared.*dense weights"
-    with pytest.raises(UserError, match=wanted):
-        infer_config(path, given={"num_attention_heads": HEADS, "num_experts_per_tok": 2})
-    with pytest.raises(UserError, match=wanted):
-        load_model(path, config=ModelConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_attention_heads=HEADS))
-
-
-def test_experts_per_token_must_be_said(tmp_path):
-    path = save(minimind("v2", experts=4), tmp_path / "w.pth")
+@pytest.mark.parametrize("layout, shared", [("v2", 0), ("v2", 1), ("v3", 0)])
+def test_what_experts_need_must_be_said(tmp_path, layout, shared):
+    """Whatever a preset says: it is another model's."""
+    path = save(minimind(layout, experts=4, shared=shared), tmp_path / "w.pth")
+    given, preset = {"num_attention_heads": HEADS}, {"num_experts_per_tok": 2, "norm_topk_prob": True}
     with pytest.raises(UserError, match="how many experts a token goes through: give num_experts_per_tok"):
-        infer_config(path, given={"num_attention_heads": HEADS})
-    config = infer_config(path, given={"num_attention_heads": HEADS, "num_experts_per_tok": 2})
-    assert config.model_type == "mixtral"
+        infer_config(path, given=given, fallback=preset)
+    given["num_experts_per_tok"] = 2
+    with pytest.raises(UserError, match="divided by their sum: give norm_topk_prob"):
+        infer_config(path, given=given, fallback=preset)
+    config = infer_config(path, given=given | {"norm_topk_prob": True})
+    assert config.model_type == ("qwen3_moe" if layout == "v3" else "qwen2_moe" if shared else "mixtral")
 
 
 @torch.no_grad()
 def test_the_experts_of_version_2_without_shared_ones_are_mixtral(tools, tmp_path):
     path = save(weights := minimind("v2", experts=4), tmp_path / "w.pth")
-    config = infer_config(path, given={"num_attention_heads": HEADS, "num_experts_per_tok": 2})
+    config = infer_config(path, given={"num_attention_heads": HEADS, "num_experts_per_tok": 2, "norm_topk_prob": True})
     model = load_model(path, config=config).eval()
     wanted = slow_minimind(weights, "v2", IDS, top_k=2)
     assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5

@@ -11,7 +11,7 @@ from minillm.model import KVCache, RouterStats, Transformer
 from minillm.model.mlp import MLP
 from minillm.model.moe import MoE
 
-SPARSE = ["mixtral", "qwen3_moe", "glm4_moe"]
+SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"]
 
 
 @pytest.fixture(params=SPARSE)

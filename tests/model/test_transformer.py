@@ -132,6 +132,9 @@ def test_packed_rows_equal_documents_alone(tools, shape, family, blocks, dtype, 
             for (row, start, end), logits in zip(spans, alone, strict=True)
         ),
     )
+    # Keys' gradients are the small rest of large terms, and experts sum in another order when their tokens are others:
+    # in float32 packed and alone are each up to 1.2e-6 from float64, where they differ by 1e-15.
+    bound *= 2 if config.num_experts and dtype == torch.float32 else 1
     for name, gradient in packed.items():
         assert float((gradient - wanted[name]).norm() / wanted[name].norm()) <= bound, name
 

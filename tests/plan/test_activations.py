@@ -20,6 +20,8 @@ GLM = SMALL | {
     "num_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2, "scoring_func": "sigmoid",
     "moe_intermediate_size": 128, "first_k_dense_replace": 1,
 }  # fmt: skip
+SHARED = SMALL | {"num_experts": 6, "n_shared_experts": 1, "moe_intermediate_size": 128,
+                  "shared_expert_intermediate_size": 224}  # fmt: skip
 CASES = {
     "dense": (SMALL, {}),
     "bfloat16": (SMALL, {"dtype": "bfloat16"}),
@@ -30,6 +32,10 @@ CASES = {
     "glm_bfloat16": (GLM, {"dtype": "bfloat16"}),
     "mixtral": (SMALL | {"num_experts": 4}, {"dtype": "bfloat16"}),
     "qwen_top_k_as_it_is": (SMALL | {"num_experts": 4, "use_qk_norm": True, "norm_topk_prob": False}, {}),
+    "qwen2_moe": (SHARED | {"shared_expert_gate": True, "attention_bias": True}, {"dtype": "bfloat16"}),
+    "qwen2_moe_float32": (SHARED | {"shared_expert_gate": True}, {}),
+    "qwen2_moe_lora": (SHARED | {"shared_expert_gate": True}, {"lora_rank": 4}),
+    "qwen2_moe_without_gate": (SHARED | {"norm_topk_prob": False}, {}),
     "short_weights": (GLM, {"dtype": "bfloat16", "short_weights": True}),
     "lora": (SMALL, {"lora_rank": 4}),
     "lora_bfloat16": (SMALL, {"lora_rank": 4, "dtype": "bfloat16"}),

@@ -15,6 +15,8 @@ SHAPES = {
     "untied": DENSE | {"tie_word_embeddings": False},
     "qk_norm": DENSE | {"use_qk_norm": True, "head_dim": 24},
     "mixtral": DENSE | {"num_experts": 4},
+    "shared, gated": DENSE | {"num_experts": 4, "n_shared_experts": 1, "shared_expert_gate": True},
+    "shared": DENSE | {"num_experts": 4, "n_shared_experts": 3, "moe_intermediate_size": 32, "decoder_sparse_step": 2},
     "glm": DENSE | {
         "num_experts": 6, "n_shared_experts": 2, "scoring_func": "sigmoid", "moe_intermediate_size": 32,
         "first_k_dense_replace": 1,

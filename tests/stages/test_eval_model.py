@@ -1,6 +1,7 @@
 """eval_model.py from its command line: answers, measures, chat, and clear refusals."""
 
 import builtins
+import io
 import json
 import shutil
 
@@ -104,6 +105,50 @@ def test_prompts_of_a_pretrained_model_and_all_records(run, tmp_path):
         assert "left out" not in shown
 
 
+def test_prompts_of_every_layout(run, tmp_path, prompts_seen):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbfq\r\nq")
+    records = [
+        {"instruction": "q", "input": "", "output": "left out", "system": "s"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "left out"}]},
+        {"prompt": "q", "completion": "left out"},
+        {"question": "q"},
+    ]
+    array = tmp_path / "a.json"
+    array.write_text(json.dumps(records))
+    table = tmp_path / "a.csv"
+    table.write_text("what,n\nq,1\n")
+    for argv, expected in (
+        ([marked], [["q"], ["q"]]),
+        ([array], [["s", "q"], ["q"], ["q"], ["q"]]),
+        ([table, "--columns", "prompt=what"], [["q"]]),
+    ):
+        prompts_seen.clear()
+        code, shown, err = run("--prompts", *argv, *GREEDY)
+        assert code == 0, err
+        assert prompts_seen == expected
+        assert shown.count("> q\n") == len(expected)
+
+
+def test_measures_read_every_layout(run, tmp_path):
+    (tmp_path / "valid.csv").write_text("body,kind\nthe cat,facts\n1+2=3,sums\n")
+    (tmp_path / "tasks.tsv").write_text("ask\treply\ttask\n1+1=\t2\taddition\n")
+    sides = [{"from": "gpt", "value": value} for value in ("two", "three")]
+    pair = {"conversations": [{"from": "human", "value": "1+1="}], "chosen": sides[0], "rejected": sides[1]}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair] * 3))
+    output = tmp_path / "out.json"
+    for argv, name, check in (
+        (["--perplexity", tmp_path / "*.csv", "--columns", "text=body"], "perplexity",
+         lambda r: len(r["by_kind"]) == 2),
+        (["--task_file", tmp_path / "tasks.tsv", "--columns", "question=ask,answer=reply"], "exact_match",
+         lambda r: set(r["tasks"]) == {"addition"}),
+        (["--pairs_file", tmp_path / "pairs.json"], "preference", lambda r: r["n"] == 3),
+    ):  # fmt: skip
+        code, _, err = run(*argv, "--output", output, *GREEDY)
+        assert code == 0, err
+        assert check(json.loads(output.read_text())[name])
+
+
 def test_sampling_is_seeded(run, tmp_path):
     file = write(tmp_path / "prompts.txt", "hello")
     texts = []
@@ -147,7 +192,14 @@ def test_answers_beside_their_references(run, tmp_path):
     assert results["bleu"]["signature"] in shown
 
 
-def test_without_a_terminal_the_chat_is_skipped(run):
+def test_without_a_terminal_questions_come_from_standard_input(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    code, shown, _ = run("--prompt", "zero", "--prompt", "nought", *GREEDY)
+    assert code == 0
+    assert [line for line in shown.splitlines() if line.startswith("> ")] == ["> zero", "> nought"]
+    code, shown, _ = run(*GREEDY)
+    assert [line for line in shown.splitlines() if line.startswith("> ")] == ["> one", "> two"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, shown, _ = run()
     assert code == 0
     assert "no questions on standard input: give --prompt TEXT or --prompts FILE" in shown
@@ -268,7 +320,7 @@ def test_rope_scaling_of_a_model_trained_without_it(run, out, tmp_path):
 def test_refusals_are_one_line_and_exit_code_2(run, out, tokenizer, tmp_path):
     empty = write(tmp_path / "empty.txt", "", "  ")
     broken = write(tmp_path / "broken.jsonl", {"prompt": "a"}, "{")
-    keyless = write(tmp_path / "keyless.jsonl", {"question": "a"})
+    keyless = write(tmp_path / "keyless.jsonl", {"asked": "a"})
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     answerless = write(tmp_path / "answerless.jsonl", {"messages": turns})
     roleless = write(tmp_path / "roleless.jsonl", {"messages": [{"role": "robot", "content": "a"}]})

@@ -142,7 +142,7 @@ def killed_at(step: int, monkeypatch):
 def killed(start, monkeypatch):
     """A run that ended without a chance to save before its 11th update, with checkpoints of steps 4 and 8."""
     with killed_at(10, monkeypatch):
-        assert start().code == "killed"
+        assert start().code == 128 + signal.SIGINT
     assert names(start.run / "checkpoints") == ["step-00000004", "step-00000008"]
     return start.run
 
@@ -195,7 +195,7 @@ def test_one_run_per_directory_and_a_dead_one_is_none(started, start, whole, tmp
     for more in ([], ["--from_resume"], ["--auto_resume"]):
         line = error_of(start(*more))
         assert f"{start.run} is in use by another run (process {process.pid} on " in line
-    assert not (start.run / "checkpoints.earlier").exists()
+    assert not (start.run / "earlier").exists()
     process.kill()
     process.wait()
     rows = read_metrics(start.run / "metrics.jsonl")
@@ -209,24 +209,24 @@ def test_one_run_per_directory_and_a_dead_one_is_none(started, start, whole, tmp
 
 def test_a_forgotten_from_resume_loses_nothing(killed, start):
     before = content(killed / "checkpoints")
-    done = start()
-    assert done.code == 0
-    aside = killed / "checkpoints.earlier"
-    assert f"checkpoints of an earlier run are now in {aside}; --from_resume would have gone on" in done.out
-    assert content(aside) == before
+    line = error_of(start())
+    assert f"{killed} holds an unfinished run with checkpoints up to step-" in line
+    assert content(killed / "checkpoints") == before
+    assert start("--overwrite").code == 0
+    assert content(killed / "earlier" / "checkpoints") == before
     assert read_metrics(killed / "metrics.jsonl")[0]["step"] == 1
 
 
 def test_auto_resume_begins_and_goes_on(start, whole, tmp_path, monkeypatch):
     with killed_at(6, monkeypatch):
         begun = start("--auto_resume")
-    assert begun.code == "killed"
+    assert begun.code == 128 + signal.SIGINT
     assert "resumed" not in begun.out
     gone_on = start("--auto_resume")
     assert gone_on.code == 0
     assert "resumed from" in gone_on.out
     assert "step 4 of 12" in gone_on.out
-    assert not (start.run / "checkpoints.earlier").exists()
+    assert not (start.run / "earlier").exists()
     assert_same(outcome(tmp_path), whole)
 
 
@@ -323,7 +323,7 @@ def test_other_data_is_refused_with_the_file_that_changed(killed, start, base, t
         (["--num_hidden_layers", "3"], "model's num_hidden_layers: 2 then, 3 now"),
         (["--learning_rate", "0.02"], "learning_rate: 0.0005 then, 0.02 now"),
         (["--weight_decay", "0"], "weight_decay: 0.1 then, 0.0 now"),
-        (["--max_steps", "20"], "total_steps: 12 then, 20 now"),
+        (["--max_steps", "20"], "--max_steps 12 then, 20 now"),
         (["--global_batch_size", "8"], "rows_per_step: 4 then, 8 now"),
         (["--seed", "7", "--grad_clip", "0"], "seed: 42 then, 7 now; grad_clip: 1.0 then, 0.0 now"),
         (["--tokenizer_path", "{other}"], "tokenizer: "),

@@ -1,6 +1,5 @@
 """train_dpo.py from its command line: preferences are learnt, a model or an adapter written, bad pairs named."""
 
-import json
 import math
 
 import pytest
@@ -127,7 +126,8 @@ def test_judged_replies(tuned, dpo):
     assert "nats/reply" in done.out
 
 
-def test_a_dry_run_leaves_nothing(tuned, call):
+def test_a_dry_run_leaves_nothing(tuned, call, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
     done = call(train_dpo.main, tuned, "--data_path", tuned.pairs, *DATA, "--dry_run")
     assert done.code == 0, done.err
     assert "\x1b[30;42m" in done.out
@@ -148,7 +148,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_pair_is_set_aside_or_with_strict_fatal(tuned, call, read_jsonl, bad):
     record, word = BAD[bad]
-    tuned.write(tuned.pairs, [*(pair(n) for n in range(4)), record, pair(5)])
+    tuned.write(tuned.pairs, [*(pair(n) for n in range(4)), record, *(pair(n) for n in range(5, 11))])
     done = call(train_dpo.main, tuned, "--data_path", tuned.pairs, *DATA, "--strict")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "line 5" in done.err
@@ -173,12 +173,10 @@ def test_refusals_come_before_anything_is_written(tuned, call):
         assert not tuned.run.exists()
 
 
-def test_a_stale_reference_cache_is_refused(tuned, dpo, call):
+def test_every_reference_has_a_cache_of_its_own(tuned, dpo):
     cached = ["--reference", "cached", "--reference_cache", str(tuned.folder / "cache")]
-    dpo(tuned, *cached)
-    dpo(tuned, *cached)
-    done = call(train_dpo.main, tuned, "--data_path", tuned.pairs, *DATA, "--from_weight", "rlhf", *cached)
-    assert (done.code, done.err.count("\n")) == (2, 1), done.err
-    assert "stale" in done.err
-    (place,) = (tuned.folder / "cache").iterdir()
-    assert set(json.loads((place / "manifest.json").read_text())["identity"]) == {"weights", "dtype"}
+    n_caches = []
+    for changes in ([], [], ["--from_weight", "rlhf"], ["--rope_scaling", "linear:4"]):
+        dpo(tuned, *cached, *changes, "--overwrite")
+        n_caches.append(len(list((tuned.folder / "cache").iterdir())))
+    assert n_caches == [1, 1, 2, 3]

@@ -93,7 +93,7 @@ def test_the_first_loss_is_the_base_models(tuned, lora):
     ids=lambda options: options[0].removeprefix("--") + " " + options[-1],
 )
 def test_every_option_trains_and_comes_back(tuned, lora, options):
-    lora(tuned, *options, "--accumulation_steps", "9", "--learning_rate", "3e-3")  # every update sees all rows
+    lora(tuned, *options, "--accumulation_steps", "2", "--learning_rate", "3e-3")  # all 4 rows, twice
     rows = [row["loss"] for row in read_metrics(tuned.run / "metrics.jsonl") if row["split"] == "train"]
     assert rows[-1] < rows[0]
     state = load_file(list_checkpoints(tuned.run / "checkpoints")[0] / "trained.safetensors")
@@ -114,7 +114,7 @@ def test_old_rows_are_mixed_in(tuned, lora):
     lora(tuned, "--max_steps", "0", "--epochs", "2", "--batch_size", "1", "--packing", "none")
     without = [row["step"] for row in read_metrics(tuned.run / "metrics.jsonl")][-1]
     lora(tuned, "--max_steps", "0", "--epochs", "2", "--batch_size", "1", "--packing", "none",
-         "--replay_path", str(tuned.chat_valid), "--replay_ratio", "0.25")  # fmt: skip
+         "--replay_path", str(tuned.chat_valid), "--replay_ratio", "0.25", "--overwrite")  # fmt: skip
     assert without == 2 * 12
     assert [row["step"] for row in read_metrics(tuned.run / "metrics.jsonl")][-1] == 2 * 16
 
@@ -164,7 +164,7 @@ def test_another_base_is_refused_afterwards(tuned, lora, call):
     lora(tuned)
     train_sft.main(["--save_dir", str(tuned.out), "--data_path", str(tuned.chat), *DATA, "--from_weight", "full_sft",
                     "--max_steps", "2", "--learning_rate", "1e-2", "--device", "cpu", "--dtype", "float32",
-                    "--hidden_size", "32"])  # fmt: skip
+                    "--hidden_size", "32", "--overwrite"])  # fmt: skip
     done = call(lambda argv: eval_model.main(argv), tuned, "--lora_name", "lora", "--prompts", tuned.chat)
     assert done.code == 2
     assert "was made for" in done.err

@@ -68,9 +68,10 @@ def test_the_checkpoint_holds_the_whole_state(finished):
     state = load_state(finished.run / "checkpoints" / "step-00000007")
     assert {"optimizer", "scaler", "rng", "counters", "window", "identity", "tracker_run_id"} <= set(state)
     assert state["counters"]["step"] == 7
-    assert state["counters"]["best_loss"] == min(
-        row["loss"] for row in read_metrics(finished.run / "metrics.jsonl") if row["split"] == "valid"
-    )
+    rows = [row for row in read_metrics(finished.run / "metrics.jsonl") if row["split"] == "valid"]
+    assert [row["step"] for row in rows] == [3, 6, 7]
+    assert state["counters"]["best_loss"] == min(row["loss"] for row in rows[:2])  # it comes before the last one
+    assert state["counters"]["_validation_due"]
     final = load_model(finished.run).state_dict()
     stored = load_model(finished.run / "checkpoints" / "step-00000007").state_dict()
     assert all(torch.equal(final[name], stored[name]) for name in final)
@@ -187,22 +188,24 @@ def test_the_first_loss_is_compared_with_ln_v(world, call, monkeypatch):
         return model
 
     monkeypatch.setattr(weights, "Transformer", too_large)
-    done = call(train_pretrain.main, world, *argv)
+    done = call(train_pretrain.main, world, *argv, "--overwrite")
     assert done.code == 0
     assert done.out.count("warning: the first loss is") == 1
     assert f"ln V = {math.log(world.tokenizer.vocab_size):.3f}" in done.out
 
 
-def test_weights_that_were_trained_are_not_compared_with_ln_v(finished, world, call):
-    """A second run from a model that has learned starts lower than ln V, and rightly so."""
+def test_weights_that_were_trained_may_start_below_ln_v_but_not_above(finished, world, call):
+    argv = ["--data_path", world.text, *DATA, "--max_steps", "1", "--from_weight", finished.run]
+    assert "warning" not in call(train_pretrain.main, world, *argv).out
     model = load_model(finished.run)
     with torch.no_grad():
         model.lm_head.weight.mul_(60)
     torch.save(model.state_dict(), world.folder / "m.pth")
     argv = ["--data_path", world.text, *DATA, "--max_steps", "1", "--from_weight", world.folder / "m.pth"]
-    done = call(train_pretrain.main, world, *argv)
+    done = call(train_pretrain.main, world, *argv, "--overwrite")
     assert done.code == 0, done.err
-    assert "warning" not in done.out
+    assert "a fresh model" not in done.out
+    assert "warning: step 1: the loss of the first step is " in done.out
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -322,7 +325,7 @@ def test_a_broken_line_is_fatal_when_strict(world, call, refused):
         (["--valid_path", "{folder}/empty.jsonl"], ["empty.jsonl"]),
         (["--data_path", "{folder}/chat.jsonl"], ["chat.jsonl", "text"]),
         (["--data_path", "{folder}/binary.jsonl"], ["binary.jsonl"]),
-        (["--data_path", "{folder}"], ["no such data file"]),
+        (["--data_path", "{folder}/out"], ["out is a directory that holds no data file", ".jsonl"]),
         (["--max_seq_len", "0"], ["--max_seq_len 0", "at least 1"]),
         (["--max_seq_len", "40000"], ["40000", "32768"]),
         (["--global_batch_size", "8"], ["8", "3", "multiple"]),

@@ -109,7 +109,7 @@ def test_old_conversations_are_mixed_in(tuned, reason):
     one_by_one = ["--max_steps", "0", "--batch_size", "1", "--packing", "none"]
     reason(tuned, *one_by_one)
     assert [row["step"] for row in read_metrics(tuned.run / "metrics.jsonl")][-1] == 12
-    reason(tuned, *one_by_one, "--replay_path", tuned.chat, "--replay_ratio", "0.25")
+    reason(tuned, *one_by_one, "--replay_path", tuned.chat, "--replay_ratio", "0.25", "--overwrite")
     assert [row["step"] for row in read_metrics(tuned.run / "metrics.jsonl")][-1] == 16
 
 
@@ -122,7 +122,7 @@ def test_by_default_it_starts_from_the_preference_tuned_model(tuned, call):
 
 
 def test_a_plain_answer_is_set_aside_or_with_strict_fatal(tuned, reason, read_jsonl):
-    records = [*thoughts(3), {"messages": thoughts(1)[0]["messages"][:2]}, *thoughts(2, first=5)]
+    records = [*thoughts(3), {"messages": thoughts(1)[0]["messages"][:2]}, *thoughts(7, first=5)]
     tuned.write(tuned.thoughts, records)
     done = reason(tuned, "--strict", code=2)
     assert "thoughts.jsonl, line 4: there is no <think>" in done.err
@@ -141,7 +141,8 @@ def test_another_weight_is_another_run(tuned, reason):
     assert "data" in done.err
 
 
-def test_dry_run_marks_the_answers_with_their_tags(tuned, reason):
+def test_dry_run_marks_the_answers_with_their_tags(tuned, reason, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
     tuned.write(tuned.thoughts, thoughts(1, first=1))
     done = reason(tuned, "--dry_run")
     marked = "".join(piece.split("\x1b[0m")[0] for piece in done.out.split("\x1b[30;42m")[1:])

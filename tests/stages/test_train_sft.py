@@ -125,9 +125,10 @@ def test_one_batch_is_learned_by_heart_and_answered(world, call):
         assert world.tokenizer.decode(ids[:-1]) == answer
 
 
-def test_dry_run_marks_the_answers_alone(pretrained, call):
+def test_dry_run_marks_the_answers_alone(pretrained, call, monkeypatch):
     turn = [{"role": "user", "content": "an old fox"}, {"role": "assistant", "content": "345 apples"}]
     pretrained.write(pretrained.chat, [{"messages": turn}])
+    monkeypatch.setenv("FORCE_COLOR", "1")
     done = call(train_sft.main, pretrained, "--data_path", pretrained.chat, *DATA, "--dry_run")
     assert done.code == 0, done.err
     marked = done.out.split("\x1b[30;42m")[1:]
@@ -177,7 +178,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_line_is_set_aside_or_with_strict_fatal(pretrained, call, read_jsonl, bad):
     record, word = BAD[bad]
-    pretrained.write(pretrained.chat, [GOOD] * 6 + [record] + [GOOD] * 2)
+    pretrained.write(pretrained.chat, [GOOD] * 6 + [record] + [GOOD] * 5)
     argv = ["--data_path", pretrained.chat, *DATA]
     done = call(train_sft.main, pretrained, *argv, "--strict")
     assert done.code == 2

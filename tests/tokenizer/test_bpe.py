@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from minillm.errors import UserError
-from minillm.tokenizer import Tokenizer, train_bpe
+from minillm.tokenizer import Tokenizer, bpe, train_bpe
 from minillm.tokenizer.bpe import GPT2_PIECES, BytePairEncoding, count_pieces, learn_merges, merge_in_word, pieces
 from minillm.tokenizer.train import special_tokens
 
@@ -269,3 +269,13 @@ def test_the_same_file_on_real_text(real_texts, vocab_size):
     assert by_hand.files == by_library.files
     assert by_hand.vocab_size == vocab_size
     assert len(special_tokens(vocab_size)) == 32
+
+
+def test_what_is_remembered_has_a_bound(monkeypatch):
+    monkeypatch.setattr(bpe, "MAX_KNOWN", 10)
+    tokenizer = train_bpe(iter(["low lower lowest"]), vocab_size=270)
+    ours = BytePairEncoding.from_tokenizer(tokenizer)
+    text = "长" * 100 + " ".join(f"w{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(200))
+    assert ours.encode(text) == tokenizer.encode(text)
+    assert len(ours._known) <= 10
+    assert max(map(len, ours._known)) <= bpe.MAX_KNOWN_LEN

@@ -82,7 +82,7 @@ def reference(directory):
 
 def test_the_vocabulary(foreign, layout):
     assert [foreign.token_id(token) for token in CONTROL] == [0, 1, 2]
-    assert (foreign.eos_token_id, foreign.bos_token_id, foreign.pad_token_id, foreign.vocab_size) == (0, 1, 0, 700)
+    assert (foreign.eos_token_id, foreign.bos_token_id, foreign.pad_token_id, foreign.vocab_size) == (2, 1, 0, 700)
     assert (foreign.im_start_id, foreign.im_end_id) == (1, 2)
     assert foreign.has_token("<think>") == (layout == "v3")
     assert not foreign.has_token("<answer>")
@@ -207,7 +207,7 @@ def test_without_jinja2_the_package_is_named(foreign, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "jinja2.exceptions", None)
     other = with_template(foreign, PLAIN + " ")
-    assert other.end_ids == (0, 2)  # texts need no template
+    assert other.end_ids == (2, 0)  # that of a document first; texts need no template
     with pytest.raises(UserError, match=r"needs the optional package 'jinja2'.*pip install jinja2"):
         encode_chat(other, say("q", "a"))
 

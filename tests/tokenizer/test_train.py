@@ -1,12 +1,14 @@
 import gzip
 import json
+import random
 import warnings
 
 import pytest
 
 from minillm.errors import UserError
 from minillm.tokenizer import bytes_per_token, record_texts, train_bpe
-from minillm.tokenizer.train import language_of, special_tokens
+from minillm.tokenizer.bpe import pieces as cut
+from minillm.tokenizer.train import _PIECES, MAX_PIECE_LEN, language_of, special_tokens, without_long_pieces
 
 
 def pieces(tokenizer, text):
@@ -151,3 +153,33 @@ def test_bytes_per_token(tokenizer, sentences):
         assert row["bytes_per_token"] == n_bytes / n_tokens
         assert row["tokens"] == n_tokens
     assert bytes_per_token(tokenizer, []) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["春眠不觉晓" * 700, "x" * 2_500, " " * 2_500, "a " + "-=" * 1_200 + " end", "中 " * 2000]
+)
+def test_pieces_are_cut_at_a_length(text):
+    """Parts are the text; no piece of one is longer than the limit; what has no such piece stays whole."""
+    pattern = _PIECES.replace("{han}", "+")
+    parts = list(without_long_pieces(text, pattern))
+    assert "".join(parts) == text
+    lengths = [len(piece.decode()) for part in parts for piece in cut(part, pattern)]
+    assert max(lengths) <= MAX_PIECE_LEN + 1  # with the blank before it
+    longest = max(len(piece.decode()) for piece in cut(text, pattern))
+    assert len(parts) == -(-longest // MAX_PIECE_LEN)
+
+
+def test_ordinary_text_is_not_cut(corpus):
+    """Paragraphs of Chinese have no blanks, but their pieces end at punctuation."""
+    pattern = _PIECES.replace("{han}", "+")
+    for text in ("".join(corpus()), "你好，世界。" * 1000, "word " * 3000):
+        assert list(without_long_pieces(text, pattern)) == [text]
+
+
+def test_one_unbroken_run_of_characters_trains():
+    """Both ways alike; 200,000 characters, whose square is 4e10, are some thousand times 200 pieces."""
+    numbers = random.Random(0).choices(range(0x4E00, 0x4E00 + 60), k=200_000)
+    text = "".join(map(chr, numbers))
+    assert train_bpe(iter([text]), vocab_size=320).vocab_size == 320
+    ours, theirs = (train_bpe(iter([text[:4_000]]), vocab_size=340, by_hand=by_hand) for by_hand in (True, False))
+    assert ours.files == theirs.files

@@ -1,5 +1,6 @@
 """Columns kept on disk: row by row what a model says of the row alone, and never of another model or other data."""
 
+import dataclasses
 import errno
 import json
 import pickle
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from minillm.config import ModelConfig
 from minillm.data import StepBatches
 from minillm.errors import UserError
+from minillm.model import Transformer
 from minillm.training import column_cache
-from minillm.training.column_cache import WithColumns, cached_columns, weights_hash
+from minillm.training.column_cache import WithColumns, cached_columns, model_hash
 
 LENGTHS = [5, 1, 9, 3, 7]
 
@@ -89,14 +92,32 @@ def test_it_is_computed_once_and_workers_read_it_too(make):
     assert all(torch.equal(a, b) for a, b in zip(plain, worked, strict=True))
 
 
-def test_another_model_makes_it_anew_or_is_refused(make):
-    make()
-    with pytest.raises(UserError) as error:
-        make(identity={"weights": "x"}, must_fit=True)
-    assert all(word in str(error.value) for word in ("--some_cache", "stale", "weights: w then, x now", "remove"))
-    rows = make(identity={"weights": "x"}, compute=lambda batch: {"double": batch["input_ids"].float()})
-    assert rows[0]["double"].tolist() == [0, 1, 2, 3, 4]
-    assert make(identity={"weights": "x"}, must_fit=True)[0]["double"].tolist() == [0, 1, 2, 3, 4]
+def test_another_model_and_other_rows_have_a_place_of_their_own(make):
+    """Also for a run that is still reading: it maps its files late, and its workers map them in every epoch."""
+    first = make()
+    other = make(identity={"weights": "x"}, compute=lambda batch: {"double": batch["input_ids"].float()})
+    assert other[0]["double"].tolist() == [0, 1, 2, 3, 4]
+    assert first[0]["double"].tolist() == [0, 2, 4, 6, 8]
+
+    class OtherRows(Rows):
+        data_hash = Rows.data_hash[:32] + "cd" * 16  # the beginnings agree
+
+    assert len({make(rows).cache for rows in (Rows(), OtherRows())}) == 2
+
+
+def test_two_at_the_same_time_both_succeed_and_nothing_whole_is_removed(make, tmp_path):
+    """The second one begins and ends while the first one computes."""
+    inner = []
+
+    def slow(batch):
+        if not inner:
+            inner.append(make())
+        return compute(batch)
+
+    outer = make(compute=slow)
+    (place,) = (tmp_path / "cache").iterdir()
+    assert place == inner[0].cache == outer.cache
+    assert outer[4]["double"].tolist() == inner[0][4]["double"].tolist() == [80, 82, 84, 86, 88, 90, 92]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "list", "a length"])
@@ -132,11 +153,23 @@ def test_a_full_disk_leaves_nothing(make, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_the_hash_of_a_model_sees_its_configuration():
+    config = ModelConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = Transformer(config)
+    before = model_hash(model)
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    for change in ({"rope_theta": 1e3}, scaled, {"rms_norm_eps": 1e-3}, {"num_attention_heads": 4, "head_dim": 8}):
+        model.config = dataclasses.replace(config, **change)
+        assert model_hash(model) != before, change
+    model.config = dataclasses.replace(config)
+    assert model_hash(model) == before
+
+
 def test_the_hash_of_weights_sees_every_number():
     model = torch.nn.Linear(3, 2)
-    before = weights_hash(model)
-    assert weights_hash(model) == before
+    before = model_hash(model)
+    assert model_hash(model) == before
     with torch.no_grad():
         model.bias[1] += 1e-6
-    assert weights_hash(model) != before
-    assert weights_hash(model.to(torch.bfloat16)) != weights_hash(model.float())
+    assert model_hash(model) != before
+    assert model_hash(model.to(torch.bfloat16)) != model_hash(model.float())

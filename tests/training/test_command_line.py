@@ -1,6 +1,9 @@
 """Flags over a configuration file over the defaults, and one clear line for what cannot be meant."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -194,3 +197,25 @@ def test_yaml_integers_of_any_size_and_choices_that_may_be_left_out(tmp_path):
     assert parsed("scoring_func: null").scoring_func is None
     with pytest.raises(UserError, match=r"scoring_func: 5 is not one of softmax, sigmoid"):
         parsed("scoring_func: 5")
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [("raise KeyboardInterrupt", 130, "interrupted\n"),
+                                                     ("print('x' * 100_000, flush=True)", 141, "")])  # fmt: skip
+def test_ctrl_c_and_a_closed_pipe_end_without_a_trace(words, code, said):
+    source = f"from minillm.errors import script\n@script\ndef main(argv=None):\n    {words}\nmain()"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", source], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_text_survives_a_locale_of_ascii_alone():
+    source = "from minillm.errors import script\n@script\ndef main(argv=None):\n    print(input(), chr(0x4f60))\nmain()"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", source], input="好\n".encode(), env=environment, capture_output=True)
+    assert (done.returncode, done.stdout.decode()) == (0, "好 你\n"), done.stderr
+    environment = os.environ | {"PYTHONIOENCODING": "gbk"}
+    source = source.replace("input()", "chr(0x1f600)")
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout.decode("gbk")) == (0, "\\U0001f600 你\n"), done.stderr

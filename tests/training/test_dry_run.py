@@ -22,6 +22,12 @@ from minillm.training.routing import Balance, describe_parameters
 TALK = '{"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]}\n'
 
 
+@pytest.fixture(autouse=True)
+def colours(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_bpe(iter(["the fox " * 9]), vocab_size=270)

@@ -41,6 +41,8 @@ def test_the_preset_moe_needs_no_flag(config):
     [
         ("", "glm4_moe", 1), ("--scoring_func sigmoid --n_shared_experts 2", "glm4_moe", 2),
         ("--scoring_func softmax", "mixtral", 0), ("--scoring_func softmax --use_qk_norm", "qwen3_moe", 0),
+        ("--scoring_func softmax --n_shared_experts 2", "qwen2_moe", 2),
+        ("--scoring_func softmax --n_shared_experts 1 --shared_expert_gate", "qwen2_moe", 1),
         ("--scoring_func softmax --use_qk_norm --norm_topk_prob 0 --num_experts_per_tok 1", "qwen3_moe", 0),
     ],
 )  # fmt: skip
@@ -71,7 +73,10 @@ def test_every_flag_of_the_experts_arrives(config):
         ("--use_moe --first_k_dense_replace -1", "--first_k_dense_replace -1: must be at least 0"),
         ("--use_moe --num_experts_per_tok 5", "num_experts_per_tok is 5: choose from 1 to num_experts 4"),
         ("--use_moe --num_experts_per_tok 1", "--num_experts_per_tok 1: .* learns nothing; .*--norm_topk_prob 0"),
-        ("--use_moe --scoring_func softmax --n_shared_experts 1", "no family holds this mixture: .*n_shared_experts"),
+        ("--use_moe --scoring_func softmax --n_shared_experts 1 --use_qk_norm", "no family holds .*: qwen2_moe has no"),
+        ("--use_moe --shared_expert_gate", "no family holds this mixture: glm4_moe has no shared_expert_gate=True"),
+        ("--shared_expert_gate", "--shared_expert_gate True: goes with --use_moe"),
+        ("--rope_theta 0", "--rope_theta 0.0: must be positive"),
         ("--use_moe --n_shared_experts 0", "n_shared_experts is 0"),
         ("--router_aux_loss_coef -1", "--router_aux_loss_coef -1.0: must be at least 0"),
         ("--router_z_loss_coef nan", "--router_z_loss_coef nan: must be at least 0"),

@@ -1,4 +1,4 @@
-"""The stop and the warning by themselves; within a run they are in ``test_run.py``."""
+"""The stop by itself; within a run it is in ``test_run.py``."""
 
 import math
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minillm.errors import UserError
-from minillm.training.nonfinite import compare_with_uniform, stop_for_nonfinite
+from minillm.training.nonfinite import stop_for_nonfinite
 
 
 def test_the_stop_names_the_step_the_numbers_and_the_file(tmp_path):
@@ -22,14 +22,3 @@ def test_the_stop_names_the_step_the_numbers_and_the_file(tmp_path):
     for ours, wanted in zip(saved["micro_batches"], batches, strict=True):
         assert torch.equal(ours["input_ids"], wanted["input_ids"])
 
-
-@pytest.mark.parametrize("loss, warns", [(3.0, False), (3.49, False), (2.49, True), (3.51, True)])
-def test_the_warning_is_for_more_than_half_a_nat(loss, warns):
-    printed = []
-    run = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(vocab_size=math.exp(3.0))),
-        tracker=SimpleNamespace(print=printed.append),
-    )
-    compare_with_uniform(run, loss)
-    assert len(printed) == warns
-    assert all("ln V = 3.000" in line and f"{loss:.3f}" in line for line in printed)

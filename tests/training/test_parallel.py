@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minillm.errors import UserError
+from minillm.training import parallel
 from minillm.training.optim import adamw
 from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
 
@@ -40,6 +41,69 @@ def test_what_the_main_rank_does_alone_the_others_only_hear_of(monkeypatch, rank
     if rank:
         with pytest.raises(UserError, match="rank 0 failed: the disk is full"):
             ranks.main_alone(lambda: done.append(rank))
+
+
+@pytest.fixture
+def two_ranks():
+    """Return rank 0 and rank 1 of two, with a store between them and a timeout of half an hour."""
+    store, pair = torch.distributed.HashStore(), (Ranks(), Ranks())
+    for rank, ranks in enumerate(pair):
+        ranks.rank, ranks.world_size, ranks._store, ranks._timeout_s = rank, 2, store, 1800.0
+        ranks.gather = lambda value: [None, None]
+    return pair
+
+
+class Clock:
+    """A clock that only sleeping moves on."""
+
+    def __init__(self, at_every_sleep):
+        self.now, self.at_every_sleep = 0.0, at_every_sleep
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.at_every_sleep(self.now)
+
+
+def test_the_main_rank_may_work_longer_than_the_timeout(two_ranks, monkeypatch):
+    main, other = two_ranks
+    told = []
+
+    def main_rank(now):
+        if now > len(told) * 600:  # every ten minutes
+            told.append(main._store.add("minillm alone 1", 1))
+        if now > 3 * 3600:
+            main._store.set("minillm alone 1 done", "")
+
+    clock = Clock(main_rank)
+    monkeypatch.setattr(parallel, "time", clock)
+    assert other.main_alone(lambda: pytest.fail("rank 1 builds")) is None
+    assert clock.now > 3 * 3600
+
+
+def test_a_main_rank_that_is_silent_is_given_up(two_ranks, monkeypatch):
+    clock = Clock(lambda now: None)
+    monkeypatch.setattr(parallel, "time", clock)
+    with pytest.raises(UserError, match="no sign of life for 30 minutes"):
+        two_ranks[1].main_alone(lambda: None)
+    assert 1800 < clock.now < 1810
+
+
+def test_the_main_rank_gives_signs_of_life_while_it_works(two_ranks, monkeypatch):
+    main, other = two_ranks
+    monkeypatch.setattr(parallel, "SIGN_OF_LIFE_S", 0.01)
+    for name in ("minillm alone 1", "minillm alone 2"):
+
+        def build(name=name):
+            while main._store.add(name, 0) < 3:
+                pass
+            return "built"
+
+        assert main.main_alone(build) == "built"
+        assert other.main_alone(build) is None  # it is done by now
+    assert main.main_first(lambda: "again") == other.main_first(lambda: "again") == "again"
 
 
 def test_ranks_come_from_the_launcher(monkeypatch):

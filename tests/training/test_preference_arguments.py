@@ -27,6 +27,13 @@ def test_every_loss_is_known_and_its_reference_too(file, loss_type):
     assert (args.reference_kind is None) == (loss_type not in NEEDS_REFERENCE) == (loss_type in ("simpo", "orpo"))
 
 
+def test_dropout_is_refused_only_where_it_moves_the_start(file):
+    usual = {"data_path": file, "lora_name": "a", "lora_dropout": 0.1}
+    PreferenceArguments(**usual).check()
+    PreferenceArguments(**usual, lora_init="pissa", loss_type="orpo").check()
+    PreferenceArguments(**(usual | {"lora_dropout": 0.0}), lora_init="pissa").check()
+
+
 def test_the_reference_of_an_adapter_is_the_model_without_it(file):
     assert PreferenceArguments(data_path=file, lora_name="a").reference_kind == "adapter"
     assert PreferenceArguments(data_path=file, lora_name="a", reference="cached").reference_kind == "cached"
@@ -37,6 +44,8 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(file):
     [
         ({"beta": 0.0}, "--beta 0.0: must be positive"),
         ({"label_smoothing": 0.5}, "--label_smoothing 0.5"),
+        ({"lora_name": "a", "lora_dropout": 0.1, "lora_init": "pissa"}, "--lora_dropout 0.1 with --lora_init pissa"),
+        ({"lora_name": "a", "lora_dropout": 0.1, "lora_init": "olora", "loss_type": "kto"}, "not start at its ref"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "goes with sigmoid, robust, simpo"),
         ({"gamma": 0.5}, "goes with --loss_type simpo"),
         ({"gamma": -1.0, "loss_type": "simpo"}, "--gamma -1.0"),

@@ -115,7 +115,7 @@ def test_too_many_skips_stop_the_run(tmp_path):
 @pytest.mark.parametrize("wrong", [True, False])
 def test_first_loss_is_compared_with_ln_v(tmp_path, capsys, wrong):
     def prepare(run):
-        run.from_scratch = True
+        run.alarm.from_scratch = True
         with torch.no_grad():
             for parameter in run.model.parameters():
                 parameter.mul_(3.0 if wrong else 0.1)
@@ -172,8 +172,9 @@ def test_an_interrupted_run_prints_how_to_go_on(tmp_path, capsys, monkeypatch):
         if run.step == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         train(arguments(tmp_path, batch_size=4, save_interval=1), before_update=interrupt)
+    assert ended.value.code == 130
     err = capsys.readouterr().err
     assert "python train_pretrain.py --data_path 'my texts.jsonl' --from_resume" in err
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -54,6 +54,7 @@ def run(tmp_path, monkeypatch):
         tracker=SimpleNamespace(print=printed.append),
         printed=printed,
         unit="token",
+        alarm=SimpleNamespace(messages=[]),
     )
 
 

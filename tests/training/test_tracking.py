@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import struct
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillm.errors import UserError
-from minillm.training.tracking import Tracker, read_metrics, truncate_metrics
+from minillm.training.tracking import Tracker, duration, rate, read_metrics, truncate_metrics
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def tracker(tmp_path):
 
     def tracker(*, first_step=0, enabled=True):
         opened.append(Tracker(tmp_path, enabled=enabled, total_steps=9, first_step=first_step, name="toy"))
+        opened[-1].begin(after_step=first_step)
         return opened[-1]
 
     yield tracker
@@ -79,19 +81,47 @@ def test_another_rank_writes_and_prints_nothing(tracker, tmp_path, capsys):
     one.start_wandb(project="p", config={}, run_id=None)
     one.log(row(1))
     one.advance()
-    one.show(loss="1")
+    one.show(1, epoch=0.5, loss="1")
     one.print("hello")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_bar_and_its_lines(tracker, capsys):
+def test_at_a_terminal_a_bar_moves_and_lines_stand_above_it(tracker, capsys, monkeypatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
     one = tracker(first_step=4)
     one.advance()
-    one.show(loss="1.5")
+    one.show(5, epoch=0.25, loss="1.5", lr="4e-4")
     one.print("a line above the bar")
     assert (one.bar.n, one.bar.total) == (5, 9)
-    assert capsys.readouterr().out == "a line above the bar\n"
+    one.bar.refresh()
+    shown = capsys.readouterr()
+    assert shown.out == "a line above the bar\n"
+    assert re.search(r"\rtoy: .* 5/9 .*step.*, epoch=0\.25, loss=1\.5, lr=4e-4\]", shown.err)
+
+
+@pytest.mark.parametrize("terminals", [(), ("stdout",), ("stderr",)])
+def test_elsewhere_a_log_interval_is_a_line(tracker, capsys, monkeypatch, terminals):
+    for stream in terminals:  # with the other in a file, a bar would end up there or between its lines
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    clock = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    one = tracker(first_step=4)
+    one.advance()
+    clock[0] += 20.5  # for one step, and four are left
+    one.show(5, epoch=0.25, loss="1.5", lr="4e-4")
+    one.print("a line")
+    one.close()
+    shown = capsys.readouterr()
+    assert shown.out == "step 5/9  epoch 0.25  loss 1.5  lr 4e-4  eta 1:22\na line\n"
+    assert shown.err == ""
+
+
+def test_numbers_for_people():
+    assert [duration(seconds) for seconds in (0, 59.6, 82, 3599, 3661)] == ["0:00", "1:00", "1:22", "59:59", "1:01:01"]
+    rates = {0: "0", 4.94e-4: "4.9e-4", 1e-3: "1e-3", 3e-10: "3e-10", 0.05: "0.05", 10: "10"}
+    assert {value: rate(value) for value in rates} == rates
 
 
 class FakeRun:

@@ -12,6 +12,7 @@ from minillm.data import StepBatches
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.training import precision
+from minillm.training.interrupt import StopSignals
 from minillm.training.measures import Measures
 from minillm.training.parallel import Ranks
 from minillm.training.validation import evaluate_loss
@@ -66,7 +67,8 @@ def sparse_model():
 @pytest.fixture
 def run():
     cpu = torch.device("cpu")
-    fields = {"device": cpu, "sum_dtype": torch.float64, "loss": causal_lm_loss, "ranks": Ranks()}
+    fields = {"device": cpu, "sum_dtype": torch.float64, "loss": causal_lm_loss}
+    fields |= {"ranks": Ranks(), "signals": StopSignals()}
     fields |= {"measures": Measures(), "prepare": lambda micro_batches, training: micro_batches}
     return SimpleNamespace(**fields, autocast=lambda: precision.autocast(cpu, torch.float32))
 

@@ -32,6 +32,7 @@ class FakeRun:
         apply_lora(self.model, rank=3, generator=torch.Generator().manual_seed(1))
         self.directory, self.printed = directory, []
         self.tracker = SimpleNamespace(print=self.printed.append)
+        self.args = SimpleNamespace(replay_path="")
 
 
 def even_rows():
@@ -93,6 +94,16 @@ def test_warnings_are_printed_and_kept(tmp_path, tokenizer):
     assert any("update ratio" in warning for warning in others)
     said = [f"warning, step {row['step']}: {warning}" for row in rows for warning in row["warnings"]]
     assert run.printed == said
+
+
+def test_with_replayed_data_the_warning_about_large_steps_says_that_they_may_be_meant(tmp_path, tokenizer):
+    run = FakeRun(tmp_path)
+    run.args.replay_path = "old.jsonl"
+    train(run, Watch(run, tokenizer, even_rows(), interval=1), range(1, 6), lr=0.3)
+    said = [line for line in run.printed if "lower the learning rate" in line]
+    assert said
+    assert all("--replay_path" in line for line in said if "written over" in line)
+    assert any("update ratio" in line and "lower it only if" in line for line in said)
 
 
 def test_ordinary_targets_give_no_warning(tokenizer):

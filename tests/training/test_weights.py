@@ -92,6 +92,9 @@ def test_where_the_tokenizer_comes_from(out, tmp_path):
     assert find_tokenizer(arguments(out, tokenizer_path="given", from_weight="pretrain")) == "given"
     assert find_tokenizer(arguments(out, from_weight="pretrain")) == str(out / "pretrain_32")
     assert find_tokenizer(arguments(out)) == str(out / "tokenizer")
+    assert find_tokenizer(arguments(out), teacher=out / "pretrain_32") == str(out / "pretrain_32")
+    given = arguments(out, tokenizer_path="given")
+    assert find_tokenizer(given, teacher=out / "pretrain_32") == "given"
     bare = tmp_path / "bare.pth"
     torch.save({}, bare)
     assert find_tokenizer(arguments(out, from_weight=str(bare))) == str(out / "tokenizer")

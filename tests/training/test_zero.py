@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm.errors import UserError
-from minillm.training.zero import fill_in, read_settings
+from minillm.training.zero import build_locks, fill_in, read_settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
 
@@ -152,3 +152,23 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, content, words):
 def test_a_directory_is_no_file(tmp_path):
     with pytest.raises(UserError, match="not readable"):
         read_settings(tmp_path)
+
+
+def test_the_usual_file_is_found_from_any_directory(tmp_path, monkeypatch):
+    usual = Path("configs/deepspeed/zero2.json")
+    monkeypatch.chdir(Path(__file__).parents[2])
+    expected = read_settings(usual)
+    monkeypatch.chdir(tmp_path)
+    assert read_settings(usual) == expected
+    usual.parent.mkdir(parents=True)
+    usual.write_text('{"mine": 1}')
+    assert read_settings(usual) == {"mine": 1}
+
+
+def test_locks_that_killed_builds_have_left_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert build_locks() == []
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert build_locks() == [lock]
