@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from minillm.errors import UserError
-from minillm.training.names import find_weights
+from minillm.model.names import find_weights
 
 
 @pytest.fixture
