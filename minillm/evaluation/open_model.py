@@ -6,7 +6,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.model.hf import load_model
-from minillm.model.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make
+from minillm.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make
 from minillm.tokenizer import load_tokenizer
 from minillm.training.hardware import keep_freed_memory
 from minillm.training.outputs import add_adapters

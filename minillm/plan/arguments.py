@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 from minillm.config import ModelConfig
-from minillm.model.names import find_weights
+from minillm.names import find_weights
 from minillm.plan.gpus import find_gpu, known_gpus
 from minillm.training.command_line import require
 from minillm.training.model_arguments import ModelArguments

@@ -16,7 +16,7 @@ import yaml
 from minillm.config import PRESETS, ModelConfig
 from minillm.data.known_names import DEMO_DATA, find_known_data
 from minillm.errors import UserError
-from minillm.model.names import DEMO, describe_unfinished, how_to_make, is_adapter, is_model, run_name, runs_of
+from minillm.names import DEMO, describe_unfinished, how_to_make, is_adapter, is_model, run_name, runs_of
 from minillm.training.checkpoint import holds_a_run
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
@@ -109,7 +109,7 @@ def _weights(name, stage: str, *, save_dir: str | None, hidden_size, flag: str) 
 
 
 def _model_suffix(stage: str, values: dict, given: Callable, *, weights: Path | None) -> str:
-    """Return what follows a stage in the name of this run's directory: ``_<hidden_size>``, with experts ``_moe`` too."""
+    """Return what follows a stage in a run's name: ``_<hidden_size>``, with ``_moe`` behind it for experts."""
     named = given("from_weight")
     is_shape = weights and stage != "distill"  # a student is not as wide as its teacher
     start = weights if is_shape else named and Path(named)

@@ -14,7 +14,7 @@ from minillm.lora.base import BASE
 from minillm.lora.merge import merge_adapters
 from minillm.lora.state import load_trained_state, trained_state
 from minillm.model.hf import load_model, save_model
-from minillm.model.names import find_adapter, run_name
+from minillm.names import find_adapter, run_name
 
 TRAINED = "trained.safetensors"
 

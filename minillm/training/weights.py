@@ -11,9 +11,9 @@ from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
 from minillm.model import Transformer
 from minillm.model.hf import load_model
-from minillm.model.names import find_weights, run_name
 from minillm.model.pth import infer_config
 from minillm.model.rope import original_length
+from minillm.names import find_weights, run_name
 from minillm.tokenizer import load_tokenizer
 from minillm.training.arguments import TrainArguments
 from minillm.training.command_line import on_first_rank

@@ -148,7 +148,7 @@ def _what_it_is(path: Path, *, flag: str) -> str | None:
             return f"is a {kind} file, which is not read: {wanted}"
         if path.suffix in (".safetensors", ".bin"):
             return f"is a file of weights alone: give its directory, {path.parent}, with a config.json"
-        return f"is a file, but not a .pth: {wanted}"
+        return None
     if not path.is_dir():
         return None
     if is_adapter(path):
