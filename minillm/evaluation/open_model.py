@@ -6,9 +6,9 @@ import torch
 
 from minillm.errors import UserError
 from minillm.model.hf import load_model
+from minillm.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make
 from minillm.tokenizer import load_tokenizer
 from minillm.training.hardware import keep_freed_memory
-from minillm.training.names import DEMO, MAKES, find_weights, has_run
 from minillm.training.outputs import add_adapters
 from minillm.training.precision import choose_device, choose_dtype
 from minillm.training.routing import describe_parameters
@@ -50,18 +50,19 @@ def open_model(args):
 def _find(args) -> tuple[Path, str]:
     """Return the path of the weights, and the directory of runs that they and their adapters are in.
 
-    Without ``--from_weight`` and ``--save_dir``, the demo's runs serve where ``out/`` has none of the stage.
+    Without ``--save_dir``, the demo's runs serve where ``out/`` has none of that stage or name.
     """
     stage, save_dir = args.from_weight or STAGES[args.model_mode], args.save_dir
-    if not args.from_weight and save_dir == "out" and not has_run(stage, save_dir):
-        if not has_run(stage, DEMO):
-            raise UserError(
-                f"no {stage} weights in out/ or {DEMO}/: run `make demo`, or `python {MAKES[stage]}` to train them, or "
-                f"give --from_weight a model directory"
-            )
-        save_dir = DEMO
-        print(f"no {stage} weights in out/: using the demo's, in {DEMO}/")
     config = preset_config(args)
+    is_there = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
+    if save_dir == "out" and not is_there:
+        if has_run(stage, DEMO):
+            save_dir = DEMO
+            print(f"no {stage} weights in out/: using the demo's, in {DEMO}/")
+        elif not args.from_weight:
+            commands = f"run `make demo` for a small example, or {how_to_make(stage, save_dirs=['out', DEMO])}"
+            problem = describe_unfinished(stage, DEMO, flag="--from_weight") or commands
+            raise UserError(f"no {stage} weights in out/ or {DEMO}/: {problem}, or give --from_weight a directory")
     path = find_weights(
         stage,
         save_dir=save_dir,

@@ -1,7 +1,7 @@
 """Adapters from the command line.
 
-python -m minillm.lora merge --model out/full_sft_512 --adapter out/lora/cooking_512 --output out/cooking
-python -m minillm.lora merge --model MODEL --adapter cooking_512:0.7 medical_512:0.3 --output BOTH
+python -m minillm.lora merge --model full_sft_512 --adapter cooking_512 --output out/cooking
+python -m minillm.lora merge --model MODEL_DIR --adapter cooking_512:0.7 medical_512:0.3 --output BOTH
 python -m minillm.lora show --adapter out/lora/cooking_512
 """
 
@@ -18,6 +18,7 @@ from minillm.lora.base import BASE
 from minillm.lora.files import CONFIG, read_adapter
 from minillm.lora.merge import merge_adapters
 from minillm.model.hf import load_model, save_model
+from minillm.names import find_adapter, find_weights, run_name
 
 # What a model directory holds beside weights and configuration, and a merged one needs as well.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model",
@@ -26,53 +27,61 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*
 
 def merge(
     *,
-    model: Path,
+    model: str,
     adapter: tuple[str, ...],
     output: Path,
     dtype: Literal["as the model", "float32", "bfloat16", "float16"] = "as the model",
     any_base: bool = False,
+    save_dir: str = "out",
 ) -> None:
     """Add adapters to a model's weights and write a Hugging Face directory that everything opens.
 
     Args:
-        model: directory of the model that the adapters were made for.
-        adapter: adapters, each a directory or a .pth, with a weight after a colon if there are several.
+        model: the model that the adapters were made for: a directory, a stage, a run's name, or ORG/MODEL on a hub.
+        adapter: adapters, each a name, a directory or a .pth, with a weight after a colon if there are several.
         output: the new directory.
         dtype: of the written weights; the sum is taken in float32 in any case.
         any_base: merge even if an adapter was made for another model of the same shapes.
+        save_dir: directory that holds the run directories, for names.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: there is something already; choose a new directory")
-    merged = load_model(model)
-    merged.origin = str(model)
-    merge_adapters(merged, list(map(_weighted, adapter)), any_base=any_base)
+    path = find_weights(model, save_dir=save_dir, hidden_size=512, any_width=True, flag="--model")
+    merged = load_model(path)
+    merged.origin = str(path)
+    folder = path if path.is_dir() else path.parent  # a .pth has its companions beside itself
+    suffix = run_name("", hidden_size=merged.config.hidden_size, has_experts=bool(merged.config.num_experts))
+    adapters = [_weighted(said, save_dir=save_dir, model_suffix=suffix) for said in adapter]
+    merge_adapters(merged, adapters, any_base=any_base)
     if dtype == "as the model":
-        raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
         dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
     try:
         save_model(merged, output, dtype=getattr(torch, dtype))
-        for path in (path for pattern in COMPANIONS for path in model.glob(pattern)):
-            if path.is_file():
-                shutil.copy2(path, output / path.name)
+        for file in (file for pattern in COMPANIONS for file in folder.glob(pattern)):
+            if file.is_file():
+                shutil.copy2(file, output / file.name)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; choose another place") from None
     print(f"saved {output} ({dtype})")
 
 
-def show(*, adapter: Path) -> None:
+def show(*, adapter: str, save_dir: str = "out") -> None:
     """Print what an adapter is: its settings, its layers and sizes, and what it was made for.
 
     Args:
-        adapter: a directory or a .pth.
+        adapter: a directory, a .pth, or the name of a directory in SAVE_DIR/lora.
+        save_dir: directory that holds the run directories, for names.
     """
-    config, tensors = read_adapter(adapter)
+    path = find_adapter(adapter, save_dir=save_dir, flag="--adapter")
+    config, tensors = read_adapter(path)
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     try:
-        base = json.loads((adapter / file).read_text(encoding="utf-8")) if (file := _base_file(adapter)) else {}
+        base = json.loads((path / file).read_text(encoding="utf-8")) if (file := _base_file(path)) else {}
     except ValueError as error:
-        raise UserError(f"{adapter / file} is damaged, copy it again: {error}") from None
-    print(f"{adapter}: {n_parameters:,} parameters")
+        raise UserError(f"{path / file} is damaged, copy it again: {error}") from None
+    print(f"{path}: {n_parameters:,} parameters")
     print(f"made for: {base.get('base') or base.get('base_model_name_or_path') or 'not said'}")
     kind = [word for word, is_so in (("DoRA", config.use_dora), ("rsLoRA", config.use_rslora)) if is_so] or ["LoRA"]
     print(f"{' '.join(kind)}: rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}")
@@ -84,14 +93,15 @@ def _base_file(adapter: Path) -> str | None:
     return next((name for name in (BASE, CONFIG) if (adapter / name).is_file()), None)
 
 
-def _weighted(said: str) -> tuple[Path, float]:
-    path, colon, weight = said.rpartition(":")
+def _weighted(said: str, *, save_dir: str, model_suffix: str) -> tuple[Path, float]:
+    name, colon, weight = said.rpartition(":")
     if not colon or Path(said).exists():
-        return Path(said), 1.0
+        name, weight = said, "1"
     try:
-        return Path(path), float(weight)
+        share = float(weight)
     except ValueError:
         raise UserError(f"--adapter {said}: {weight!r} is no weight; write PATH:0.7") from None
+    return find_adapter(name, save_dir=save_dir, model_suffix=model_suffix, flag="--adapter"), share
 
 
 @script

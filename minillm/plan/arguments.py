@@ -6,10 +6,10 @@ from functools import cached_property
 from typing import Literal
 
 from minillm.config import ModelConfig
+from minillm.names import find_weights
 from minillm.plan.gpus import find_gpu, known_gpus
 from minillm.training.command_line import require
 from minillm.training.model_arguments import ModelArguments
-from minillm.training.names import find_weights
 from minillm.training.weights import preset_config, scale_positions
 
 

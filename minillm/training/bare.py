@@ -4,7 +4,6 @@ The choices are values beneath the flags and ``--config``. What can be made on t
 each machine, under temporary names; the others wait for it. ``choose`` says in one line what was chosen.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from pathlib import Path
 
 import yaml
 
+from minillm.config import PRESETS, ModelConfig
 from minillm.data.known_names import DEMO_DATA, find_known_data
 from minillm.errors import UserError
-from minillm.training.names import DEMO, MAKES, is_model, run_name, runs_of
+from minillm.names import DEMO, describe_unfinished, how_to_make, is_adapter, is_model, run_name, runs_of
+from minillm.training.checkpoint import holds_a_run
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 STARTS_FROM = {"sft": "pretrain", "lora": "full_sft", "dpo": "full_sft", "reason": "rlhf", "distill": "pretrain"}
@@ -39,9 +40,11 @@ def choose(stage: str, argv: list[str], from_file: dict) -> dict:
     def given(name: str):
         return flag_value(argv, name, default=from_file.get(name))
 
-    own_data = find_known_data(stage, directory=_near("dataset"))
-    values = {"data_path": own_data} if own_data else _demo_settings(stage)
-    notes = [f"data {own_data}" if own_data else f"data {DEMO_DATA} (the demo world), settings {_demo_config(stage)}"]
+    own_data = find_known_data(stage) or find_known_data(stage, directory=ROOT / "dataset")
+    if own_data:
+        values, notes = {"data_path": own_data}, [f"data {own_data}"]
+    else:
+        values, notes = _demo_settings(stage), [f"data {_demo_data()} (the demo world), settings {_demo_config(stage)}"]
     if stage == "lora" and own_data:
         name = Path(own_data).name.partition(".")[0].removeprefix("lora_")
         values["lora_name"] = name or "lora"
@@ -49,21 +52,21 @@ def choose(stage: str, argv: list[str], from_file: dict) -> dict:
     if stage in STARTS_FROM:
         flag = "teacher" if stage == "distill" else "from_weight"
         wanted = {"save_dir": given("save_dir"), "hidden_size": given("hidden_size")}
-        weights = _weights(given(flag), STARTS_FROM[stage], **wanted)
+        weights = _weights(given(flag), STARTS_FROM[stage], flag=f"--{flag}", **wanted)
         if weights:
             values[flag] = str(weights)
             notes.append(f"{flag.replace('from_weight', 'weights')} {weights}")
     if not own_data:
-        _demo_data()
+        _make_demo_data()
+    is_of_the_demo = not own_data and (weights is None or weights.is_relative_to(DEMO))
+    save_dir = values["save_dir"] = given("save_dir") or (DEMO if is_of_the_demo else "out")
     if stage == "tokenizer":
-        values["save_dir"] = given("save_dir") or ("out" if own_data else DEMO)
-        notes.append(f"results in {values['save_dir']}/")
-        return _say(values, notes)
-    values["save_dir"] = given("save_dir") or ("out" if own_data else _demo_save_dir(stage, values, weights, given))
+        return _say(values, [*notes, f"results in {save_dir}/tokenizer"])
     if stage == "pretrain" and not given("tokenizer_path") and not given("from_weight"):
-        values["tokenizer_path"] = _tokenizer(values["save_dir"], own_data)
+        values["tokenizer_path"] = _tokenizer(save_dir, own_data)
         notes.append(f"tokenizer {values['tokenizer_path']}")
-    notes.append(f"results in {values['save_dir']}/")
+    model_suffix = _model_suffix(stage, values, given, weights=weights)
+    values |= _free_name(stage, values, given, save_dir=save_dir, model_suffix=model_suffix, notes=notes)
     return _say(values, notes)
 
 
@@ -80,7 +83,7 @@ def flag_value(argv: list[str], name: str, default=None):
 # ---- weights and where results go --------------------------------------------------------------------------------
 
 
-def _weights(name, stage: str, *, save_dir: str | None, hidden_size) -> Path | None:
+def _weights(name, stage: str, *, save_dir: str | None, hidden_size, flag: str) -> Path | None:
     """Return the weights to start from: a run of ``save_dir``, of ``out/`` or of the demo; None if ``name`` is a path.
 
     Raises:
@@ -100,29 +103,58 @@ def _weights(name, stage: str, *, save_dir: str | None, hidden_size) -> Path | N
     if name:
         return None  # find_weights lists what there is
     kind = "pretrained" if stage == "pretrain" else stage
-    searched = " or ".join(f"{directory}/" for directory in directories)
-    raise UserError(f"no {kind} weights in {searched}: run `python {MAKES[stage]}` first")
+    problem = next(filter(None, (describe_unfinished(stage, directory, flag=flag) for directory in directories)), None)
+    problem = problem or f"run {how_to_make(stage, save_dirs=list(directories))} first"
+    raise UserError(f"no {kind} weights in {' or '.join(f'{directory}/' for directory in directories)}: {problem}")
 
 
-def _demo_save_dir(stage: str, values: dict, weights: Path | None, given: Callable) -> str:
-    """Return ``out/demo``, or ``out`` if the run there is finished or the weights are not the demo's."""
-    if weights and not weights.is_relative_to(DEMO):
-        return "out"
-    width, has_experts = given("hidden_size") or values.get("hidden_size") or 128, bool(given("use_moe"))
-    if weights and stage != "distill" and weights.is_dir():
-        width, has_experts = _width_of(weights), weights.name.endswith("_moe")
-    adapter = given("lora_name") or values.get("lora_name")
-    name = given("run_name") or run_name(RUNS.get(stage, ""), hidden_size=width, has_experts=has_experts)
-    if adapter:
-        name = "lora/" + run_name(adapter, hidden_size=width, has_experts=has_experts)
-    run = Path(DEMO, name)
-    is_finished = (run / "config.json").is_file() or (run / "adapter_config.json").is_file()
-    wanted = given("from_resume") or given("overwrite")
-    return "out" if is_finished and not wanted else DEMO
+def _model_suffix(stage: str, values: dict, given: Callable, *, weights: Path | None) -> str:
+    """Return what follows a stage in a run's name: ``_<hidden_size>``, with ``_moe`` behind it for experts."""
+    named = given("from_weight")
+    is_shape = weights and stage != "distill"  # a student is not as wide as its teacher
+    start = weights if is_shape else named and Path(named)
+    if start and start.is_dir() and is_model(start):
+        config = ModelConfig.from_hf(start)
+        return run_name("", hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
+    preset = PRESETS.get(given("preset") or values.get("preset") or "small", {})
+    width = given("hidden_size") or values.get("hidden_size") or preset.get("hidden_size")
+    has_experts = preset.get("num_experts") or _is_on(given("use_moe")) or given("num_experts")
+    return run_name("", hidden_size=width, has_experts=bool(has_experts))
 
 
-def _width_of(weights: Path) -> int:
-    return json.loads((weights / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+def _free_name(stage: str, values: dict, given: Callable, *, save_dir: str, model_suffix: str, notes: list) -> dict:
+    """Return the argument that names a free directory for this run; none where its usual directory will do.
+
+    A directory that holds a finished run gets a neighbour: ``full_sft_128-2``, or the adapter ``identity-2``. That is
+    where ``--from_resume`` looks as well: the unfinished run of these names comes first, then the last one.
+    """
+    is_tuned_as_adapter = stage == "lora" or given("lora_name")
+    flag = "lora_name" if is_tuned_as_adapter else "run_name"
+    if given(flag) or _is_on(given("overwrite")):
+        return {}  # named by the user: Run says what is in the way
+    name = values.get("lora_name", "lora") if is_tuned_as_adapter else RUNS[stage] + model_suffix
+
+    def directory(name: str) -> Path:
+        return Path(save_dir, "lora", name + model_suffix) if is_tuned_as_adapter else Path(save_dir, name)
+
+    names = [name]
+    while holds_a_run(directory(names[-1])):
+        names.append(f"{name}-{len(names) + 1}")
+    *taken, chosen = names
+    unfinished = [name for name in taken if not (is_model(directory(name)) or is_adapter(directory(name)))]
+    resumes = _is_on(given("from_resume")) or _is_on(given("auto_resume"))
+    if unfinished:
+        chosen = unfinished[-1]
+    elif taken and (resumes or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0):
+        chosen = taken[-1]
+    reason = f" ({directory(taken[-1])} holds a finished run)" if taken and chosen == names[-1] else ""
+    notes.append(f"results in {directory(chosen)}{reason}")
+    return {flag: chosen} if chosen != name or is_tuned_as_adapter else {}
+
+
+def _is_on(value) -> bool:
+    """Return whether a flag of yes or no, as ``flag_value`` gives it, is set."""
+    return str(value).lower() in ("true", "1", "yes")
 
 
 # ---- what is made on the spot ------------------------------------------------------------------------------------
@@ -137,23 +169,32 @@ def _demo_config(stage: str) -> str:
     return _near(f"configs/demo/{stage}.yaml")
 
 
+def _demo_data() -> str:
+    """Return the directory of the demo world: that of the current directory if it is there, else the repository's."""
+    is_near = Path(DEMO_DATA, "meta.json").is_file() or Path.cwd() == ROOT
+    return DEMO_DATA if is_near else str(ROOT / DEMO_DATA)
+
+
 def _demo_settings(stage: str) -> dict:
     try:
         values = yaml.safe_load(Path(_demo_config(stage)).read_text(encoding="utf-8"))
     except OSError:
         raise UserError("no --data_path, and no demo: these need the repository; give --data_path a file") from None
-    values.pop("teacher", None)
-    values.pop("from_weight", None)
+    for name in ("teacher", "from_weight"):
+        values.pop(name, None)
+    for name in ("data_path", "valid_path", "replay_path"):
+        if name in values:
+            values[name] = values[name].replace(DEMO_DATA, _demo_data())
     return values
 
 
-def _demo_data() -> None:
+def _make_demo_data() -> None:
     """Make the demo world where it is missing, with the sizes of ``make demo``."""
     if not (ROOT / "dataset" / "make_demo.py").is_file():
         raise UserError("no --data_path, and no dataset/make_demo.py to make the demo world: give --data_path a file")
     _make(
-        Path(DEMO_DATA, "meta.json"),  # the last file that is written
-        lambda: _call([str(ROOT / "dataset" / "make_demo.py"), "--out_dir", DEMO_DATA]),
+        Path(_demo_data(), "meta.json"),  # the last file that is written
+        lambda: _call([str(ROOT / "dataset" / "make_demo.py"), "--out_dir", _demo_data()]),
         "making the demo world",
     )
 
@@ -165,7 +206,11 @@ def _tokenizer(save_dir: str, own_data: str | None) -> str:
         if Path(directory, "tokenizer", "tokenizer.json").is_file():
             return f"{directory}/tokenizer"
     final = Path(save_dir, "tokenizer")
-    data = ["--data_path", own_data] if own_data else ["--config", _demo_config("tokenizer")]
+    data = ["--data_path", own_data]
+    if not own_data:
+        settings = _demo_settings("tokenizer")
+        data = ["--config", _demo_config("tokenizer")]
+        data += [word for name in ("data_path", "valid_path") for word in (f"--{name}", settings[name])]
 
     def train() -> None:
         temporary = Path(save_dir, f".tokenizer-{os.getpid()}")

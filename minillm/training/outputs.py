@@ -14,7 +14,7 @@ from minillm.lora.base import BASE
 from minillm.lora.merge import merge_adapters
 from minillm.lora.state import load_trained_state, trained_state
 from minillm.model.hf import load_model, save_model
-from minillm.training.weights import run_name
+from minillm.names import find_adapter, run_name
 
 TRAINED = "trained.safetensors"
 
@@ -120,18 +120,7 @@ def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
             share = float(weight) if colon else 1.0
         except ValueError:
             raise UserError(f"--lora_name {said}: {weight!r} is no weight; write NAME:0.7,OTHER:0.3") from None
-        chosen.append((_find_adapter(name, save_dir=save_dir, config=model.config), share))
+        suffix = run_name("", hidden_size=model.config.hidden_size, has_experts=bool(model.config.num_experts))
+        chosen.append((find_adapter(name, save_dir=save_dir, model_suffix=suffix), share))
     merge_adapters(model, chosen)  # answers then cost what the model alone costs
     return [path for path, _ in chosen]
-
-
-def _find_adapter(name: str, *, save_dir: str, config) -> Path:
-    usual = adapter_directory(name, save_dir=save_dir, config=config)
-    for path in (Path(name), usual):
-        if (path.is_file() and path.suffix == ".pth") or (path / "adapter_config.json").is_file():
-            return path
-    found = sorted(path.parent.name for path in Path(save_dir).glob("lora/*/adapter_config.json"))
-    raise UserError(
-        f"no adapter '{name}': neither {name} nor {usual} holds one; in {save_dir}/lora/ there are: "
-        f"{', '.join(found) or 'none'} (train_lora.py makes one)"
-    )

@@ -9,10 +9,10 @@ from torch import Tensor
 from minillm.errors import UserError
 from minillm.losses import top_k_teacher
 from minillm.model.hf import load_model
+from minillm.names import find_weights
 from minillm.tokenizer import load_tokenizer
 from minillm.training import announce
 from minillm.training.column_cache import cached_columns, model_hash
-from minillm.training.names import find_weights
 from minillm.training.weights import other_format, preset_config, pth_config
 
 

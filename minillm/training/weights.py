@@ -13,11 +13,11 @@ from minillm.model import Transformer
 from minillm.model.hf import load_model
 from minillm.model.pth import infer_config
 from minillm.model.rope import original_length
+from minillm.names import find_weights, run_name
 from minillm.tokenizer import load_tokenizer
 from minillm.training.arguments import TrainArguments
 from minillm.training.command_line import on_first_rank
 from minillm.training.model_arguments import ModelArguments
-from minillm.training.names import find_weights, run_name
 
 
 def find_tokenizer(args: TrainArguments, *, teacher: Path | None = None) -> str:

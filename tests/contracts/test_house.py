@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 # Package or module of minillm: what it may import of the others, beside itself and what is free for all.
-FREE_FOR_ALL = ("errors", "terminal", "files")
+FREE_FOR_ALL = ("errors", "terminal", "files", "names")
 BELOW_TRAINING = {"config", "model", "lora", "losses", "tokenizer", "data"}
 MAY_IMPORT = {
     **{name: set() for name in FREE_FOR_ALL},

@@ -107,12 +107,12 @@ def test_the_dtype_is_that_of_the_model_under_either_name(world, capsys, said, w
     "change, words",
     [
         (lambda argv: [*argv[:-1], argv[2]], "there is something already; choose a new directory"),
-        (lambda argv: [*argv[:4], "nowhere", *argv[5:]], "no adapter at nowhere"),
+        (lambda argv: [*argv[:4], "nowhere", *argv[5:]], "no adapter 'nowhere'"),
         (lambda argv: [*argv[:4], f"{argv[4]}:much", *argv[5:]], "'much' is no weight; write PATH:0.7"),
         (lambda argv: [*argv[:4], f"{argv[4]}:nan", *argv[5:]], "one has the weight nan: give a number"),
         (lambda argv: [*argv[:4], *argv[5:]], "no adapter is named"),
         (lambda argv: [*argv[:5], argv[4] + ":0.5", *argv[5:]], "an adapter is named twice"),
-        (lambda argv: [argv[0], "--model", "nowhere", *argv[3:]], "no model at nowhere"),
+        (lambda argv: [argv[0], "--model", "nowhere", *argv[3:]], "no weights 'nowhere'"),
     ],
 )
 def test_refusals_are_one_line(world, change, words, capsys):

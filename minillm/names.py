@@ -1,0 +1,258 @@
+"""What a name of weights means: a stage, a run, a path, a checkpoint, or a model on a hub; and that of an adapter."""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+from minillm.errors import UserError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+OTHER_HUB_FILES = ("original/*", "onnx/*", "consolidated*")  # the same weights once more, in other layouts
+STARTS_FROM = {"full_sft": "pretrain", "rlhf": "full_sft", "reason": "rlhf", "distill": "pretrain"}
+MAKES = {
+    "pretrain": "train_pretrain.py", "full_sft": "train_sft.py", "rlhf": "train_dpo.py", "reason": "train_reason.py",
+    "distill": "train_distill.py",
+}  # fmt: skip
+DEMO = "out/demo"  # where `make demo` puts its runs
+OTHER_FORMATS = {".gguf": "GGUF", ".onnx": "ONNX"}
+ADAPTER = "adapter_config.json"
+
+
+def run_name(stage: str, *, hidden_size: int, has_experts: bool) -> str:
+    """Return the name of a run's directory: ``<stage>_<hidden_size>``, with ``_moe`` behind it for experts."""
+    return f"{stage}_{hidden_size}{'_moe' if has_experts else ''}"
+
+
+def is_model(path: Path) -> bool:
+    """Return whether ``path`` is a model directory or a ``.pth`` file."""
+    if path.is_file():
+        return path.suffix == ".pth"
+    return (path / "config.json").is_file() and not is_adapter(path)
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether ``path`` is the directory of an adapter."""
+    return (path / ADAPTER).is_file()
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def find_weights(
+    name: str,
+    *,
+    save_dir: str,
+    hidden_size: int,
+    has_experts: bool = False,
+    any_width: bool = False,
+    flag: str = "--from_weight",
+) -> Path:
+    """Return the directory or ``.pth`` file that ``name`` means.
+
+    ``name`` is a path, the name of a directory in ``save_dir`` (``full_sft_512``), a stage such as ``pretrain``, or a
+    model on a hub (``Qwen/Qwen3-0.6B``), which is downloaded. A stage means ``SAVE_DIR/pretrain_<hidden_size>`` (a
+    directory, or a file with ``.pth`` behind it), with ``_moe`` if ``has_experts``. A directory ``checkpoints`` means
+    its newest intact checkpoint.
+
+    Args:
+        any_width: take the only width of a stage in ``save_dir`` if it does not have ``hidden_size``.
+        flag: the flag that gave the name, for messages.
+
+    Raises:
+        UserError: there are no such weights, or what has the name is not a model; the message says what it is.
+    """
+    stage_directory = Path(save_dir) / run_name(name, hidden_size=hidden_size, has_experts=has_experts)
+    candidates = [Path(name).expanduser(), Path(save_dir) / name, stage_directory, Path(f"{stage_directory}.pth")]
+    widths = runs_of(name, save_dir=save_dir, has_experts=has_experts) if any_width else []
+    if len(widths) == 1:
+        candidates.append(widths[0])
+    for path in candidates:
+        if is_model(path):
+            return path
+        if path.name == "checkpoints" and (newest := _newest_checkpoint(path)):
+            return newest
+    for path in [*candidates, *_unfinished_runs(name, save_dir)]:
+        if problem := _what_it_is(path, flag=flag):
+            raise UserError(f"{flag} {name}: {problem}")
+    if is_hub_name(name, save_dir=save_dir):
+        return download(name, flag=flag)
+    models = [path.name for path in _models_in(Path(save_dir))]
+    if save_dir == "out":
+        models += [str(path) for path in _models_in(Path(DEMO))]
+    makes = f"python {MAKES[name]} makes them" if name in MAKES else "train one first"
+    raise UserError(
+        f"no weights '{name}': neither {name} nor {stage_directory} holds a model; in {save_dir}/ there are: "
+        f"{', '.join(models) or 'none'} ({makes}, or give {flag} one of these names, a directory or a .pth)"
+    )
+
+
+def has_run(name: str, save_dir: str) -> bool:
+    """Return whether ``save_dir`` has a finished run of the stage ``name``, of any width, or one with this name."""
+    return bool(name) and (is_model(Path(save_dir, name)) or bool(runs_of(name, save_dir=save_dir)))
+
+
+def runs_of(stage: str, *, save_dir: str, has_experts: bool = False) -> list[Path]:
+    """Return the runs of a stage, of every width; those without experts if there are any and none are asked for."""
+    pattern = re.compile(re.escape(stage) + r"_\d+(_moe)?")
+    runs = [path for path in _models_in(Path(save_dir)) if pattern.fullmatch(path.name)]
+    sparse = [path for path in runs if path.name.endswith("_moe")]
+    return sparse if has_experts else [path for path in runs if path not in sparse] or sparse
+
+
+def how_to_make(stage: str, *, save_dirs: list[str]) -> str:
+    """Return the commands that make a run of ``stage``, with those it starts from where ``save_dirs`` have none."""
+    commands, wanted = [f"`python {MAKES[stage]}`"], STARTS_FROM.get(stage)
+    while wanted and not any(has_run(wanted, directory) for directory in save_dirs):
+        commands, wanted = [f"`python {MAKES[wanted]}`", *commands], STARTS_FROM.get(wanted)
+    return ", then ".join(commands)
+
+
+def describe_unfinished(stage: str, save_dir: str, *, flag: str) -> str | None:
+    """Return that ``save_dir`` has an interrupted run of ``stage`` and what to do with it, or None."""
+    return next((_what_it_is(path, flag=flag) for path in _unfinished_runs(stage, save_dir)), None)
+
+
+def _unfinished_runs(stage: str, save_dir: str) -> list[Path]:
+    pattern = re.compile(re.escape(stage) + r"_\d+(_moe)?")
+    runs = [path.parent for path in sorted(Path(save_dir).glob("*/checkpoints")) if pattern.fullmatch(path.parent.name)]
+    return [run for run in runs if not is_model(run) and _newest_checkpoint(run / "checkpoints")]
+
+
+def _models_in(directory: Path) -> list[Path]:
+    return [path.parent for path in sorted(directory.glob("*/config.json")) if is_model(path.parent)]
+
+
+def _newest_checkpoint(directory: Path) -> Path | None:
+    return max((path for path in directory.glob("step-*") if is_model(path) and _is_whole(path)), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has the files of its manifest, in their sizes; a resume compares the hashes too."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _what_it_is(path: Path, *, flag: str) -> str | None:
+    """Return what lies at ``path`` instead of a model, and what to do with it; None if nothing does."""
+    wanted = "give a Hugging Face directory (config.json, *.safetensors)"
+    if path.is_file():
+        if kind := OTHER_FORMATS.get(path.suffix.lower()):
+            return f"is a {kind} file, which is not read: {wanted}"
+        if path.suffix in (".safetensors", ".bin"):
+            return f"is a file of weights alone: give its directory, {path.parent}, with a config.json"
+        return None
+    if not path.is_dir():
+        return None
+    if is_adapter(path):
+        return f"{path} is an adapter, not a model: eval_model.py takes it as --lora_name {path}; give {flag} its model"
+    if newest := _newest_checkpoint(path / "checkpoints"):
+        return f"{path} is an interrupted run: resume it with --from_resume, or use its checkpoint {flag} {newest}"
+    if path.name == "checkpoints":
+        return f"{path} holds no intact checkpoint step-* of a model: {wanted}"
+    if models := _models_in(path):
+        return f"{path} holds several things: give one of its models, {', '.join(map(str, models))}"
+    for suffix, kind in OTHER_FORMATS.items():
+        if any(path.glob(f"*{suffix}")):
+            return f"{path} holds {kind} weights, which are not read: {wanted}"
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return f"{path} has no config.json: copy that file too"
+    if any(path.glob("tokenizer*")) or any(path.glob("*.model")):
+        return f"{path} holds a tokenizer alone, give that to --tokenizer_path; weights need config.json, *.safetensors"
+    return None
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------------
+
+
+def find_adapter(name: str, *, save_dir: str, model_suffix: str = "", flag: str = "--lora_name") -> Path:
+    """Return the directory or ``.pth`` file of the adapter ``name``.
+
+    Args:
+        name: a path, the name of a directory in ``SAVE_DIR/lora`` (``cooking_512``), or with ``model_suffix`` the name
+            that ``train_lora.py --lora_name`` had (``cooking``).
+        model_suffix: what follows it for the adapted model: ``_<hidden_size>``, with ``_moe`` behind it for experts.
+        flag: the flag that gave the name, for messages.
+
+    Raises:
+        UserError: nothing there (the message lists the adapters there are), or it is something else.
+    """
+    directory = Path(save_dir) / "lora"
+    candidates = [Path(name).expanduser(), directory / name, directory / f"{name}{model_suffix}"]
+    for path in candidates:
+        if (path.is_file() and path.suffix == ".pth") or is_adapter(path):
+            return path
+    for path in [*candidates, Path(save_dir) / name]:
+        if is_model(path):
+            model_flag = "--model" if flag == "--adapter" else "--from_weight"
+            raise UserError(f"{flag} {name}: {path} is a model, not an adapter: give it to {model_flag}")
+        checkpoints = sorted(path.glob(f"checkpoints/step-*/{ADAPTER}"))
+        if checkpoints:
+            newest = checkpoints[-1].parent
+            raise UserError(
+                f"{flag} {name}: {path} is an interrupted run: resume it with --from_resume, or use its checkpoint "
+                f"{flag} {newest}"
+            )
+    adapters = sorted(path.parent.name for path in directory.glob(f"*/{ADAPTER}"))
+    raise UserError(
+        f"no adapter '{name}': neither {name} nor {candidates[-1]} holds one; in {directory}/ there are: "
+        f"{', '.join(adapters) or 'none'} (train_lora.py makes one)"
+    )
+
+
+# ---- hubs --------------------------------------------------------------------------------------------------------
+
+
+def is_hub_name(name: str, *, save_dir: str) -> bool:
+    """Return whether ``name`` looks like ``org/model`` on a hub rather than like a path of this machine."""
+    organisation = name.partition("/")[0]
+    is_local = Path(organisation).exists() or organisation in (Path(save_dir).name, "out")
+    return bool(HUB_NAME.fullmatch(name)) and not is_local and not name.endswith((".pth", *OTHER_FORMATS))
+
+
+@functools.cache
+def download(name: str, *, flag: str) -> Path:
+    """Return the local directory of a hub's model, downloaded where it is not there yet.
+
+    Hugging Face is asked first (at ``HF_ENDPOINT`` if that is set), then ModelScope, whichever is installed.
+
+    Raises:
+        UserError: neither package is installed, or neither reaches the model; the message has the commands.
+    """
+    local = f"out/{name.rpartition('/')[2]}"
+    problems = []
+    for package in ("huggingface_hub", "modelscope"):
+        if importlib.util.find_spec(package) is None:
+            problems.append(f"{package} is not installed")
+            continue
+        try:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{flag} {name}: asking {package}", flush=True)
+            path = _download_from(package, name)
+        except Exception as error:  # whatever a network or a foreign package does wrong
+            problems.append(f"{package}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
+            continue
+        if is_model(path):
+            return path
+        problems.append(_what_it_is(path, flag=flag) or f"{path} has no config.json")
+    raise UserError(
+        f"{flag} {name}: no such directory here, and it could not be downloaded ({'; '.join(problems)}); where there "
+        f"is a network: `pip install huggingface_hub && hf download {name} --local-dir {local}` (or `pip install "
+        f"modelscope && modelscope download --model {name} --local_dir {local}`), then {flag} {local}"
+    )
+
+
+def _download_from(package: str, name: str) -> Path:
+    snapshot_download = importlib.import_module(package).snapshot_download
+    settings = {"ignore_patterns": list(OTHER_HUB_FILES)}
+    path = Path(snapshot_download(name, allow_patterns=list(HUB_FILES), **settings))
+    if not any(path.glob("*.safetensors")):  # older models have pickled weights alone
+        path = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"], **settings))
+    return path
