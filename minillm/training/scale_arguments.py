@@ -29,8 +29,8 @@ class ScaleArguments(ModelArguments):
     """Go on if there is a checkpoint, else begin: for jobs that a scheduler starts again. torchrun's own restarts do so
     without it."""
     extend: bool = False
-    """With --from_resume: train longer than the checkpoint's run was meant to (more --epochs or --max_steps). Only the
-    schedules constant and wsd allow it, the latter before its decay begins."""
+    """Make a resumed run longer than it was meant to be (more --epochs or --max_steps). Only the schedules constant and
+    wsd allow it, the latter before its decay begins."""
     save_interval: int = 100
     """Steps between checkpoints (0: only at the end)."""
     save_minutes: float = 0.0

@@ -8,6 +8,7 @@ from minillm.data import StepBatches
 from minillm.losses import distill_loss
 from minillm.model.hf import load_model
 from minillm.training.distill import PROJECTION, DistillLoss
+from minillm.training.interrupt import Interrupted
 from minillm.training.run import Run
 from minillm.training.teacher import Teacher
 from minillm.training.tracking import read_metrics
@@ -110,7 +111,7 @@ def test_the_projection_is_trained_and_kept_in_checkpoints_alone(tmp_path, teach
         if run.step == 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         train(arguments(tmp_path / "cut", teacher, **settings), tokenizer, before_update=stop)
     resumed = train(arguments(tmp_path / "cut", teacher, from_resume=True, **settings), tokenizer, finish=True)
     for name, weight in whole.model.state_dict().items():

@@ -106,11 +106,14 @@ def test_alone_there_is_no_other_to_lose(run):
 @pytest.mark.parametrize(("is_main", "save_step"), [(True, 4), (True, -1), (False, 4)])
 def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_from(run, capsys, is_main, save_step):
     run.ranks.is_main, run._save_step = is_main, save_step
-    engines.explain(KeyboardInterrupt(), run)
+    with pytest.raises(Interrupted) as ended:
+        engines.explain(KeyboardInterrupt(), run)
+    assert ended.value.code == 130
     shown = capsys.readouterr().err
     says = is_main and save_step >= 0
     assert ("interrupted after step 5; go on with: python train_pretrain.py" in shown) == says
-    assert bool(shown) == says
+    assert ("interrupted after step 5, before its first checkpoint" in shown) == (is_main and not says)
+    assert bool(shown) == is_main
 
 
 # ---- in a run ----------------------------------------------------------------------------------------------------
@@ -139,13 +142,16 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(tmp_path, capsys, 
     assert again["metrics"] == whole["metrics"]
 
 
-def test_a_signal_in_the_last_step_comes_too_late(tmp_path, capsys):
-    result = train(
-        arguments(tmp_path, batch_size=3, max_steps=3), before_update=send(signal.SIGTERM, at=2), finish=True
-    )
+def test_a_signal_in_the_last_step_saves_it_and_leaves_the_rest_to_a_resume(tmp_path, capsys):
+    flags = {"batch_size": 3, "max_steps": 3}
+    with pytest.raises(Interrupted) as ended:
+        train(arguments(tmp_path, **flags), before_update=send(signal.SIGTERM, at=2), finish=True)
+    assert ended.value.code == 143
+    assert "saved after step 3 of 3" in capsys.readouterr().err
+    assert not (tmp_path / "pretrain_16" / "model.safetensors").is_file()
+    result = train(arguments(tmp_path, from_resume=True, **flags), finish=True)
     assert [row["step"] for row in result["metrics"]] == [1, 2, 3]
     assert (tmp_path / "pretrain_16" / "model.safetensors").is_file()
-    assert "go on with" not in capsys.readouterr().err
 
 
 def test_a_run_passes_on_what_it_means_that_a_rank_is_gone(tmp_path):

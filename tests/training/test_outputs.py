@@ -16,7 +16,7 @@ IDS = torch.arange(11)[None]
 
 
 def arguments(**changes):
-    usual = {"save_dir": "there", "lora_name": "cooking", "from_weight": "full_sft", "base_dtype": "float32",
+    usual = {"save_dir": "there", "lora_name": "cooking", "from_weight": "full_sft", "base_dtype": "float32", "run_name": "",
              "loraplus_ratio": 1.0, "lora_config": LoRAConfig()}  # fmt: skip
     return SimpleNamespace(**(usual | changes))
 
@@ -37,6 +37,9 @@ def test_directories_follow_name_width_and_experts():
     args = arguments()
     assert str(WholeModel().directory(args, "full_sft", CONFIG)) == "there/full_sft_16"
     assert str(WholeModel().directory(args, "full_sft", MOE_CONFIG)) == "there/full_sft_16_moe"
+    assert str(WholeModel().directory(arguments(run_name="mine"), "full_sft", CONFIG)) == "there/mine"
+    with pytest.raises(UserError, match=r"--run_name mine: an adapter is named by --lora_name"):
+        AdapterAlone(args).directory(arguments(run_name="mine"), "lora", CONFIG)
     assert str(AdapterAlone(args).directory(args, "lora", CONFIG)) == "there/lora/cooking_16"
     assert str(AdapterAlone(args).directory(args, "lora", MOE_CONFIG)) == "there/lora/cooking_16_moe"
 
