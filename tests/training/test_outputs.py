@@ -16,8 +16,8 @@ IDS = torch.arange(11)[None]
 
 
 def arguments(**changes):
-    usual = {"save_dir": "there", "lora_name": "cooking", "from_weight": "full_sft", "base_dtype": "float32", "run_name": "",
-             "loraplus_ratio": 1.0, "lora_config": LoRAConfig()}  # fmt: skip
+    usual = {"save_dir": "there", "lora_name": "cooking", "from_weight": "full_sft", "base_dtype": "float32",
+             "run_name": "", "loraplus_ratio": 1.0, "lora_config": LoRAConfig()}  # fmt: skip
     return SimpleNamespace(**(usual | changes))
 
 
