@@ -5,8 +5,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minillm.errors import UserError
+from minillm.lora.files import read_adapter
+from minillm.model.pth import infer_config
 from minillm.names import HUB_FILES, download, find_adapter, find_weights, how_to_make
 
 
@@ -106,6 +109,15 @@ def test_names_that_mean_an_adapter(out):
 def test_what_is_not_an_adapter_is_named(out, name, words):
     with pytest.raises(UserError, match=words):
         adapter(out, name)
+
+
+def test_files_of_tensors_say_which_they_are(tmp_path):
+    torch.save({"model.layers.0.x.lora.A.weight": torch.ones(1, 2), "lora_config": {}}, tmp_path / "adapter.pth")
+    torch.save({"model.embed_tokens.weight": torch.ones(1, 2)}, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"adapter.pth is an adapter, not a model: .* --lora_name"):
+        infer_config(tmp_path / "adapter.pth")
+    with pytest.raises(UserError, match=r"model.pth is no adapter.*a model is given to --from_weight"):
+        read_adapter(tmp_path / "model.pth")
 
 
 # ---- what makes them, and hubs -----------------------------------------------------------------------------------

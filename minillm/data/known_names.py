@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from minillm.data.files import SUFFIXES
+
 DEMO_DATA = "dataset/demo"  # where dataset/make_demo.py writes
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 HELD_OUT = ("valid", "test", "eval")  # a file whose name has one of these is not training data
 KNOWN_NAMES = {
     "pretrain": ("pretrain*",),
@@ -21,7 +22,7 @@ def find_known_data(stage: str, *, directory: str | Path = "dataset") -> str | N
     for pattern in KNOWN_NAMES[stage]:
         for path in sorted(Path(directory).glob(pattern)):
             stem = path.name.partition(".")[0].lower()
-            usable = path.is_file() and path.name.endswith(EXTENSIONS) and not path.name.endswith(".rejected.jsonl")
+            usable = path.is_file() and path.name.endswith(SUFFIXES) and not path.name.endswith(".rejected.jsonl")
             if usable and not any(word in stem for word in HELD_OUT):
                 return str(path)
     return None

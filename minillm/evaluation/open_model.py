@@ -38,6 +38,7 @@ def open_model(args):
     config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
     # An adapter is added in float32: what it changes is smaller than a bfloat16's last digit.
     model = load_model(path, device=device, dtype=torch.float32 if args.lora_name else dtype, config=config).eval()
+    model.origin = str(path)
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
     adapters = add_adapters(model, args.lora_name, save_dir=save_dir) if args.lora_name else []

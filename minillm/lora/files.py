@@ -242,7 +242,7 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         raise UserError(f"{path} is no adapter: it holds something else than tensors")
     ranks = {name.removesuffix(".A"): len(tensor) for name, tensor in tensors.items() if name.endswith(".A")}
     if not ranks:
-        raise UserError(f"{path} is no adapter: it has no <layer>.lora.A.weight")
+        raise UserError(f"{path} is no adapter: it has no <layer>.lora.A.weight; a model is given to --from_weight")
     if said is None:  # without its settings the scaling is 1
         patterns = {re.escape(name): rank for name, rank in ranks.items()}
         said = {"rank": max(ranks.values()), "alpha": max(ranks.values()), "target_modules": tuple(ranks)}

@@ -75,6 +75,11 @@ def _read(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, A
             settings.setdefault("rope_theta", MODEL_ARGS_THETA)
         weights = weights["model"]
     is_dict = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if is_dict and any(name.endswith(".lora.A.weight") for name in weights):
+        raise UserError(
+            f"{path} is an adapter, not a model: eval_model.py takes it as --lora_name {path}; "
+            f"give --from_weight its model"
+        )
     if not is_dict or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a plain state dict of tensors")
     return {_unwrapped(name): tensor for name, tensor in weights.items()}, settings

@@ -422,7 +422,7 @@ def test_what_is_no_model(tmp_path):
     broken = minimind("v3")
     del broken["model.layers.0.mlp.gate_proj.weight"]
     for name, content, wanted in (
-        ("lora", adapter, "no whole model.*an adapter alone needs its base"),
+        ("lora", adapter, "is an adapter, not a model.*give --from_weight its model"),
         ("empty", {}, "no whole model"),
         ("step", {"step": 3}, "not a plain state dict"),
         ("code", print, "not a plain state dict"),

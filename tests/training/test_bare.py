@@ -1,10 +1,12 @@
 """What a command without --data_path chooses."""
 
 import json
+import re
 
 import pytest
 
 from minillm.config import ModelConfig
+from minillm.data.known_names import KNOWN_NAMES
 from minillm.errors import UserError
 from minillm.training import bare
 from minillm.training.arguments import PretrainArguments, SFTArguments
@@ -51,6 +53,14 @@ def test_own_data_before_the_demo_and_flags_over_both(own_data, capsys):
     assert (args.batch_size, args.preset, args.run_name) == (3, "small", "")
     said = "no --data_path: data dataset/sft_mini.jsonl, weights out/pretrain_512, results in out/full_sft_512\n"
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("page", ["English", "Chinese"])
+def test_the_known_names_are_those_of_the_page(page):
+    text = (bare.Path(__file__).parents[2] / "dataset/README.md").read_text(encoding="utf-8")
+    text = text.split("# 数据")[page == "Chinese"]
+    rows = dict(re.findall(r"^\| `train_(\w+)\.py` \| (.+) \|$", text, flags=re.M))
+    assert {name: tuple(re.findall("`(.+?)`", row)) for name, row in rows.items()} == KNOWN_NAMES
 
 
 def test_an_adapter_is_named_after_its_data(own_data):
