@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from minillm.config import PRESETS
 from minillm.errors import UserError
 from minillm.model.hf import load_model
 from minillm.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make
@@ -55,10 +56,13 @@ def _find(args) -> tuple[Path, str]:
     """
     stage, save_dir = args.from_weight or STAGES[args.model_mode], args.save_dir
     config = preset_config(args)
+    hidden_size = config.hidden_size
     is_there = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
     if save_dir == "out" and not is_there:
         if has_run(stage, DEMO):
             save_dir = DEMO
+            if args.hidden_size is None:  # the demo has a second, smaller pretrained model to compare with
+                hidden_size = PRESETS["demo"]["hidden_size"]
             print(f"no {stage} weights in out/: using the demo's, in {DEMO}/")
         elif not args.from_weight:
             commands = f"run `make demo` for a small example, or {how_to_make(stage, save_dirs=['out', DEMO])}"
@@ -67,7 +71,7 @@ def _find(args) -> tuple[Path, str]:
     path = find_weights(
         stage,
         save_dir=save_dir,
-        hidden_size=config.hidden_size,
+        hidden_size=hidden_size,
         has_experts=args.has_experts,
         any_width=args.hidden_size is None,
     )

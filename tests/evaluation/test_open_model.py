@@ -100,3 +100,19 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(arguments, tmp_path
 def test_missing_weights_are_an_error_that_lists_what_there_is(arguments):
     with pytest.raises(UserError, match=r"no weights 'rlhf'.*full_sft_32, reason_32, reason_64"):
         open_model(arguments(model_mode=2))
+
+
+def test_without_a_directory_the_demo_serves(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"in out/ or out/demo/: run `make demo` .*`python train_pretrain.py`, then"):
+        open_model(EvalArguments(device="cpu"))
+    tokenizer = train_bpe(iter(["a"]), vocab_size=267)
+    for seed, width in enumerate((64, 128)):  # the smaller one is what the demo's student is compared with
+        save_model(tiny_model(seed, width), tmp_path / f"out/demo/pretrain_{width}", tokenizer=tokenizer)
+    path = open_model(EvalArguments(device="cpu", model_mode=0))[2]
+    assert str(path) == "out/demo/pretrain_128"
+    assert "no pretrain weights in out/: using the demo's" in capsys.readouterr().out
+    for more in ({"from_weight": "pretrain_64"}, {"model_mode": 0, "hidden_size": 64}):
+        assert str(open_model(EvalArguments(device="cpu", **more))[2]) == "out/demo/pretrain_64"
+    shutil.copytree(out / "full_sft_32", tmp_path / "out/pretrain_32")
+    assert str(open_model(EvalArguments(device="cpu", model_mode=0))[2]) == "out/pretrain_32"
