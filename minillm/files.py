@@ -1,5 +1,6 @@
-"""Files are written with the mode that the user's umask asks for."""
+"""What all parts do with files: the hash of their bytes, and the mode that the user's umask asks for."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,3 +12,12 @@ os.umask(_UMASK)
 def use_umask(path: Path) -> None:
     """Give ``path`` the mode of any new file. safetensors makes files that only their owner can read."""
     os.chmod(path, 0o666 & ~_UMASK)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

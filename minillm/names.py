@@ -98,8 +98,7 @@ def has_run(name: str, save_dir: str) -> bool:
 
 def runs_of(stage: str, *, save_dir: str, has_experts: bool = False) -> list[Path]:
     """Return the runs of a stage, of every width; those without experts if there are any and none are asked for."""
-    pattern = re.compile(re.escape(stage) + r"_\d+(_moe)?")
-    runs = [path for path in _models_in(Path(save_dir)) if pattern.fullmatch(path.name)]
+    runs = [path for path in _models_in(Path(save_dir)) if _is_run_of(stage, path)]
     sparse = [path for path in runs if path.name.endswith("_moe")]
     return sparse if has_experts else [path for path in runs if path not in sparse] or sparse
 
@@ -118,9 +117,12 @@ def describe_unfinished(stage: str, save_dir: str, *, flag: str) -> str | None:
 
 
 def _unfinished_runs(stage: str, save_dir: str) -> list[Path]:
-    pattern = re.compile(re.escape(stage) + r"_\d+(_moe)?")
-    runs = [path.parent for path in sorted(Path(save_dir).glob("*/checkpoints")) if pattern.fullmatch(path.parent.name)]
+    runs = [path.parent for path in sorted(Path(save_dir).glob("*/checkpoints")) if _is_run_of(stage, path.parent)]
     return [run for run in runs if not is_model(run) and _newest_checkpoint(run / "checkpoints")]
+
+
+def _is_run_of(stage: str, path: Path) -> bool:
+    return bool(re.fullmatch(re.escape(stage) + r"_\d+(_moe)?", path.name))
 
 
 def _models_in(directory: Path) -> list[Path]:

@@ -8,6 +8,8 @@ import time
 import uuid
 from pathlib import Path
 
+from minillm.files import sha256
+
 SETTLED_S = 10.0  # a file younger than this might change again within one tick of a coarse clock
 
 
@@ -26,14 +28,11 @@ def file_hash(path: Path, *, memory: Path | None = None) -> str:
             known = json.loads(entry.read_text(encoding="utf-8"))
             if known["file"] == _identity(path, before) and len(known["sha256"]) == 64:
                 return known["sha256"]
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    digest = sha256(path)
     is_settled = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED_S
     if entry is not None and is_settled and _identity(path, os.stat(path)) == _identity(path, before):
-        _remember(entry, {"file": _identity(path, before), "sha256": digest.hexdigest()})
-    return digest.hexdigest()
+        _remember(entry, {"file": _identity(path, before), "sha256": digest})
+    return digest
 
 
 def _identity(path: Path, stat: os.stat_result) -> str:

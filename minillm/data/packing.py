@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.data.rejects import count_reasons, reject_line
+from minillm.data.rejects import count_reasons
 from minillm.data.shards import TokenStore, encoding_identity, split_paths
 from minillm.data.split import DataFiles
 from minillm.errors import UserError
@@ -226,10 +226,7 @@ class PackedRows:
         """
         shards = self.store.shards
         places = self.store.publish_rejected(self.source, set_aside, cache_dir)
-        rejected_lines = [
-            (file, [*shard.rejected_lines(), *(reject_line(*pair) for pair in aside)])
-            for file, shard, aside in zip(self.files, shards, set_aside, strict=True)
-        ]
+        rejected_lines = list(zip(self.files, self.store.rejected_lines(set_aside), strict=True))
         files = [
             {
                 "path": str(file),

@@ -212,7 +212,8 @@ def _write(
         if n_bytes >= LARGE_FILE and not shows_progress():
             print(f"tokenising {path} ({n_bytes / 2**20:,.0f} MiB)", flush=True)
         # Bytes of the file where its lines tell how far reading is, else bytes of text, without a total.
-        n_lines = count_lines(path) if path.suffix in BY_LINES and n_bytes >= LARGE_FILE else 0
+        is_by_lines = path.suffix in BY_LINES and n_bytes >= LARGE_FILE and shows_progress()
+        n_lines = count_lines(path) if is_by_lines else 0
         bar = {"desc": f"tokenising {path.name}", "unit": "B", "unit_scale": True}
         bar = stack.enter_context(progress(total=n_bytes if n_lines else None, **bar))
 
@@ -404,16 +405,20 @@ class TokenStore:
         total = float(sum(np.sum(shard.log_prob) for shard in self.shards))
         return None if np.isnan(total) else total
 
+    def rejected_lines(self, more: list[list[tuple]]) -> list[list[str]]:
+        """Return, by file, the finished lines of its ``.rejected.jsonl``: bad ones, and ``more`` [(line, reason)]."""
+        pairs = zip(self.shards, more, strict=True)
+        return [[*shard.rejected_lines(), *(reject_line(*pair) for pair in extra)] for shard, extra in pairs]
+
     def publish_rejected(self, source: DataFiles, more: list[list[tuple]], cache_dir: Path) -> list[str]:
-        """Write each file's ``.rejected.jsonl``: its bad lines, and ``more`` [(line, reason)] per file.
+        """Write each file's ``.rejected.jsonl`` (see ``rejected_lines``); return where they are.
 
         Those of the held-out side go to ``<file>.valid.rejected.jsonl``, or they would replace the training side's.
         """
         places = []
-        for file, shard, extra in zip(split_paths(source), self.shards, more, strict=True):
+        for file, lines in zip(split_paths(source), self.rejected_lines(more), strict=True):
             if source.valid_ratio and source.side == "valid":
                 file = file.with_name(f"{file.name}.valid")
-            lines = [*shard.rejected_lines(), *(reject_line(*pair) for pair in extra)]
             place = publish_rejected(file, lines, fallback_dir=cache_dir)
             places += [str(place)] if place else []
         return places

@@ -16,12 +16,12 @@ import yaml
 from minillm.config import PRESETS, ModelConfig
 from minillm.data.known_names import DEMO_DATA, find_known_data
 from minillm.errors import UserError
-from minillm.names import DEMO, describe_unfinished, how_to_make, is_adapter, is_model, run_name, runs_of
+from minillm.names import DEMO, STARTS_FROM, describe_unfinished, how_to_make, is_adapter, is_model, run_name, runs_of
 from minillm.training.checkpoint import holds_a_run
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
-STARTS_FROM = {"sft": "pretrain", "lora": "full_sft", "dpo": "full_sft", "reason": "rlhf", "distill": "pretrain"}
 RUNS = {"pretrain": "pretrain", "sft": "full_sft", "dpo": "rlhf", "reason": "reason", "distill": "distill"}
+WEIGHTS = {stage: STARTS_FROM[run] for stage, run in RUNS.items() if run in STARTS_FROM} | {"lora": "full_sft"}
 MAX_WAIT_S = 3600
 
 
@@ -49,10 +49,10 @@ def choose(stage: str, argv: list[str], from_file: dict) -> dict:
         name = Path(own_data).name.partition(".")[0].removeprefix("lora_")
         values["lora_name"] = name or "lora"
     weights = None
-    if stage in STARTS_FROM:
+    if stage in WEIGHTS:
         flag = "teacher" if stage == "distill" else "from_weight"
         wanted = {"save_dir": given("save_dir"), "hidden_size": given("hidden_size")}
-        weights = _weights(given(flag), STARTS_FROM[stage], flag=f"--{flag}", **wanted)
+        weights = _weights(given(flag), WEIGHTS[stage], flag=f"--{flag}", **wanted)
         if weights:
             values[flag] = str(weights)
             notes.append(f"{flag.replace('from_weight', 'weights')} {weights}")

@@ -7,7 +7,6 @@ Loading takes the newest one whose files match its manifest, and names those tha
 """
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from minillm.errors import UserError
+from minillm.files import sha256
+from minillm.names import is_adapter, is_model
 
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
@@ -140,7 +141,7 @@ def holds_a_run(directory: Path) -> str | None:
     """Return what a run directory holds of an earlier run, in words; None if it is free for a new one."""
     if (directory / f".{EARLIER}.tmp").is_dir():
         return "a run that was about to be moved"
-    if any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if is_model(directory) or is_adapter(directory):
         return "a finished run"
     checkpoints = list_checkpoints(directory / "checkpoints")
     return f"an unfinished run with checkpoints up to {checkpoints[0].name}" if checkpoints else None
@@ -244,15 +245,6 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -188,21 +188,21 @@ def restore(run, path: Path) -> str | None:
 
 
 def _refuse_another_run(run, state: dict, path: Path) -> None:
-    identity = identity_of(run)
-    if state["identity"].get("total_steps") != identity["total_steps"]:
-        other = {key: value for key, value in state["identity"].items() if key != "total_steps"}
-        if not _differences(other, {key: value for key, value in identity.items() if key != "total_steps"}):
-            _check_longer(run, state, path)
-            return
-    different = _differences(state["identity"], identity)
-    if not different:
+    made_with, identity = state["identity"], identity_of(run)
+    changed = [key for key in identity if made_with.get(key) != identity[key]]
+    if not changed:
         return
+    if changed == ["total_steps"]:
+        _check_longer(run, state, path)
+        return
+    different = _differences(made_with, identity)
     was, now = state.get("data_files", {}), files_of(run.loader.rows)
     files = [f"{name}: {was.get(name, 'not used')} then, {now.get(name, 'not used')} now" for name in sorted(was | now)
              if was.get(name) != now.get(name)]  # fmt: skip
-    if (n_rows := state["identity"].get("rows_per_step")) != run.rows_per_step:
+    if "rows_per_step" in changed:
+        n_rows = made_with.get("rows_per_step")
         different.append(f"--global_batch_size {n_rows} keeps the rows per step on any number of ranks")
-    if state["identity"].get(CHAT_TEMPLATE) != identity_of(run).get(CHAT_TEMPLATE):
+    if CHAT_TEMPLATE in changed:
         different.append(
             f"the chat template changed: {run.tokenizer.origin} holds another one than {path}, whose template goes "
             f"with this run"
