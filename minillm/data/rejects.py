@@ -59,8 +59,8 @@ def publish_rejected(source: Path, lines: Iterable[str], *, fallback_dir: Path |
 def count_reasons(lines_by_file: Iterable[tuple[Path, Iterable[str]]]) -> list[dict]:
     """Return ``[{"count", "reason", "first"}]``, the most frequent first.
 
-    Reasons that differ in their numbers alone count as one; ``reason`` is the text of the first of them, which stands
-    at ``first``, "file:line".
+    Reasons of one kind (``reason_kind``) count as one; ``reason`` is the text of the first of them, which stands at
+    ``first``, "file:line".
 
     Args:
         lines_by_file: (data file, finished lines of ``reject_line``).
@@ -69,10 +69,8 @@ def count_reasons(lines_by_file: Iterable[tuple[Path, Iterable[str]]]) -> list[d
     for file, lines in lines_by_file:
         for line in lines:
             entry = json.loads(line)
-            kind = re.sub(r"\d+", "#", entry["reason"])
-            known = reasons.setdefault(
-                kind, {"count": 0, "reason": entry["reason"], "first": f"{file}:{entry['line']}"}
-            )
+            example = {"count": 0, "reason": entry["reason"], "first": f"{file}:{entry['line']}"}
+            known = reasons.setdefault(reason_kind(entry["reason"]), example)
             known["count"] += 1
     return sorted(reasons.values(), key=lambda reason: -reason["count"])
 

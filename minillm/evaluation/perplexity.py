@@ -5,7 +5,7 @@ A text of n tokens has n + 1 targets: it is a document of its tokenizer, as in t
     input    bos  t1  t2  ...  tn
     target   t1   t2  t3  ...  eos
 
-Shapes: B windows, T positions, D hidden, V vocabulary, N scored positions.
+Shapes: B windows, T positions, D hidden, V vocabulary.
 """
 
 import json
@@ -16,15 +16,15 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.data.schema import Record
 from minillm.errors import UserError
+from minillm.losses.cross_entropy import IGNORE_INDEX
+from minillm.losses.log_probs import linear_log_probs
 from minillm.terminal import progress
 
 TEXTS_AT_ONCE = 4096  # tokenised and sorted together, so that a large file needs little memory
-CHUNK_NUMEL = 32 * 1024 * 1024  # logits held at a time: 128 MiB in float32
 
 
 @dataclass(kw_only=True)
@@ -235,38 +235,22 @@ def _window_losses(model, windows: list[_Window], device) -> list[float]:
     """Return each window's loss summed over its scored targets, in nats."""
     longest = max(len(window.inputs) for window in windows)
     input_ids = torch.zeros(len(windows), longest, dtype=torch.long)  # (B, T)
-    targets = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
     document_ids = torch.full_like(input_ids, -1)  # padding
-    scored = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, window in enumerate(windows):
-        length = len(window.inputs)
-        input_ids[row, :length] = torch.tensor(window.inputs)
-        targets[row, :length] = torch.tensor(window.targets)
-        document_ids[row, :length] = 0
-        scored[row, window.first_scored : length] = True
-    input_ids, targets, scored = input_ids.to(device), targets.to(device), scored.to(device)
-    wanted = targets[scored]  # (N,)
+    for row, (_, inputs, window_targets, first_scored) in enumerate(windows):
+        input_ids[row, : len(inputs)] = torch.tensor(inputs)
+        targets[row, first_scored : len(inputs)] = torch.tensor(window_targets[first_scored:])
+        document_ids[row, : len(inputs)] = 0
+    input_ids, targets = input_ids.to(device), targets.to(device)
 
     def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
-        hidden = hidden[scored]  # (B, T, D) -> (N, D)
-        if output_weight is None:  # of an adapted output layer: logits
-            return _token_losses(hidden, wanted)
-        step = max(1, CHUNK_NUMEL // output_weight.shape[0])
-        chunks = zip(hidden.split(step), wanted.split(step), strict=True)
-        return torch.cat([_token_losses(F.linear(part, output_weight), goal) for part, goal in chunks])
+        return linear_log_probs(hidden, output_weight, targets)  # (B, T)
 
-    losses = model(input_ids, document_ids=document_ids.to(device), head=head)
-    if losses.dim() == 3:  # a wrapped output layer ignores head: logits (B, T, V)
-        losses = _token_losses(losses[scored], wanted)
-    counts = scored.sum(1).tolist()
+    log_probs = model(input_ids, document_ids=document_ids.to(device), head=head)
+    if log_probs.dim() == 3:  # a wrapped output layer ignores head: logits (B, T, V)
+        log_probs = linear_log_probs(log_probs, None, targets)
     # On the CPU: float64 does not exist on every device.
-    return [part.sum().item() for part in losses.cpu().double().split(counts)]
-
-
-def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return −log p of each target, (N,), in at least float32, from logits (N, V)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="none")
+    return (-log_probs.cpu().double().sum(dim=1)).tolist()
 
 
 def _number(value: float | None) -> str:

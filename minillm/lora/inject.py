@@ -80,7 +80,7 @@ def add_adapter(
     whole = whole_names(model, config, names)  # raises before anything is changed
     if config.bias != "none" and not any(name.endswith(".bias") for name in whole):
         what = "the model has no bias" if config.bias == "all" else "no adapted layer has a bias"
-        raise UserError(f"bias {config.bias!r}: {what}; leave it out")
+        raise UserError(f"bias={config.bias!r} (--lora_bias {config.bias}): {what}; leave it out")
     layers = dict(model.named_modules())
     check_kinds(layers, names, config)
     tensors: dict[str, Tensor] = {}

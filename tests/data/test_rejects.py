@@ -45,13 +45,12 @@ def test_an_unwritable_place_leaves_no_temporary_file(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_reasons_are_counted_across_their_numbers_and_name_the_first_example():
+def test_reasons_are_counted_by_their_kind_and_name_the_first_example():
     one = [reject_line(line, f"message {line} has the unknown role 'x'", "raw") for line in (3, 5, 8)]
     other = [reject_line(2, "text is empty"), reject_line(9, "message 4 has the unknown role 'y'")]
     assert count_reasons([(Path("a.jsonl"), other), (Path("b.jsonl"), one)]) == [
-        {"count": 3, "reason": "message 3 has the unknown role 'x'", "first": "b.jsonl:3"},
+        {"count": 4, "reason": "message 4 has the unknown role 'y'", "first": "a.jsonl:9"},
         {"count": 1, "reason": "text is empty", "first": "a.jsonl:2"},
-        {"count": 1, "reason": "message 4 has the unknown role 'y'", "first": "a.jsonl:9"},
     ]
 
 

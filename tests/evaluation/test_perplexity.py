@@ -12,6 +12,7 @@ from minillm.data.schema import read_records
 from minillm.errors import UserError
 from minillm.evaluation import perplexity
 from minillm.lora import apply_lora, merge_lora
+from minillm.losses import log_probs
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
 
@@ -148,9 +149,8 @@ def test_an_adapted_output_layer_gives_the_same(tokenizer):
 
 def test_logits_in_chunks_give_the_same(model, tokenizer, monkeypatch):
     whole = perplexity(model, TEXTS, tokenizer)
-    module = sys.modules[perplexity.__module__]
-    monkeypatch.setattr(module, "CHUNK_NUMEL", 3 * 270)
-    monkeypatch.setattr(module, "TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr(log_probs, "CHUNK_NUMEL", 3 * 270)
+    monkeypatch.setattr(sys.modules[perplexity.__module__], "TEXTS_AT_ONCE", 2)
     assert perplexity(model, TEXTS, tokenizer).loss_sum == pytest.approx(whole.loss_sum, rel=1e-12)
 
 
@@ -160,6 +160,21 @@ def test_low_precision_weights_are_summed_in_float64(tokenizer):
     exact = perplexity(tiny_model().bfloat16().double(), TEXTS, tokenizer)
     # The same bfloat16 weights; only the products differ, by about 2^-8 each.
     assert result.nats_per_token == pytest.approx(exact.nats_per_token, rel=0.02)
+
+
+def test_logits_of_low_precision_are_summed_in_float32(tokenizer):
+    """A logit near 60 has steps of 0.25 in bfloat16: rounded there, the loss of a sure model is off by that much."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(60)
+    model = model.bfloat16()
+    hidden = []
+    model.model.norm.register_forward_hook(lambda _, __, output: hidden.append(output))
+    result = perplexity(model, TEXTS[:1], tokenizer)
+    ids = tokenizer.document(tokenizer.encode(TEXTS[0]))
+    logits = hidden[0][0].double() @ model.lm_head.weight.double().T
+    exact = torch.nn.functional.cross_entropy(logits[: len(ids) - 1], torch.tensor(ids[1:]), reduction="sum")
+    assert result.loss_sum == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_training_mode_comes_back(tokenizer):

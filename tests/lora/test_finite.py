@@ -104,9 +104,9 @@ def test_blocks_that_are_not_there_are_named(tools, layers, absent):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_that_are_not_there_are_said(tools, bias):
-    with pytest.raises(UserError, match=f"bias '{bias}': .* bias; leave it out"):
+    with pytest.raises(UserError, match=rf"bias='{bias}' .*: .* bias; leave it out"):
         apply_lora(tools.model(attention_bias=False), bias=bias)
-    with pytest.raises(UserError, match="bias 'lora_only': no adapted layer has a bias"):
+    with pytest.raises(UserError, match=r"bias=.lora_only. .*: no adapted layer has a bias"):
         apply_lora(tools.model(), bias="lora_only", target_modules="mlp")
 
 

@@ -35,7 +35,7 @@ def trace(model):
 def test_removal_leaves_no_trace(tools, kind, which):
     model = tools.model() if which == "ours" else tools.hf(which)
     if which == "qwen3" and "bias" in KINDS[kind]:
-        with pytest.raises(UserError, match=r"bias '(all|lora_only)': .* bias; leave it out"):
+        with pytest.raises(UserError, match=r"bias='(all|lora_only)' .*: .* bias; leave it out"):
             apply_lora(model, **KINDS[kind])
         return
     model.lm_head.weight.requires_grad_(True)
