@@ -13,6 +13,8 @@ import filelock
 import pytest
 import torch
 
+from tests import forking_python, pictures
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +25,20 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pixels():
+    """Spare the drawing in all tests but those of the drawing."""
+    pictures.draw_pixels()
+
+
+@pytest.fixture(scope="module")
+def real_pictures():
+    """Draw pictures as users see them, in a module's tests."""
+    pictures.draw()
+    yield
+    pictures.draw_pixels()
 
 
 @pytest.fixture
@@ -57,13 +73,22 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def torchrun():
+def python(once) -> str:
+    """The path of a Python that has the library imported when it starts; see ``forking_python``."""
+    if sys.platform != "linux":
+        return sys.executable
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    return str(once("forking_python", lambda directory: forking_python.start(directory, owner=owner)) / "python")
+
+
+@pytest.fixture(scope="session")
+def torchrun(python):
     """Call it with the number of processes and a program: it runs to its end, and what it printed comes back."""
 
     def torchrun(n_processes: int, *program: str) -> str:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
         process = subprocess.Popen(
-            [sys.executable, *launcher, *program],
+            [python, *launcher, "--no-python", python, *program],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,

@@ -14,11 +14,11 @@ ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero2off", "zero3off"]
 WITH_EXPERTS = ["ddp", "fsdp", "zero1", "zero3"]
 WITH_ADAPTER = ["ddp", "fsdp", "zero2", "zero3"]
 SHORT = ["fsdp_bf16", "zero2_bf16", "zero3_bf16"]  # weights that the forward pass sees in bfloat16
-SAVED = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3off", "fsdp_moe", "zero3_moe", *SHORT]
+SAVED = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3off", "fsdp_moe", *SHORT]
 RESUMED = {  # number of ranks: who goes on from whose checkpoint, which two ranks have written
-    1: ["ddp:ddp", "fsdp:fsdp", "ddp:fsdp", "ddp:zero3", "zero3:zero3off", "ddp_moe:fsdp_moe", "zero3_moe:zero3_moe"],
-    2: ["ddp:ddp", "fsdp:fsdp", "zero1:zero1", "zero2:zero2", "zero3:zero3", "zero3off:zero3off"],
-    4: ["ddp:ddp", "fsdp:fsdp", "zero3:zero3", "zero2:fsdp", "fsdp:zero1", "zero3:fsdp", "fsdp_moe:fsdp_moe"],
+    1: ["fsdp:fsdp", "ddp:zero3", "zero3:zero3off", "ddp_moe:fsdp_moe"],
+    2: ["ddp:ddp", "fsdp:fsdp", "zero1:zero1", "zero2:zero2", "zero3:zero3"],
+    4: ["ddp:ddp", "zero3:zero3", "zero2:fsdp", "fsdp:zero1", "fsdp_moe:fsdp_moe"],
 }
 
 

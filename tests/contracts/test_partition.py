@@ -7,7 +7,7 @@ import torch
 
 from tests.contracts import checks
 from tests.contracts.harness import CONFIG, MOE_CONFIG, largest_difference
-from tests.contracts.partitions import CASES, ROWS, batch_sizes, gradients
+from tests.contracts.partitions import BATCH_SIZES, CASES, ROWS, gradients
 from tests.training.distill_runs import make_teacher, make_tokenizer
 
 N_RANKS = (1, 2, 4)
@@ -43,12 +43,12 @@ def of_many_ranks(out) -> dict:
     "kind, double", CASES, ids=[f"{kind}-{'fp64' if double else 'fp32'}" for kind, double in CASES]
 )
 def test_every_factorisation_of_a_step(tmp_path, out, of_many_ranks, kind, double):
-    """16 rows as micro-batch × accumulation × ranks, each in all ways; the third step has a single row."""
+    """16 rows as micro-batch × accumulation × ranks in six ways; the third step has a single row."""
     whole = gradients(kind, double, tmp_path, teacher=out / "teacher", batch_size=ROWS)
     assert len(whole) == 3
     assert any(gradient.norm() > 0 for gradient in whole[0].values())  # that of an adapter's A begins at zero
     for n_ranks in N_RANKS:
-        for batch_size in batch_sizes(n_ranks):
+        for batch_size in BATCH_SIZES[n_ranks]:
             if n_ranks == 1:
                 cut = gradients(kind, double, tmp_path, teacher=out / "teacher", batch_size=batch_size)
             else:

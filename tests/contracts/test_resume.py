@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,9 +97,11 @@ def command(stage: str, data: Path, out: Path) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def run(code: list[str]) -> subprocess.CompletedProcess:
+@pytest.fixture
+def run(python):
+    """Call it with the arguments of ``python``: a process that ran to its end."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, timeout=200)
+    return lambda code: subprocess.run([python, *code], env=environment, capture_output=True, text=True, timeout=200)
 
 
 def outcome(out: Path) -> dict:
@@ -144,7 +145,7 @@ STAGES = ["train_pretrain", "train_sft", "train_lora", "train_dpo", "train_disti
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_equals_uninterrupted(stage, data, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(stage, data, tmp_path, run):
     whole = run([str(ROOT / f"{stage}.py"), *command(stage, data, tmp_path / "whole")])
     assert whole.returncode == 0, whole.stderr
     expected = outcome(tmp_path / "whole")

@@ -6,7 +6,6 @@ The parent of the forked runs must have no threads, which a process that runs te
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,15 +37,21 @@ checkpoint.save_checkpoint = save_checkpoint
 """
 
 
-def torture(directory: Path, *flags: str, bug: str = "") -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    places = ["--save_dir", str(directory), "--output", str(directory / "torture.md")]
-    places += ["--json", str(directory / "torture.json")]
-    code = [sys.executable, "-c", CALL.format(bug=bug), *places, *flags]
-    return subprocess.run(code, env=environment, capture_output=True, text=True, timeout=280)
+@pytest.fixture
+def torture(python):
+    """Call it with a directory, flags and the code of a bug: the process of a torture that ran to its end."""
+
+    def torture(directory: Path, *flags: str, bug: str = "") -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        places = ["--save_dir", str(directory), "--output", str(directory / "torture.md")]
+        places += ["--json", str(directory / "torture.json")]
+        code = [python, "-c", CALL.format(bug=bug), *places, *flags]
+        return subprocess.run(code, env=environment, capture_output=True, text=True, timeout=280)
+
+    return torture
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, torture):
     stages = "pretraining, experts;fine-tuning;LoRA;DPO;distillation, on-policy;reasoning"
     ended = torture(tmp_path, "--kills", "10", "--kills_per_run", "2", "--seed", "3", "--variants", stages)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -66,7 +71,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         (NAMED_TOO_EARLY, "fine-tuning", "is not whole, and nobody has damaged it"),
     ],
 )
-def test_a_broken_resume_is_caught(bug, variant, said, tmp_path):
+def test_a_broken_resume_is_caught(bug, variant, said, tmp_path, torture):
     ended = torture(tmp_path, "--kills", "12", "--variants", variant, bug=bug)
     assert ended.returncode == 1, ended.stderr[-3000:]
     (first, *_) = json.loads((tmp_path / "torture.json").read_text())["differences"]

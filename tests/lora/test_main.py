@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -37,8 +36,8 @@ def argv(world, *more, adapter="one", output="merged"):
     return ["merge", "--model", str(world / "base"), "--adapter", *paths, "--output", str(world / output), *more]
 
 
-def test_merge_gives_a_model_like_any_other(tools, world):
-    command = [sys.executable, "-m", "minillm.lora", *argv(world)]
+def test_merge_gives_a_model_like_any_other(tools, world, python):
+    command = [python, "-m", "minillm.lora", *argv(world)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, f"saved {world / 'merged'} (float32)\n"), done.stderr
     expected = load_model(world / "base")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,9 +40,9 @@ def test_bad_values_are_one_line_and_code_2(flags, capsys):
     assert told.err.count("\n") == 1
 
 
-def test_as_a_process_from_another_directory(tmp_path):
+def test_as_a_process_from_another_directory(tmp_path, python):
     done = subprocess.run(
-        [sys.executable, "-m", "minillm.plan", "--preset", "small", "--gpus", "4090"],
+        [python, "-m", "minillm.plan", "--preset", "small", "--gpus", "4090"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ SIZES = {
 
 
 @pytest.mark.timeout(720)
-def test_demo_runs_from_raw_text_to_chat(tmp_path):
+def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
     sizes = " ".join(f"--n_{name} {size}" for name, size in SIZES.items())
     training = "--max_steps 6 --batch_size 4 --eval_interval 3 --save_interval 3 --log_interval 2 --dtype float32"
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
     settings = {"DEMO": f"{tmp_path}/out", "DATA": f"{tmp_path}/data", "DATA_FLAGS": sizes, "TRAIN_FLAGS": training}
     done = subprocess.run(
         ["make", "demo-run", *(f"{name}={value}" for name, value in settings.items())],

@@ -20,7 +20,7 @@ CLOCK = ("seconds", "tokens_per_s", "mfu")
 
 
 @pytest.fixture
-def agent(world, flags):
+def agent(world, flags, python):
     """Call it with torchrun's flags and a run's directory: torchrun, started, in a session of its own."""
     started = []
 
@@ -31,7 +31,7 @@ def agent(world, flags):
             "--global_batch_size", "8", "--max_steps", "60", "--save_interval", "5", "--log_interval", "1",
         ]  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *launcher, *program],
+            [sys.executable, "-m", "torch.distributed.run", *launcher, "--no-python", python, *program],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -92,8 +92,11 @@ def test_value_and_gradient_are_those_of_single_replies(tmp_path, name):
     assert largest_difference(dict(zip(names, ours, strict=True)), dict(zip(names, theirs, strict=True))) < 1e-10
 
 
-@pytest.mark.parametrize("config", [None, MOE_CONFIG], ids=["dense", "moe"])
-@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "simpo", "orpo", "kto"])
+@pytest.mark.parametrize(
+    "name, config",
+    [("sigmoid", None), ("cdpo", None), ("simpo", None), ("orpo", None), ("kto", None), ("kto", MOE_CONFIG)],
+    ids=["sigmoid", "cdpo", "simpo", "orpo", "kto", "kto-moe"],
+)
 def test_gradients_do_not_depend_on_how_a_step_is_cut(tmp_path, name, config):
     """Ragged pairs, 11 rows of 12, so one row of padding; KTO's baseline is over the whole step."""
 
@@ -108,7 +111,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(tmp_path, name, config):
 
     whole = gradients(12)
     assert len(whole) == 2
-    for batch_size in (1, 2, 4):
+    for batch_size in (1, 4):
         for cut, wanted in zip(gradients(batch_size), whole, strict=True):
             assert largest_difference(cut, wanted) <= 1e-10 if config else 1e-12
 

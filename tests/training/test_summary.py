@@ -20,6 +20,8 @@ from minillm.training.routing import active_parameters, describe_parameters
 
 FLOOR = 1.2345
 
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):

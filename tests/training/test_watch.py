@@ -17,6 +17,8 @@ from minillm.training.watch import Watch, target_warnings
 
 CONFIG = ModelConfig(vocab_size=290, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
