@@ -24,6 +24,9 @@ from pathlib import Path
 
 import torch
 
+from minillm.cli import open_model
+from minillm.cli.command_line import parse, script
+from minillm.cli.eval_arguments import EvalArguments
 from minillm.data import read_prompts, read_records
 from minillm.evaluation import (
     answer_loss,
@@ -31,20 +34,17 @@ from minillm.evaluation import (
     evaluate_reasoning,
     exact_match,
     like_chosen,
-    open_model,
     perplexity,
     preference_accuracy,
     read_answer,
     rouge,
 )
-from minillm.evaluation.arguments import EvalArguments
 from minillm.evaluation.sample_answers import write_whole
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import chat, speed
 from minillm.inference.thinking import ThinkingView
 from minillm.tokenizer import encode_chat
 from minillm.tokenizer.chat_format import chat_format
-from minillm.training.command_line import parse, script
 
 WAYS = {"thinking": "thinking first", "direct": "answering at once", "sampled": "thinking first, several answers each"}
 

@@ -10,21 +10,21 @@ it write answers and train on them with train_sft.py: black-box distillation.
 Reads top to bottom: arguments, run, models, data, optimizer, the loop, save.
 """
 
+from minillm.cli.command_line import parse, script
+from minillm.cli.distill_arguments import DistillArguments
+from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import DataFiles, StepBatches
 from minillm.data.report import open_rows
 from minillm.inference import generate
 from minillm.inference.samples import sample_answers, sample_completions
 from minillm.losses import causal_lm_loss
+from minillm.objectives.distill import DistillLoss, StudentAlone, add_projection
+from minillm.objectives.on_policy import OnPolicy
+from minillm.objectives.teacher import Teacher, find_teacher
+from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.command_line import parse, script
-from minillm.training.distill import DistillLoss, StudentAlone, add_projection
-from minillm.training.distill_arguments import DistillArguments
-from minillm.training.dry_run import dry_run
-from minillm.training.on_policy import OnPolicy
 from minillm.training.optim import adamw
 from minillm.training.run import Run
-from minillm.training.teacher import Teacher, find_teacher
-from minillm.training.weights import create_model, find_tokenizer
 
 
 @script

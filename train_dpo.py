@@ -10,19 +10,19 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 
 import torch
 
+from minillm.checkpoints.outputs import AdapterAlone
+from minillm.cli.command_line import parse, script
+from minillm.cli.preference_arguments import PreferenceArguments
+from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import DataFiles, JudgedRows, PairRows, StepBatches
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
+from minillm.objectives.preference import PreferenceLoss
+from minillm.objectives.reference import Reference
+from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.command_line import parse, script
-from minillm.training.dry_run import dry_run
 from minillm.training.optim import adamw
-from minillm.training.outputs import AdapterAlone
-from minillm.training.preference import PreferenceLoss
-from minillm.training.preference_arguments import PreferenceArguments
-from minillm.training.reference import Reference
 from minillm.training.run import Run
-from minillm.training.weights import create_model, find_tokenizer
 
 
 @script

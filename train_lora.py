@@ -9,19 +9,19 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 
 import torch
 
+from minillm.checkpoints.outputs import AdapterAlone
+from minillm.cli.command_line import parse, script
+from minillm.cli.lora_arguments import LoRAArguments
+from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import ChatRows, DataFiles, ReplayRows, StepBatches
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
+from minillm.reports.dry_run import dry_run
+from minillm.reports.watch import Watch
 from minillm.tokenizer import load_tokenizer
-from minillm.training.command_line import parse, script
-from minillm.training.dry_run import dry_run
-from minillm.training.lora_arguments import LoRAArguments
 from minillm.training.optim import adamw
-from minillm.training.outputs import AdapterAlone
 from minillm.training.run import Run
-from minillm.training.watch import Watch
-from minillm.training.weights import create_model, find_tokenizer
 
 
 @script

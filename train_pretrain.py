@@ -6,16 +6,16 @@
 Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 """
 
+from minillm.cli.arguments import PretrainArguments
+from minillm.cli.command_line import parse, script
+from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import DataFiles, StepBatches, TextRows
 from minillm.inference.samples import sample_completions
 from minillm.losses import causal_lm_loss
+from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.arguments import PretrainArguments
-from minillm.training.command_line import parse, script
-from minillm.training.dry_run import dry_run
 from minillm.training.optim import adamw
 from minillm.training.run import Run
-from minillm.training.weights import create_model, find_tokenizer
 
 
 @script

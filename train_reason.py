@@ -12,16 +12,16 @@ is called black-box distillation (Kim and Rush, Sequence-level knowledge distill
 Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 """
 
+from minillm.cli.command_line import parse, script
+from minillm.cli.reason_arguments import ReasonArguments
+from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import ChatRows, DataFiles, ReasonRows, ReplayRows, StepBatches
 from minillm.inference.samples import sample_answers
 from minillm.losses import causal_lm_loss
+from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.command_line import parse, script
-from minillm.training.dry_run import dry_run
 from minillm.training.optim import adamw
-from minillm.training.reason_arguments import ReasonArguments
 from minillm.training.run import Run
-from minillm.training.weights import create_model, find_tokenizer
 
 
 @script

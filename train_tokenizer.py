@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from minillm.cli.arguments import TokenizerArguments
+from minillm.cli.command_line import parse, script
 from minillm.data import read_records
 from minillm.errors import UserError
 from minillm.tokenizer import Tokenizer, bytes_per_token, load_tokenizer, record_texts, train_bpe, train_sentencepiece
 from minillm.tokenizer.sentencepiece_bpe import check_sentencepiece
 from minillm.tokenizer.train import check_vocab_size
-from minillm.training.arguments import TokenizerArguments
-from minillm.training.command_line import parse, script
 
 TRAINERS = {"bpe": train_bpe, "bpe_by_hand": partial(train_bpe, by_hand=True), "sentencepiece": train_sentencepiece}
 CHECKS = {"bpe": check_vocab_size, "bpe_by_hand": check_vocab_size, "sentencepiece": check_sentencepiece}

@@ -32,14 +32,14 @@ import numpy as np
 import torch
 
 from benchmarks.common import format_table, turns, write_json
+from minillm.checkpoints import checkpoint, saving
+from minillm.cli.arguments import PretrainArguments
+from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
-from minillm.training import checkpoint, saving
-from minillm.training.arguments import PretrainArguments
-from minillm.training.command_line import parse, require, script
 from minillm.training.optim import adamw
 from minillm.training.run import Run
 
@@ -48,9 +48,9 @@ MODES = ("none", "async", "sync")
 # preset: row length, rows per step, steps per block
 SHAPES = {"demo": (256, 8, 20), "small": (512, 8, 5)}
 PARTS = {  # of the writing: where each is looked up when it is called
-    "weights": ("minillm.training.outputs.save_model",),
+    "weights": ("minillm.checkpoints.outputs.save_model",),
     "state": ("torch.save",),
-    "hashes": ("minillm.training.checkpoint.sha256",),
+    "hashes": ("minillm.checkpoints.checkpoint.sha256",),
     "fsync": ("os.fsync",),
     "removing": ("shutil.rmtree",),
 }

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import UserError
+from minillm.precision import autocast
 from minillm.training.optim import adamw
-from minillm.training.precision import autocast
 
 
 class Side:

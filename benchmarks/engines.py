@@ -25,9 +25,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common import MAPPED, format_table, resident, write_json
+from minillm.cli.command_line import parse, require, script
 from minillm.errors import UserError
-from minillm.training.command_line import parse, require, script
-from minillm.training.tracking import read_metrics
+from minillm.reports.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ROOT / "configs" / "deepspeed"
@@ -139,12 +139,12 @@ def memory_of(args: Arguments, engine: str, dtype: str, out: Path) -> list[float
 
 def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
     """Train three steps on this rank and write down its peak of memory."""
+    from minillm.cli.arguments import PretrainArguments
     from minillm.config import ModelConfig
     from minillm.data import StepBatches
     from minillm.losses import causal_lm_loss
     from minillm.model import Transformer
-    from minillm.training import hardware
-    from minillm.training.arguments import PretrainArguments
+    from minillm.reports import hardware
     from minillm.training.optim import adamw
     from minillm.training.run import Run
     from tests.contracts.harness import RaggedRows

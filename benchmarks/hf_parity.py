@@ -15,12 +15,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
 from benchmarks.common import write_json
+from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.errors import missing_package
+from minillm.hub.huggingface import load_model
 from minillm.inference import generate
-from minillm.model.hf import load_model
 from minillm.tokenizer import encode_chat, load_tokenizer
-from minillm.training.command_line import parse, require, script
 
 LOGITS_BOUND = 1e-5  # relative to the largest logit, float32
 

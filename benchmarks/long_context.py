@@ -21,14 +21,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
 from benchmarks.common import format_table, write_json
+from minillm.cli.command_line import parse, require, script
+from minillm.cli.eval_arguments import EvalArguments
+from minillm.cli.weights import check_tokenizer, scale_positions
 from minillm.data import read_records
 from minillm.errors import UserError
-from minillm.evaluation.arguments import EvalArguments
+from minillm.hub.huggingface import load_model
 from minillm.model import Transformer
-from minillm.model.hf import load_model
 from minillm.tokenizer import load_tokenizer
-from minillm.training.command_line import parse, require, script
-from minillm.training.weights import check_tokenizer, scale_positions
 
 KINDS = ("none", "linear", "dynamic", "yarn")
 

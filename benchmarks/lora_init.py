@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.common import format_table, over_seeds, shown, write_json
 from benchmarks.lora_trials import run_trial
+from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.evaluation import bleu, exact_match, rouge
 from minillm.lora.init import Init
-from minillm.training.command_line import parse, require, script
-from minillm.training.hardware import keep_freed_memory
+from minillm.reports.hardware import keep_freed_memory
 
 STEPS_SHOWN = (1, 10, 100, 1000)
 

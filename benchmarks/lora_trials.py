@@ -13,10 +13,10 @@ from benchmarks.common import call_script
 from minillm.data import read_records
 from minillm.errors import UserError
 from minillm.evaluation import exact_match
+from minillm.hub.huggingface import load_model
 from minillm.lora import load_lora, merge_lora
-from minillm.model.hf import load_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import load_tokenizer
-from minillm.training.tracking import read_metrics
 
 
 def run_trial(base: str, flags: dict[str, object], *, tests: dict[str, str], evaluate=None) -> dict:

@@ -26,20 +26,20 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
 from benchmarks.common import format_table, median_ratio, turns, write_json
+from minillm.cli.arguments import PretrainArguments
+from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
 from minillm.data import StepBatches, TextRows
 from minillm.errors import UserError
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.model.moe import MoE
+from minillm.precision import autocast, choose_device, choose_dtype
+from minillm.reports.hardware import keep_freed_memory
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import load_tokenizer
-from minillm.training.arguments import PretrainArguments
-from minillm.training.command_line import parse, require, script
-from minillm.training.hardware import keep_freed_memory
 from minillm.training.optim import adamw
-from minillm.training.precision import autocast, choose_device, choose_dtype
 from minillm.training.run import Run
-from minillm.training.tracking import read_metrics
 
 DEMO = {
     "data_path": "dataset/demo/pretrain_train.jsonl",

@@ -35,15 +35,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
 from benchmarks.common import Side, format_table, median_ratio, turns, write_json
+from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
 from minillm.data import ChatRows, StepBatches, collate
 from minillm.errors import UserError
 from minillm.losses import causal_lm_loss, count_targets
 from minillm.model import Transformer
+from minillm.precision import choose_device
+from minillm.reports.hardware import keep_freed_memory
 from minillm.tokenizer import load_tokenizer
-from minillm.training.command_line import parse, require, script
-from minillm.training.hardware import keep_freed_memory
-from minillm.training.precision import choose_device
 
 DEMO_DATA, DEMO_TOKENIZER = "dataset/demo/sft_train.jsonl", "out/demo/tokenizer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

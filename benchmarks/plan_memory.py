@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import torch
 
 from benchmarks.common import MAPPED, format_table, resident, write_json
+from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
+from minillm.distributed.parallel import Engine, Ranks
 from minillm.errors import UserError
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
@@ -36,11 +38,9 @@ from minillm.plan.activations import Step
 from minillm.plan.engines import layout
 from minillm.plan.memory import peak
 from minillm.plan.parameters import count_parameters, meta_model
-from minillm.training.command_line import parse, require, script
-from minillm.training.hardware import keep_freed_memory
+from minillm.precision import autocast, grad_scaler
+from minillm.reports.hardware import keep_freed_memory
 from minillm.training.optim import adamw
-from minillm.training.parallel import Engine, Ranks
-from minillm.training.precision import autocast, grad_scaler
 
 MIB = 2**20
 # oneDNN compiles a kernel for each shape of a bfloat16 product, and keeps 1,024 of them; experts, whose numbers of rows

@@ -25,13 +25,13 @@ import train_pretrain
 import train_reason
 import train_sft
 from benchmarks.common import call_script, format_table, over_seeds, shown, write_json
+from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.evaluation import evaluate_reasoning, exact_match, like_chosen, preference_accuracy
-from minillm.model.hf import load_model
+from minillm.hub.huggingface import load_model
+from minillm.reports.hardware import keep_freed_memory
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import load_tokenizer
-from minillm.training.command_line import parse, require, script
-from minillm.training.hardware import keep_freed_memory
-from minillm.training.tracking import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 PARTS = ("dpo", "distill", "reason")

@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
 from benchmarks.common import format_table, median_ratio, turns, write_json
+from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.errors import UserError
 from minillm.tokenizer import Tokenizer, record_texts, train_bpe, train_sentencepiece
 from minillm.tokenizer.bpe import BytePairEncoding
-from minillm.training.command_line import parse, require, script
 
 HOLD_OUT_EVERY = 20  # texts
 TRAINERS: dict[str, Callable[..., Tokenizer]] = {

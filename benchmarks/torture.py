@@ -38,10 +38,10 @@ import train_sft  # noqa: F401
 from benchmarks import torture_runs as runs
 from benchmarks.common import write_json
 from benchmarks.torture_child import IN_LOOP, POINTS, Ended, Plan, damage, litter, run_stage
+from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
+from minillm.cli.command_line import parse, require, script
 from minillm.errors import UserError
-from minillm.training.checkpoint import find_damage, list_checkpoints
-from minillm.training.command_line import parse, require, script
-from minillm.training.tracking import read_metrics
+from minillm.reports.tracking import read_metrics
 
 KILLS = {"time": "at a time", "call": "in a call", "signal": "signals"}
 COUNTS = {

@@ -27,19 +27,19 @@ POINTS: dict[str, list[tuple[str, str, str]]] = {
     "os.fsync": [("os", "", "fsync")],
     "os.rename": [("os", "", "rename")],
     "os.replace": [("os", "", "replace")],
-    "sha256": [("minillm.training.checkpoint", "", "sha256")],
+    "sha256": [("minillm.checkpoints.checkpoint", "", "sha256")],
     "torch.save": [("torch", "", "save")],
     "save_file": [
-        ("minillm.model.hf", "", "save_file"), ("minillm.lora.files", "", "save_file"),
-        ("minillm.training.outputs", "", "save_file"), ("minillm.training.distill", "", "save_file"),
+        ("minillm.hub.huggingface", "", "save_file"), ("minillm.lora.files", "", "save_file"),
+        ("minillm.checkpoints.outputs", "", "save_file"), ("minillm.objectives.distill", "", "save_file"),
     ],
     "rmtree": [("shutil", "", "rmtree")],
     "write_text": [("pathlib", "Path", "write_text")],
     "mkdir": [("pathlib", "Path", "mkdir")],
     "truncate_metrics": [
-        ("minillm.training.tracking", "", "truncate_metrics"), ("minillm.training.watch", "", "truncate_metrics"),
+        ("minillm.reports.tracking", "", "truncate_metrics"), ("minillm.reports.watch", "", "truncate_metrics"),
     ],
-    "log": [("minillm.training.tracking", "Tracker", "log")],
+    "log": [("minillm.reports.tracking", "Tracker", "log")],
     "export": [("minillm.training.run", "Run", "export")],
     "backward": [("minillm.training.run", "Run", "backward")],
     "update": [("minillm.training.run", "Run", "update")],
@@ -185,8 +185,9 @@ def _child(stage: str, argv: list[str], plan: Plan, writer: int, files: list[Pat
 
 
 def _tell_events(writer: int) -> None:
-    from minillm.training import checkpoint, hardware
-    from minillm.training.interrupt import StopSignals
+    from minillm.checkpoints import checkpoint
+    from minillm.checkpoints.interrupt import StopSignals
+    from minillm.reports import hardware
     from minillm.training.run import Run
 
     # What would take most of so short a run and is no part of it: pictures, and the measuring of the processor.

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from minillm.checkpoints.checkpoint import EARLIER, STATE_FILE, find_damage, list_checkpoints
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.model.hf import save_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import train_bpe
-from minillm.training.checkpoint import EARLIER, STATE_FILE, find_damage, list_checkpoints
-from minillm.training.tracking import read_metrics
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 STEPS = 12

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 
 from benchmarks.common import Side, format_table, median_ratio, turns, write_json
+from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
 from minillm.errors import UserError, missing_package
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.training.command_line import parse, require, script
-from minillm.training.hardware import keep_freed_memory
-from minillm.training.precision import choose_device
+from minillm.precision import choose_device
+from minillm.reports.hardware import keep_freed_memory
 
 # name: (preset, T positions, B rows)
 SHAPES = {"small": ("small", 512, 4), "demo": ("demo", 256, 8)}

@@ -15,9 +15,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE.parent),) if p not in sys.path]
 
+from minillm.cli.command_line import parse, script  # noqa: E402
 from minillm.errors import UserError  # noqa: E402
-from minillm.training.command_line import parse, script  # noqa: E402
-from minillm.training.tracking import read_metrics  # noqa: E402
+from minillm.reports.tracking import read_metrics  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ from demo_world.items import COUNT_LENGTHS, HELD_OUT_ONE_IN, SORT_LENGTHS, Items
 from demo_world.tasks import OPEN_TASKS, TASKS, Tasks, reason_records, without_reasons  # noqa: E402
 from demo_world.world import make_world  # noqa: E402
 
+from minillm.cli.command_line import parse, script  # noqa: E402
 from minillm.errors import UserError  # noqa: E402
-from minillm.training.command_line import parse, script  # noqa: E402
 
 
 def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:

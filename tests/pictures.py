@@ -3,7 +3,7 @@
 import base64
 from pathlib import Path
 
-from minillm.training import summary, watch
+from minillm.reports import summary, watch
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJRU5ErkJggg=="

@@ -48,7 +48,7 @@ def fsync(descriptor):
 def kill(pid, number):
     raise AssertionError("os.kill ends processes on Windows, whatever the signal")
 os.open, os.fsync, os.kill = open_, fsync, kill
-import minillm.training.checkpoint as checkpoint
+import minillm.checkpoints.checkpoint as checkpoint
 class Windows:
     name = "nt"
     def __getattr__(self, name):

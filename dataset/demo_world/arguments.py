@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from minillm.training.command_line import require
+from minillm.cli.command_line import require
 
 
 @dataclass(frozen=True, kw_only=True)

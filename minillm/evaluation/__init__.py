@@ -3,9 +3,9 @@
 Answers that come with their reasoning and replies that people compare have measures of their own.
 """
 
+from minillm.cli.open_model import open_model
 from minillm.evaluation.answer_loss import AnswerLoss, answer_loss
 from minillm.evaluation.exact_match import ExactMatch, exact_match
-from minillm.evaluation.open_model import open_model
 from minillm.evaluation.perplexity import Perplexity, perplexity
 from minillm.evaluation.preference import PreferenceScore, like_chosen, preference_accuracy
 from minillm.evaluation.reasoning import ReasoningScore, evaluate_reasoning, pass_at_k, read_answer

@@ -14,11 +14,11 @@ import torch
 import tyro
 
 from minillm.errors import UserError, script
+from minillm.hub.huggingface import load_model, save_model
+from minillm.hub.names import find_adapter, find_weights, run_name
 from minillm.lora.base import BASE
 from minillm.lora.files import CONFIG, read_adapter
 from minillm.lora.merge import merge_adapters
-from minillm.model.hf import load_model, save_model
-from minillm.names import find_adapter, find_weights, run_name
 
 # What a model directory holds beside weights and configuration, and a merged one needs as well.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model",

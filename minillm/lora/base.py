@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minillm.config.experts_on_disk import stored_scale
 from minillm.errors import UserError
-from minillm.model.experts_on_disk import stored_scale
 
 BASE = "base.json"
 

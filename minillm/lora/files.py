@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minillm.config.experts_on_disk import stored_scale
 from minillm.errors import UserError
 from minillm.files import use_umask
 from minillm.lora.adapters import (
@@ -34,7 +35,6 @@ from minillm.lora.experts import ADAPTABLE, check_kinds, factor_shapes
 from minillm.lora.init import TAKEN_OUT
 from minillm.lora.layer import adapted_layers
 from minillm.lora.whole import named_parameters, train_parameters, untie, whole_names
-from minillm.model.experts_on_disk import stored_scale
 from minillm.model.moe import ExpertProduct
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
-from minillm.model.block_attention import Blocks, block_attention
+from minillm.kernels.block_attention import Blocks, block_attention
 from minillm.model.kv_cache import KVCache
 from minillm.model.norm import RMSNorm
 from minillm.model.rope import apply_rope

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.config import ModelConfig
+from minillm.kernels.block_attention import MAX_SEQ_LEN, Blocks, plan_blocks
 from minillm.model.attention import Attention, document_mask, document_positions, window_mask
-from minillm.model.block_attention import MAX_SEQ_LEN, Blocks, plan_blocks
 from minillm.model.kv_cache import KVCache
 from minillm.model.mlp import MLP
 from minillm.model.moe import MoE, Routing

@@ -19,7 +19,7 @@ experts, k experts per token, c bytes of a number in the dtype of products, s of
 from dataclasses import dataclass
 
 from minillm.config import ModelConfig
-from minillm.model.block_attention import BLOCK_LEN, MAX_SEQ_LEN
+from minillm.kernels.block_attention import BLOCK_LEN, MAX_SEQ_LEN
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -75,7 +75,7 @@ class Step:
 
 
 def uses_blocks(seq_len: int, *, on_gpu: bool) -> bool:
-    """Return whether attention runs in our blocks (``minillm/model/block_attention.py``)."""
+    """Return whether attention runs in our blocks (``minillm/kernels/block_attention.py``)."""
     return not on_gpu and 1 < seq_len <= MAX_SEQ_LEN
 
 

@@ -9,11 +9,11 @@ short weights and gradients, as in the paper; in float32 its stages 1 and 2 copy
 4 + 4 + 12. With an offload (Ren et al., ZeRO-Offload, 2021) the CPU makes the update, from float32 gradients there.
 """
 
+from minillm.distributed.zero import bucket_size, live_parameters
 from minillm.errors import UserError
 from minillm.plan.activations import Step
 from minillm.plan.memory import Layout
 from minillm.plan.parameters import Parameters
-from minillm.training.zero import bucket_size, live_parameters
 
 ENGINES = {
     "ddp": "one process; DDP with several ranks",
@@ -73,7 +73,7 @@ def _fsdp(step: Step, parameters: Parameters, ranks: int) -> Layout:
 
     The group outside stays gathered from the forward to the backward pass; of the blocks, the one at work and the one
     that is fetched ahead. Gradients of the block at work are whole, in that dtype and, to be reduced, in float32.
-    Beside an adapter nothing is cast on the way (``minillm/training/fsdp.py``).
+    Beside an adapter nothing is cast on the way (``minillm/distributed/fsdp.py``).
     """
     is_short = step.product_bytes < 4 and not step.lora_rank
     gathered = step.product_bytes if is_short else step.weight_bytes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.plan.activations import uses_blocks, visible_pairs
-from minillm.training.routing import flops_per_token
+from minillm.training.balance import flops_per_token
 
 
 @dataclass(frozen=True, kw_only=True)

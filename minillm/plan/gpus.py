@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.errors import UserError
-from minillm.training import hardware
+from minillm.reports import hardware
 
 # What a process holds on a GPU beside tensors: a CUDA context with its kernels, the workspace of the matrix products,
 # with several ranks NCCL's channels. An assumption, not a measurement.
@@ -30,7 +30,7 @@ class GPU:
     memory: float
     """Bytes that a program finds."""
     half_peak: float
-    """FLOP/s of dense 16-bit products (data sheet, ``minillm/training/hardware.py``)."""
+    """FLOP/s of dense 16-bit products (data sheet, ``minillm/reports/hardware.py``)."""
     single_peak: float
     """FLOP/s of float32 products, TF32 off."""
     has_bfloat16: bool

@@ -15,24 +15,27 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from minillm import precision
+from minillm.checkpoints import checkpoint, resume
+from minillm.checkpoints.interrupt import Interrupted, StopSignals
+from minillm.checkpoints.lock import lock_directory, writable
+from minillm.checkpoints.nonfinite import stop_for_nonfinite
+from minillm.checkpoints.outputs import WholeModel
+from minillm.checkpoints.saving import Saver
+from minillm.cli.arguments import TrainArguments, as_dict
+from minillm.distributed import engines
+from minillm.distributed.parallel import Engine, Ranks, StepBatchesOnDevice
 from minillm.errors import UserError
+from minillm.kernels.compiled import compile_blocks
 from minillm.losses import count_targets
 from minillm.model import RouterStats
-from minillm.training import announce, checkpoint, engines, hardware, precision, resume
-from minillm.training.arguments import TrainArguments, as_dict
-from minillm.training.compiled import compile_blocks
-from minillm.training.divergence import LossAlarm, advice_of
-from minillm.training.interrupt import Interrupted, StopSignals
-from minillm.training.lock import lock_directory, writable
-from minillm.training.measures import NO_MEASURES, Measures
-from minillm.training.nonfinite import stop_for_nonfinite
-from minillm.training.outputs import WholeModel
-from minillm.training.parallel import Engine, Ranks, StepBatchesOnDevice
-from minillm.training.routing import Balance, active_parameters, describe_parameters, flops_per_token
-from minillm.training.saving import Saver
+from minillm.reports import announce, hardware
+from minillm.reports.divergence import LossAlarm, advice_of
+from minillm.reports.measures import NO_MEASURES, Measures
+from minillm.reports.summary import write_run_file, write_summary
+from minillm.reports.tracking import NotWatched, Tracker, rate
+from minillm.training.balance import Balance, active_parameters, describe_parameters, flops_per_token
 from minillm.training.schedule import Schedule, schedule_factor
-from minillm.training.summary import write_run_file, write_summary
-from minillm.training.tracking import NotWatched, Tracker, rate
 from minillm.training.validation import evaluate_loss
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
@@ -163,7 +166,7 @@ class Run:
             loader, valid_loader: ``StepBatches``. loss: the stage's loss, for validation.
             count: the loss's denominator, computable from a batch alone.
             from_scratch: weights are random, so the first loss is compared with ln V.
-            watch: watches an adapter while it is trained (``minillm.training.watch.Watch``); the main rank's is used.
+            watch: watches an adapter while it is trained (``minillm.reports.watch.Watch``); the main rank's is used.
             prepare: called with the micro-batches of a step and whether they are trained on, before their targets are
                 counted; returns those to use, with columns that depend on models.
             measures: what the loss writes down beside itself, for the rows of metrics.

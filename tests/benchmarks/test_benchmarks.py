@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import allocator, common, hf_parity, packing, train_step
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[2]

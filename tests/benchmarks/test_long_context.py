@@ -9,8 +9,8 @@ import yaml
 
 from benchmarks import long_context
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import load_model, save_model
 from minillm.model import Transformer
-from minillm.model.hf import load_model, save_model
 from minillm.tokenizer import train_bpe
 
 TEXTS = ["the cat " * 3, "sat on the mat and " * 5, "on", "then it ran " * 7]

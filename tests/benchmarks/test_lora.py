@@ -10,8 +10,8 @@ import torch
 from benchmarks import common, lora_init, lora_sweep, lora_trials, lora_vs_peft
 from minillm.config import ModelConfig
 from minillm.errors import UserError
+from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
 
 

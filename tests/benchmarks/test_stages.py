@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import stages
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
 
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from minillm.config import ModelConfig
 from minillm.data import ChatRows
+from minillm.distributed.parallel import Engine
 from minillm.losses import causal_lm_loss
 from minillm.model import KVCache
 from minillm.tokenizer import train_bpe
 from minillm.training import optim
-from minillm.training.parallel import Engine
 from tests.contracts.harness import CONFIG, arguments, gradients_of_steps, largest_difference, tiny_model, train
 
 

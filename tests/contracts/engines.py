@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.training.interrupt import Interrupted
-from minillm.training.parallel import Engine
+from minillm.checkpoints.interrupt import Interrupted
+from minillm.distributed.parallel import Engine
 from tests.contracts.harness import CONFIG, MOE_CONFIG, arguments, train
 
 SETTINGS = Path(__file__).parents[2] / "configs" / "deepspeed"

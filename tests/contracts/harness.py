@@ -11,18 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minillm.checkpoints.outputs import AdapterAlone, WholeModel
+from minillm.checkpoints.saving import copied
+from minillm.cli.arguments import PretrainArguments
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
+from minillm.distributed.parallel import Engine
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.training.arguments import PretrainArguments
+from minillm.reports.tracking import read_metrics
 from minillm.training.optim import adamw
-from minillm.training.outputs import AdapterAlone, WholeModel
-from minillm.training.parallel import Engine
 from minillm.training.run import Run
-from minillm.training.saving import copied
-from minillm.training.tracking import read_metrics
 
 CONFIG = ModelConfig(
     vocab_size=61,

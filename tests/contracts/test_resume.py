@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm.checkpoints.checkpoint import list_checkpoints
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.model.hf import save_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import train_bpe
-from minillm.training.checkpoint import list_checkpoints
-from minillm.training.tracking import read_metrics
 from tests.contracts import checks
 from tests.contracts.harness import MOE_CONFIG
 
@@ -39,7 +39,7 @@ importlib.import_module(stage).main(argv)
 MOMENTS = {
     "in the middle of accumulation": ("minillm.training.run", "Run", "backward", 12),
     "between two updates": ("minillm.training.run", "Run", "update", 6),
-    "while the weights of a checkpoint are written": ("minillm.training.checkpoint", "", "sha256", 12),
+    "while the weights of a checkpoint are written": ("minillm.checkpoints.checkpoint", "", "sha256", 12),
     "before a checkpoint gets its name": ("os", "", "rename", 2),
     "after it got its name": ("shutil", "", "rmtree", 1),
 }

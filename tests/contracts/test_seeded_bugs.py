@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from minillm.checkpoints import checkpoint
 from minillm.data.shards import TokenStore
+from minillm.distributed.parallel import Engine
 from minillm.model import KVCache, transformer
-from minillm.training import checkpoint, optim
-from minillm.training.parallel import Engine
+from minillm.training import optim
 from minillm.training.run import Run
 from tests.contracts import checks
 

@@ -18,13 +18,13 @@ from benchmarks import torture
 sys.exit(torture.main(sys.argv[1:]))
 """
 FORGETS_RANDOMNESS = """
-from minillm.training import checkpoint
+from minillm.checkpoints import checkpoint
 checkpoint.set_rng_state = lambda state: None
 """
 # The last name comes before the training state is written: whoever is killed in between leaves half a checkpoint.
 NAMED_TOO_EARLY = """
 import os, torch
-from minillm.training import checkpoint
+from minillm.checkpoints import checkpoint
 def save_checkpoint(directory, step, write_model, state, *, keep_last, **_):
     final = directory / f"step-{step:08d}"
     final.mkdir(parents=True, exist_ok=True)

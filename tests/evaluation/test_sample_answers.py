@@ -10,9 +10,9 @@ from minillm.data.reasoning import parse_reasoning
 from minillm.data.schema import read_records
 from minillm.errors import UserError
 from minillm.evaluation.sample_answers import main, read_problems, sample_answers, write_whole
+from minillm.hub.huggingface import save_model
 from minillm.inference import Completion
 from minillm.model import Transformer
-from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
 
 

@@ -9,10 +9,10 @@ import eval_model
 import train_dpo
 import train_lora
 import train_sft
+from minillm.hub.huggingface import load_model
 from minillm.inference import complete
-from minillm.model.hf import load_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import encode_chat, load_tokenizer
-from minillm.training.tracking import read_metrics
 from tests.foreign.layouts import make_tokenizer
 from tests.foreign.models import make_model
 

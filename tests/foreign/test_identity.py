@@ -8,12 +8,12 @@ import pytest
 
 import train_dpo
 import train_sft
+from minillm.cli.weights import check_tokenizer
 from minillm.data import ChatRows, TextRows
 from minillm.errors import UserError
-from minillm.model.hf import load_model
+from minillm.hub.huggingface import load_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import encode_chat, load_tokenizer
-from minillm.training.tracking import read_metrics
-from minillm.training.weights import check_tokenizer
 from tests.foreign.layouts import CHATML, CHATML_WITH_SYSTEM, make_tokenizer
 from tests.foreign.models import make_model
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from minillm.training.checkpoint import find_damage, load_state, newest_checkpoint, save_checkpoint
-from minillm.training.column_cache import cached_columns
-from minillm.training.tracking import read_metrics, truncate_metrics
+from minillm.checkpoints.checkpoint import find_damage, load_state, newest_checkpoint, save_checkpoint
+from minillm.objectives.column_cache import cached_columns
+from minillm.reports.tracking import read_metrics, truncate_metrics
 
 from .strategies import TIMEOUT_S, as_json, damaged, examples, mutated, scratch, values
 

@@ -14,10 +14,10 @@ from safetensors.torch import save
 
 from minillm.config import ModelConfig
 from minillm.errors import UserError
+from minillm.hub.huggingface import load_model, save_model
+from minillm.hub.pth import infer_config
 from minillm.lora import LoRAConfig, apply_lora, load_lora, save_lora
 from minillm.model import Transformer
-from minillm.model.hf import load_model, save_model
-from minillm.model.pth import infer_config
 
 from .strategies import TIMEOUT_S, as_json, damaged, examples, mutated, outcome, scratch, texts, values
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
+from minillm.hub.huggingface import load_model, save_model
 from minillm.lora import apply_lora, load_lora, merge_lora, save_lora, unmerge_lora
 from minillm.lora.__main__ import main
 from minillm.lora.layer import adapted_layers
-from minillm.model.hf import load_model, save_model
 
 NAME = "model.layers.1.self_attn.q_proj"
 

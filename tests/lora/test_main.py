@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
+from minillm.hub.huggingface import load_model, save_model
 from minillm.lora import apply_lora, load_lora, merge_lora, save_lora, set_adapter
 from minillm.lora.__main__ import main
-from minillm.model.hf import load_model, save_model
 from minillm.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[2]

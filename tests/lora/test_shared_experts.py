@@ -6,10 +6,10 @@ import torch
 import transformers
 
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import load_model, save_model
 from minillm.lora import apply_lora, load_lora, merge_lora, save_lora
 from minillm.lora.layer import adapted_layers
 from minillm.model import Transformer
-from minillm.model.hf import load_model, save_model
 
 SHAPE = {
     "vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from minillm.config import ModelConfig
+from minillm.kernels.block_attention import plan_blocks
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import RouterStats, Transformer
-from minillm.model.block_attention import plan_blocks
 from minillm.plan.activations import Step, block_activations, kept_activations, uses_blocks, visible_pairs
 from minillm.plan.parameters import count_parameters
-from minillm.training.precision import autocast
+from minillm.precision import autocast
 
 SMALL = {
     "vocab_size": 500, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,

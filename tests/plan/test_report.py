@@ -2,9 +2,9 @@
 
 import pytest
 
-from minillm.plan.arguments import PlanArguments
+from minillm.cli.command_line import parse
+from minillm.cli.plan_arguments import PlanArguments
 from minillm.plan.report import make_plan
-from minillm.training.command_line import parse
 
 
 def plan_of(*flags: str) -> dict:

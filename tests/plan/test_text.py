@@ -2,10 +2,10 @@
 
 import pytest
 
-from minillm.plan.arguments import PlanArguments
+from minillm.cli.command_line import parse
+from minillm.cli.plan_arguments import PlanArguments
 from minillm.plan.report import make_plan
 from minillm.plan.text import format_plan, format_table
-from minillm.training.command_line import parse
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm.training.checkpoint import list_checkpoints
-from minillm.training.tracking import read_metrics
+from minillm.checkpoints.checkpoint import list_checkpoints
+from minillm.reports.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CLOCK = ("seconds", "tokens_per_s", "mfu")

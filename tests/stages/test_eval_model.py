@@ -10,9 +10,9 @@ import torch
 
 import eval_model
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import save_model
 from minillm.inference import generate
 from minillm.model import Transformer
-from minillm.model.hf import save_model
 from minillm.tokenizer import encode_chat, train_bpe
 
 

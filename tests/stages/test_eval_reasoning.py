@@ -11,9 +11,9 @@ import eval_model
 from minillm.config import ModelConfig
 from minillm.data.schema import read_records
 from minillm.evaluation import evaluate_reasoning, preference_accuracy
+from minillm.hub.huggingface import load_model, save_model
 from minillm.inference import Completion
 from minillm.model import Transformer
-from minillm.model.hf import load_model, save_model
 from minillm.tokenizer import train_bpe
 
 GREEDY = ("--temperature", "0", "--max_new_tokens", "12")

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 import train_pretrain
+from minillm.checkpoints import lock
+from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import train_bpe
-from minillm.training import lock, run
-from minillm.training.checkpoint import find_damage, list_checkpoints
+from minillm.training import run
 from minillm.training.run import Run
-from minillm.training.tracking import read_metrics
 from tests.contracts.test_resume import assert_same, outcome
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import torch
 import train_pretrain
 import train_sft
 import train_tokenizer
-from minillm.model.hf import load_model
+from minillm.hub.huggingface import load_model
 
 from .conftest import sentence
 

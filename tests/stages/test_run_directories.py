@@ -12,11 +12,11 @@ import eval_model
 import train_lora
 import train_pretrain
 import train_sft
+from minillm.checkpoints.checkpoint import list_checkpoints, load_state
 from minillm.errors import UserError
-from minillm.training import tracking
-from minillm.training.checkpoint import list_checkpoints, load_state
+from minillm.reports import tracking
+from minillm.reports.tracking import read_metrics
 from minillm.training.run import Run
-from minillm.training.tracking import read_metrics
 from tests.foreign.models import make_model
 
 SHORT = ["--batch_size", "2", "--max_seq_len", "24", "--log_interval", "1", "--warmup_ratio", "0"]

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from minillm.config import ModelConfig
+from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.model.hf import save_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ import torch
 
 import train_distill
 import train_pretrain
-from minillm.model.hf import load_model
+from minillm.hub.huggingface import load_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import train_bpe
-from minillm.training.tracking import read_metrics
 
 TEACHER = ["--hidden_size", "48", "--intermediate_size", "64"]
 DATA = ["--max_seq_len", "64", "--batch_size", "4", "--log_interval", "1"]

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 import eval_model
 import train_dpo
 import train_sft
+from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
+from minillm.hub.huggingface import load_model
 from minillm.lora import load_lora
-from minillm.model.hf import load_model
-from minillm.training.checkpoint import find_damage, list_checkpoints
-from minillm.training.tracking import read_metrics
+from minillm.reports.tracking import read_metrics
 
 from .conftest import sentence
 

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 import eval_model
 import train_lora
 import train_sft
+from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
+from minillm.hub.huggingface import load_model
 from minillm.lora import load_lora
 from minillm.lora.layer import adapted_layers
-from minillm.model.hf import load_model
-from minillm.training.checkpoint import find_damage, list_checkpoints
-from minillm.training.tracking import read_metrics
+from minillm.reports.tracking import read_metrics
 
 DATA = ["--max_seq_len", "300", "--batch_size", "4", "--log_interval", "1"]
 FEW = ["--max_steps", "4", "--learning_rate", "1e-2", "--save_interval", "2"]

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import yaml
 
 import train_pretrain
+from minillm.checkpoints.checkpoint import find_damage, list_checkpoints, load_state
+from minillm.cli import weights
+from minillm.hub.huggingface import load_model
 from minillm.inference import generate
-from minillm.model.hf import load_model
-from minillm.training import weights
-from minillm.training.checkpoint import find_damage, list_checkpoints, load_state
-from minillm.training.tracking import read_metrics
+from minillm.reports.tracking import read_metrics
 
 DATA = ["--max_seq_len", "24", "--batch_size", "3"]
 MODEL_FILES = {
@@ -287,7 +287,7 @@ def test_a_full_disk_at_the_export_is_one_line(world, call, monkeypatch):
         if Path(path).name == "pretrain_32":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minillm.training.outputs.save_model", full)
+    monkeypatch.setattr("minillm.checkpoints.outputs.save_model", full)
     done = call(train_pretrain.main, world, "--data_path", world.text, *DATA, "--max_steps", "2")
     assert done.code == 2
     (line,) = [line for line in done.err.splitlines() if line.startswith("error:")]

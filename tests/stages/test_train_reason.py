@@ -7,10 +7,10 @@ import torch.nn.functional as F
 import train_reason
 import train_sft
 from minillm.data.reasoning import TAGS, parse_reasoning
+from minillm.hub.huggingface import load_model
 from minillm.inference import complete
-from minillm.model.hf import load_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import encode_chat
-from minillm.training.tracking import read_metrics
 
 DATA = ["--max_seq_len", "300", "--batch_size", "4", "--log_interval", "1"]
 FEW = ["--max_steps", "3", "--learning_rate", "1e-2"]

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 import train_pretrain
 import train_sft
+from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
+from minillm.hub.huggingface import load_model
 from minillm.inference import generate
-from minillm.model.hf import load_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import encode_chat, train_bpe
-from minillm.training.checkpoint import find_damage, list_checkpoints
-from minillm.training.tracking import read_metrics
 
 DATA = ["--max_seq_len", "300", "--batch_size", "4"]
 

@@ -10,10 +10,10 @@ import pytest
 import train_pretrain
 import train_sft
 import train_tokenizer
+from minillm.hub.huggingface import load_model
 from minillm.inference import generate
-from minillm.model.hf import load_model
+from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import encode_chat, load_tokenizer
-from minillm.training.tracking import read_metrics
 
 ENGLISH = ["the river", "a small house", "green apples", "they were singing", "an old teacher", "winter"]
 CHINESE = ["小河流过村庄", "红色的苹果", "老师在唱歌", "冬天下雪了", "山上有一座房子", "七只小鸟"]

@@ -8,8 +8,8 @@ import train_lora
 import train_pretrain
 import train_reason
 import train_sft
+from minillm.checkpoints.resume import identity_of
 from minillm.data import DataFiles, read_records
-from minillm.training.resume import identity_of
 from minillm.training.run import Run
 
 from .conftest import conversations, documents, sentence

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
+from minillm.cli.distill_arguments import DistillArguments
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
+from minillm.hub.huggingface import save_model
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.model.hf import save_model
+from minillm.objectives.distill import DistillLoss, StudentAlone, add_projection
+from minillm.objectives.teacher import Teacher
 from minillm.tokenizer import train_bpe
-from minillm.training.distill import DistillLoss, StudentAlone, add_projection
-from minillm.training.distill_arguments import DistillArguments
 from minillm.training.optim import adamw
 from minillm.training.run import Run
-from minillm.training.teacher import Teacher
 from tests.contracts.harness import RaggedRows
 
 V = 268  # the rows' ids are below 61

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minillm.checkpoints.outputs import AdapterAlone
+from minillm.cli.preference_arguments import PreferenceArguments
 from minillm.data import StepBatches
 from minillm.lora import apply_lora
+from minillm.objectives.preference import PreferenceLoss
+from minillm.objectives.reference import Reference
 from minillm.training.optim import adamw
-from minillm.training.outputs import AdapterAlone
-from minillm.training.preference import PreferenceLoss
-from minillm.training.preference_arguments import PreferenceArguments
-from minillm.training.reference import Reference
 from minillm.training.run import Run
 from tests.contracts.harness import CONFIG, tiny_model
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from minillm.cli.command_line import resume_command
 from minillm.data import StepBatches
+from minillm.distributed.parallel import Engine
 from minillm.errors import UserError
-from minillm.training.command_line import resume_command
-from minillm.training.parallel import Engine
 from minillm.training.run import MAX_SKIPPED_IN_A_ROW, Run
 from tests.contracts.checks import ScaledEngine
 from tests.contracts.harness import RaggedRows, arguments, train

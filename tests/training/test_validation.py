@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from minillm import precision
+from minillm.checkpoints.interrupt import StopSignals
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
+from minillm.distributed.parallel import Ranks
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.training import precision
-from minillm.training.interrupt import StopSignals
-from minillm.training.measures import Measures
-from minillm.training.parallel import Ranks
+from minillm.reports.measures import Measures
 from minillm.training.validation import evaluate_loss
 
 V = 37

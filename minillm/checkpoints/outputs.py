@@ -1,0 +1,126 @@
+"""What a run writes of its model and reads back: all of it, or its adapter alone."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm.errors import UserError
+from minillm.files import use_umask
+from minillm.hub.huggingface import load_model, save_model
+from minillm.hub.names import find_adapter, run_name
+from minillm.lora import save_lora
+from minillm.lora.base import BASE
+from minillm.lora.merge import merge_adapters
+from minillm.lora.state import load_trained_state, trained_state
+
+TRAINED = "trained.safetensors"
+
+
+class WholeModel:
+    """A run of a stage that trains all weights: ``SAVE_DIR/<stage>_<hidden_size>``, a Hugging Face directory."""
+
+    is_adapter = False
+    is_large = True  # too large for one rank to write, where ranks hold parts of it
+    tags = "library_name: transformers\npipeline_tag: text-generation"
+    usage = "Opens as it is with `transformers.AutoModelForCausalLM.from_pretrained`."
+
+    def directory(self, args, stage: str, config) -> Path:
+        """Return the run's directory: ``--run_name``, or a name of stage and width."""
+        if args.run_name:
+            return Path(args.save_dir) / args.run_name
+        has_experts = bool(config.num_experts)
+        return Path(args.save_dir) / run_name(stage, hidden_size=config.hidden_size, has_experts=has_experts)
+
+    def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:
+        """Write what is to be used."""
+        save_model(model, path, tokenizer=tokenizer, dtype=dtype)
+
+    def write_checkpoint(self, model, path: Path, *, tokenizer) -> None:
+        """Write what is needed to go on, exactly."""
+        save_model(model, path, tokenizer=tokenizer, dtype=torch.float32)
+
+    def read_checkpoint(self, model, path: Path) -> None:
+        """Read it back into ``model``."""
+        model.load_state_dict(load_model(path, device="cpu", dtype=torch.float32).state_dict())
+
+    def settings(self) -> dict:
+        """Return what must be the same for a checkpoint to be gone on with."""
+        return {}
+
+
+class AdapterAlone(WholeModel):
+    """A run that trains an adapter: ``SAVE_DIR/lora/<lora_name>_<hidden_size>``, a directory as peft's."""
+
+    is_adapter = True
+    is_large = False
+    base: str | None = None
+    usage = (
+        "An adapter: `python eval_model.py --lora_name` uses it, `peft.PeftModel.from_pretrained` loads it, and "
+        "`python -m minillm.lora merge` adds it to its model for good."
+    )
+
+    def __init__(self, args):
+        self.args = args
+
+    @property
+    def tags(self) -> str:
+        """Return the head of the model card; it names the adapted model."""
+        base = f"\nbase_model: {json.dumps(self.base, ensure_ascii=False)}" if self.base else ""
+        return f"library_name: peft{base}"
+
+    def directory(self, args, stage: str, config) -> Path:
+        """Return the run's directory."""
+        if args.run_name:
+            raise UserError(f"--run_name {args.run_name}: an adapter is named by --lora_name")
+        return adapter_directory(args.lora_name, save_dir=args.save_dir, config=config)
+
+    def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:
+        """Write the adapter; it stays float32, being small."""
+        save_lora(model, path)
+        self.base = json.loads((path / BASE).read_text(encoding="utf-8"))["base"]
+
+    def write_checkpoint(self, model, path: Path, *, tokenizer) -> None:
+        """Write the adapter as others read it, and once more as it is trained."""
+        save_lora(model, path)
+        save_file(trained_state(model), path / TRAINED)
+        use_umask(path / TRAINED)
+
+    def read_checkpoint(self, model, path: Path) -> None:
+        """Read it back into ``model``."""
+        load_trained_state(model, load_file(path / TRAINED))
+
+    def settings(self) -> dict:
+        """Return what must be the same for a checkpoint to be gone on with."""
+        args = self.args
+        return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
+                **{f"adapter's {key}": str(value) for key, value in asdict(args.lora_config).items()}}  # fmt: skip
+
+
+def adapter_directory(name: str, *, save_dir: str, config) -> Path:
+    """Return the directory of the adapter ``name`` for a model of the shape ``config``."""
+    stage = run_name(name, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
+    return Path(save_dir) / "lora" / stage
+
+
+def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
+    """Add the adapters that ``--lora_name`` names to the weights of ``model``; return where they were.
+
+    ``said`` is a name, a directory or a ``.pth``, or several with their weights: ``cooking:0.7,medical:0.3``.
+
+    Raises:
+        UserError: nothing there (the message lists the adapters there are), or it does not fit the model.
+    """
+    chosen = []
+    for part in filter(None, map(str.strip, said.split(","))):
+        name, colon, weight = part.partition(":")
+        try:
+            share = float(weight) if colon else 1.0
+        except ValueError:
+            raise UserError(f"--lora_name {said}: {weight!r} is no weight; write NAME:0.7,OTHER:0.3") from None
+        suffix = run_name("", hidden_size=model.config.hidden_size, has_experts=bool(model.config.num_experts))
+        chosen.append((find_adapter(name, save_dir=save_dir, model_suffix=suffix), share))
+    merge_adapters(model, chosen)  # answers then cost what the model alone costs
+    return [path for path, _ in chosen]

@@ -1,0 +1,183 @@
+"""The command line of every script: a dataclass filled by tyro, with ``--config file.yaml`` beneath the flags.
+
+``script`` (from ``minillm.errors``) decorates ``main``.
+Booleans accept ``--flag``, ``--flag 1`` and ``--flag true``; names are written with underscores.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from minillm.cli.bare import choose, flag_value
+from minillm.cli.help import format_help, program
+from minillm.errors import UserError, after_the_first_rank
+from minillm.errors import script as script
+
+Arguments = TypeVar("Arguments")
+_BOOLEANS = {"1": "True", "true": "True", "yes": "True", "0": "False", "false": "False", "no": "False"}
+
+
+def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
+    """Return ``cls`` filled from ``argv`` (default: the process's own), over ``--config``, over the defaults.
+
+    Raises:
+        UserError: a configuration file that is missing, broken or names unknown fields; a value out of range.
+        SystemExit: code 2 for a wrong flag (tyro prints it), 0 for ``--help``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [word for word in argv if not word.startswith("--local_rank=")]  # DeepSpeed's launcher says it twice
+    argv = [_as_text(word) for word in argv]
+    if "--help" in argv or "-h" in argv:
+        print(format_help(cls))
+        raise SystemExit(0)
+    argv, config_path = _take_config(argv)
+    values = _read_yaml(cls, config_path) if config_path else {}
+    stage = getattr(cls, "bare_stage", None)
+    is_bare = stage and not values.get("data_path") and flag_value(argv, "data_path") is None
+    if is_bare:
+        values = _checked(cls, choose(stage, argv, values) | values, where="the demo's settings")
+    default = _with_defaults(cls, values) if config_path or is_bare else None
+    argv = _spell_out_booleans(cls, argv)
+    silent = contextlib.nullcontext() if on_first_rank() else contextlib.redirect_stderr(io.StringIO())
+    settings = {"prog": program(), "use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
+    try:
+        with silent:  # a usage error is the same in all ranks
+            arguments = tyro.cli(cls, args=argv, default=default, **settings)
+    except SystemExit:
+        after_the_first_rank()
+        raise
+    if hasattr(arguments, "check"):
+        arguments.check()
+    return arguments
+
+
+def on_first_rank() -> bool:
+    """Return whether this process is the first of its job, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def resume_command() -> str:
+    """Return the command line of this process with ``--from_resume`` added."""
+    words, is_value = [], False
+    for word in sys.argv:
+        is_value = is_value and not word.startswith("-")  # --from_resume 1
+        if not is_value and not word.startswith("--from_resume"):
+            words.append(word)
+        is_value = word == "--from_resume"
+    n_nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    n_here, n_all = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")  # set by torchrun; by all
+    launcher = ["torchrun", "--nproc_per_node", n_here] if n_here else ["python"]
+    if n_all and not n_here:
+        launcher = ["deepspeed", "--num_gpus", n_all]
+    if n_nodes > 1:
+        launcher = ["torchrun", "--nnodes", str(n_nodes), "...", "--nproc_per_node", n_here]
+    return shlex.join([*launcher, *(word for word in words if not word.startswith("--local_rank=")), "--from_resume"])
+
+
+def _as_text(word: str) -> str:
+    """Return a word of the command line as text where the locale could not decode its UTF-8; names of files stay."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        if not os.path.exists(word):
+            with contextlib.suppress(UnicodeDecodeError):
+                return os.fsencode(word).decode("utf-8")
+    return word
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    rest, path, words = [], None, iter(argv)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+            if path is None:
+                raise UserError("--config needs a file name, e.g. --config configs/demo/pretrain.yaml")
+        elif word.startswith("--config="):
+            path = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    return rest, path
+
+
+def _read_yaml(cls: type[Arguments], path: str) -> dict:
+    if not os.path.isfile(path):
+        raise UserError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
+    except Exception as error:  # beside YAMLError whatever a value of a wrong form leads its library into
+        raise UserError(f"--config {path}: not valid YAML ({str(error).partition(chr(10))[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")
+    return _checked(cls, values, where=f"--config {path}")
+
+
+def _checked(cls: type[Arguments], values: dict, *, where: str) -> dict:
+    """Return ``values`` in the types of the fields of ``cls``; UserError for unknown names and wrong types."""
+    known = get_type_hints(cls)
+    unknown = sorted(map(str, set(values) - set(known)))
+    if unknown:
+        raise UserError(f"{where}: unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return {name: _to_type(f"{where}: {name}", value, known[name]) for name, value in values.items()}
+
+
+def _with_defaults(cls: type[Arguments], values: dict) -> Arguments:
+    values = dict(values)
+    for field in dataclasses.fields(cls):  # what neither has is then asked for by tyro, by its flag's name
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            values[field.name] = tyro.MISSING
+    return cls(**values)
+
+
+def _to_type(where: str, value, kind):
+    """YAML reads ``1e-3`` as a string and ``1`` as an integer: bring a value to its field's type, or refuse it."""
+    if type(None) in get_args(kind):  # int | None, say
+        if value is None:
+            return None
+        kind = next(choice for choice in get_args(kind) if choice is not type(None))
+    if kind in (int, float):
+        try:
+            converted = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            converted = None
+        is_cut = kind is int and isinstance(value, float) and converted != value
+        if converted is None or isinstance(value, bool) or is_cut:
+            raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
+        return converted
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"{where}: {value!r} is not true or false")
+    if kind is str and not isinstance(value, str):
+        raise UserError(f"{where}: {value!r} is not a string (quote it)")
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(kind)))}")
+    return value
+
+
+def _spell_out_booleans(cls, argv: list[str]) -> list[str]:
+    booleans = {name for name, kind in get_type_hints(cls).items() if kind in (bool, bool | None)}
+    words, spelled = list(argv), []
+    while words:
+        word = words.pop(0)
+        name, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name.replace("-", "_") not in booleans:
+            spelled.append(word)
+            continue
+        if not value and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        spelled += [f"--{name}", _BOOLEANS.get(value.lower(), value) if value else "True"]
+    return spelled
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``UserError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,78 @@
+"""The model that the command line names, ready to answer: weights, tokenizer, adapters, positions."""
+
+from pathlib import Path
+
+import torch
+
+from minillm.checkpoints.outputs import add_adapters
+from minillm.cli.weights import check_tokenizer, preset_config, pth_config, scale_positions
+from minillm.config import PRESETS
+from minillm.errors import UserError
+from minillm.hub.huggingface import load_model
+from minillm.hub.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make
+from minillm.precision import choose_device, choose_dtype
+from minillm.reports.hardware import keep_freed_memory
+from minillm.tokenizer import load_tokenizer
+from minillm.training.balance import describe_parameters
+
+STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
+
+
+def open_model(args):
+    """Return model (evaluation mode, on its device), tokenizer and the path of the weights; print what was opened.
+
+    Args:
+        args: ``OpenArguments``; where ``from_weight`` is empty, ``model_mode`` names the stage. A stage is looked for
+            at the width of the flags, unless there is only one.
+
+    Raises:
+        UserError: no such weights, tokenizer or adapter, or they do not belong together.
+    """
+    path, save_dir = _find(args)
+    folder = path if path.is_dir() else path.parent
+    default = folder if (folder / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
+    tokenizer = load_tokenizer(args.tokenizer_path or default)
+    device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = choose_dtype(args.dtype, device)
+    config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
+    # An adapter is added in float32: what it changes is smaller than a bfloat16's last digit.
+    model = load_model(path, device=device, dtype=torch.float32 if args.lora_name else dtype, config=config).eval()
+    model.origin = str(path)
+    check_tokenizer(tokenizer, model, path)
+    model.config = scale_positions(model.config, args)
+    adapters = add_adapters(model, args.lora_name, save_dir=save_dir) if args.lora_name else []
+    model.to(dtype)
+    shown = " + ".join(map(str, [path, *adapters]))
+    print(f"{shown}: parameters {describe_parameters(model)}; {device}, {dtype}")
+    return model, tokenizer, path
+
+
+def _find(args) -> tuple[Path, str]:
+    """Return the path of the weights, and the directory of runs that they and their adapters are in.
+
+    Without ``--save_dir``, the demo's runs serve where ``out/`` has none of that stage or name.
+    """
+    stage, save_dir = args.from_weight or STAGES[args.model_mode], args.save_dir
+    config = preset_config(args)
+    hidden_size = config.hidden_size
+    is_there = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
+    if save_dir == "out" and not is_there:
+        if has_run(stage, DEMO):
+            save_dir = DEMO
+            if args.hidden_size is None:  # the demo has a second, smaller pretrained model to compare with
+                hidden_size = PRESETS["demo"]["hidden_size"]
+            print(f"no {stage} weights in out/: using the demo's, in {DEMO}/")
+        elif not args.from_weight:
+            commands = f"run `make demo` for a small example, or {how_to_make(stage, save_dirs=['out', DEMO])}"
+            problem = describe_unfinished(stage, DEMO, flag="--from_weight") or commands
+            raise UserError(f"no {stage} weights in out/ or {DEMO}/: {problem}, or give --from_weight a directory")
+    path = find_weights(
+        stage,
+        save_dir=save_dir,
+        hidden_size=hidden_size,
+        has_experts=args.has_experts,
+        any_width=args.hidden_size is None,
+    )
+    return path, save_dir

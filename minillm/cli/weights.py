@@ -1,0 +1,180 @@
+"""Where a model comes from: a new one from a preset, or the weights that ``--from_weight`` names."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from minillm.cli.arguments import TrainArguments
+from minillm.cli.command_line import on_first_rank
+from minillm.cli.model_arguments import ModelArguments
+from minillm.config import PRESETS, ModelConfig
+from minillm.errors import UserError
+from minillm.hub.huggingface import load_model
+from minillm.hub.names import find_weights, run_name
+from minillm.hub.pth import infer_config
+from minillm.model import Transformer
+from minillm.model.rope import original_length
+from minillm.tokenizer import load_tokenizer
+
+
+def find_tokenizer(args: TrainArguments, *, teacher: Path | None = None) -> str:
+    """Return the tokenizer directory: ``--tokenizer_path``, else that of ``--from_weight``, else SAVE_DIR/tokenizer.
+
+    Args:
+        teacher: weights whose tokenizer a student from scratch has to share; it then comes before SAVE_DIR/tokenizer.
+    """
+    if args.tokenizer_path:
+        return args.tokenizer_path
+    weights = weights_of(args, preset_config(args)) if args.from_weight else teacher
+    if weights is not None:
+        folder = weights if weights.is_dir() else weights.parent  # a .pth has it beside itself
+        if (folder / "tokenizer.json").is_file():
+            return str(folder)
+    return str(Path(args.save_dir) / "tokenizer")
+
+
+def preset_config(args: ModelArguments, **more) -> ModelConfig:
+    """Return the configuration that ``--preset``, ``--use_moe`` and the shape flags describe."""
+    return ModelConfig.preset(args.preset, **(args.expert_defaults() | args.model_overrides() | more))
+
+
+def weights_of(args: TrainArguments, config: ModelConfig) -> Path:
+    """Return what ``--from_weight`` means for a model of the shape ``config`` (see ``find_weights``)."""
+    return find_weights(
+        args.from_weight,
+        save_dir=args.save_dir,
+        hidden_size=config.hidden_size,
+        has_experts=bool(config.num_experts),
+        any_width=args.hidden_size is None,
+    )
+
+
+def create_model(args: TrainArguments, tokenizer, *, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Return the model to train, on the CPU: new (weights drawn from ``--seed``), or from ``--from_weight``.
+
+    Args:
+        dtype: of weights that are not trained themselves; those that are need float32.
+
+    Raises:
+        UserError: the weights are missing, their vocabulary is smaller than the tokenizer's, or a row is
+            longer than the model's positions.
+    """
+    config = preset_config(
+        args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    if not args.from_weight:
+        config = scale_positions(config, args)
+        _check_positions(config, args)
+        torch.manual_seed(args.seed)
+        return Transformer(config).to(dtype)
+    path = weights_of(args, config)
+    usual = run_name(args.from_weight, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
+    if "/" not in args.from_weight and path.name not in (args.from_weight, usual) and on_first_rank():
+        print(f"weights: {path}, the only {args.from_weight} in {args.save_dir}/")
+    stored = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
+    model = load_model(path, device="cpu", dtype=dtype, config=stored)
+    model.origin = str(path)
+    check_tokenizer(tokenizer, model, path)
+    model.config = scale_positions(model.config, args)
+    _check_positions(model.config, args)
+    return model
+
+
+def pth_config(path: Path, args: ModelArguments, tokenizer) -> ModelConfig:
+    """Return the shape of the weights in a ``.pth``: a ``config.json`` beside it, else its tensors and the flags.
+
+    What tensors do not tell comes from the flags, then from ``--preset``; its number of heads only if its width is
+    that of the weights, because a wrong number of heads loads without an error and answers nonsense.
+
+    Raises:
+        UserError: the number of heads is not known, a flag contradicts the tensors, or no model of ours holds them.
+    """
+    if (path.parent / "config.json").is_file():
+        return ModelConfig.from_hf(path.parent)
+    usual = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
+    given = args.model_overrides()
+    given = {name: value for name, value in given.items() if value != usual.get(name)}
+    fallback = PRESETS[args.preset] | args.expert_defaults()
+    fallback |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return infer_config(path, given=given, fallback=fallback)
+
+
+def scale_positions(config: ModelConfig, args: ModelArguments) -> ModelConfig:
+    """Return ``config`` with the positions that ``--rope_scaling`` asks for; without the flag as it is.
+
+    FACTOR times the original length fits then, and scaling that ``config`` has already is replaced, not multiplied:
+    the original length is ``--rope_original_len``, or what ``config`` would have without its scaling. The weights do
+    not depend on any of this.
+
+    Raises:
+        UserError: the original length is more than the model has positions without scaling.
+    """
+    if args.rope_type_and_factor is None:
+        return config
+    rope_type, factor = args.rope_type_and_factor
+    unscaled = original_length(config)
+    if args.rope_original_len > unscaled:
+        raise UserError(
+            f"--rope_original_len {args.rope_original_len}: the model has {unscaled} positions without scaling; "
+            f"give the length of the rows it was trained on, at most that"
+        )
+    original = args.rope_original_len or unscaled
+    scaling = {"rope_type": rope_type, "factor": factor}
+    if rope_type != "linear":  # which divides all positions, whatever was trained on
+        scaling["original_max_position_embeddings"] = original
+    return dataclasses.replace(
+        config,
+        rope_scaling=None if rope_type == "default" else scaling,
+        max_position_embeddings=int(original * factor),
+    )
+
+
+def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
+    """Raise ``UserError`` unless ``tokenizer`` is the one that the weights at ``path`` were trained with.
+
+    With another one of the same size every id would mean another text, and nothing else would say so. Another chat
+    template, or other tokens around a document, are allowed, since a model may well be taught a new format; a note
+    says so.
+    """
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the weights {path} have embeddings for "
+            f"{model.config.vocab_size}; give --tokenizer_path the tokenizer these weights were trained with"
+        )
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "tokenizer.json").is_file():
+        return
+    theirs = load_tokenizer(folder)
+    if theirs.content_hash != tokenizer.content_hash:
+        raise UserError(
+            f"the tokenizer ({tokenizer.vocab_size} tokens) is not the one that lies beside the weights in {folder}: "
+            f"leave --tokenizer_path out, or give it that directory"
+        )
+    difference = other_format(tokenizer, theirs)
+    if difference and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"note: {tokenizer.origin} has {difference} than the weights in {folder}; its own is used from now on "
+            f"(leave --tokenizer_path out to keep that of the weights)",
+            file=sys.stderr,
+        )
+
+
+def other_format(tokenizer, theirs) -> str:
+    """Return in words how two tokenizers of one vocabulary differ in what they write; empty where they agree."""
+    differences = []
+    if tokenizer.document_hash != theirs.document_hash:
+        differences.append("other tokens around a document")
+    if tokenizer.template_hash != theirs.template_hash:
+        differences.append("another chat template")
+    return " and ".join(differences)
+
+
+def _check_positions(config: ModelConfig, args: TrainArguments) -> None:
+    if args.max_seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions; "
+            f"choose at most that, or extend them (e.g. --rope_scaling yarn:4)"
+        )

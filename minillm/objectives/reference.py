@@ -1,0 +1,101 @@
+"""The reference of preference tuning: the model as it was, which must not move while the policy does.
+
+Three ways to have it: a frozen copy (twice the weights in memory), the same model with its adapter off (no memory at
+all), or its log-probabilities computed beforehand and kept on disk (no memory, and one forward pass for all epochs).
+"""
+
+import contextlib
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minillm.lora import disable_lora
+from minillm.losses import linear_log_probs
+from minillm.objectives.column_cache import cached_columns, model_hash
+from minillm.reports import announce
+
+COLUMN = "reference_log_probs"
+
+
+def reply_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=None, *, prefix: str = "") -> Tensor:
+    """Return the log-probability of every target of a batch, (B, T) in float32 at least; 0 where there is none.
+
+    Args:
+        prefix: ``other_`` for the second rows of judged replies.
+    """
+    return model(
+        batch[prefix + "input_ids"],
+        position_ids=batch[prefix + "position_ids"],
+        document_ids=batch[prefix + "document_ids"],
+        head=partial(linear_log_probs, targets=batch[prefix + "targets"]),
+        router_stats=router_stats,
+    )
+
+
+class Reference:
+    """The model before it is tuned. Make it before the model gets an adapter.
+
+    Args:
+        kind: "copy", "adapter" or "cached".
+
+    It takes the policy's way through the kernels, which may differ between training and validation, so that both are
+    bit-equal at first: a copy follows the policy's mode, and a cache is made in the mode that its rows are used in.
+    There is no dropout in the model.
+
+    Attributes:
+        hash: of its weights and configuration.
+    """
+
+    def __init__(self, kind: str, model: nn.Module, run):
+        self.kind, self.run, self.hash = kind, run, model_hash(model)
+        self.model = copy.deepcopy(model) if kind == "copy" else model
+        if run.args.compile:
+            self.model.block_attention = False  # as Run.wrap does with the policy
+        if kind == "copy":
+            self.model.to(run.device).requires_grad_(False)
+
+    def add_to(self, rows, *, training: bool = True):
+        """Return ``rows`` with a column of the reference's log-probabilities, if this kind has them on disk.
+
+        Args:
+            training: whether they are rows to train on, or to validate with.
+        """
+        if self.kind != "cached":
+            return rows
+        args = self.run.args
+        announce.check_rows(rows, args, flag="the data")  # before time is spent on it
+        self.model.to(self.run.device).train(training)
+        return self.run.ranks.main_first(
+            lambda: cached_columns(
+                rows,
+                Path(args.reference_cache or Path(args.save_dir) / ".reference_cache"),
+                identity={
+                    "reference": self.hash,
+                    "dtype": str(self.run.dtype).removeprefix("torch."),
+                    "device": self.run.device.type,
+                    "compile": args.compile,
+                    "training": training,
+                },
+                compute=self.columns,
+                bytes_per_position=4,
+                flag="--reference_cache",
+                batch_size=args.batch_size,
+            )
+        )
+
+    @torch.no_grad()
+    def columns(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the log-probabilities of a batch's targets, and of those of its other rows where it has such."""
+        if self.kind == "copy":
+            self.model.train(self.run.model.training)
+        on_device = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
+        prefixes = ["", "other_"] if "other_input_ids" in batch else [""]
+        with self.run.autocast(), self._as_it_was():
+            return {prefix + COLUMN: reply_log_probs(self.model, on_device, prefix=prefix) for prefix in prefixes}
+
+    def _as_it_was(self):
+        return disable_lora(self.model) if self.kind == "adapter" else contextlib.nullcontext()
+

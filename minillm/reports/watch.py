@@ -1,0 +1,155 @@
+"""``--monitor``: an adapter's figures go into ``monitor.jsonl`` and ``monitor.png``, what is wrong onto the screen."""
+
+import json
+from statistics import median
+
+import numpy as np
+
+from minillm.lora.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
+from minillm.reports.tracking import read_metrics, truncate_metrics
+
+REHEARSED = (
+    " (old data is mixed in with --replay_path, which is what a high rate needs: lower it only if the validation loss "
+    "or old skills get worse)"
+)
+SPECIAL_SHARE, ONE_TOKEN_SHARE = 0.25, 0.30  # of the targets, above which it is said
+COLORS = ("#2f5fa8", "#c2571a", "#3b7d3b", "#8a5a9e", "#b3402a", "#5f6b73", "#b8901f", "#1f8f8f", "#d16ba5", "#7a5c3e")
+
+
+class Watch:
+    """Watches a run's adapter; ``Run`` calls it on the main rank.
+
+    Args:
+        rows: training rows with ``target_counts``, looked at once, before the first step.
+        interval: steps between looks.
+    """
+
+    def __init__(self, run, tokenizer, rows, *, interval: int):
+        self.run, self.monitor = run, Monitor(run.model, interval=interval)
+        self.path = run.directory / "monitor.jsonl"
+        self.before_start = target_warnings(rows.target_counts, tokenizer)
+        self._is_open = False
+
+    def before_update(self, step: int) -> None:
+        """See the gradients, clipped."""
+        self.monitor.before_update(step)
+
+    def after_update(self, step: int, optimizer) -> None:
+        """See what the update did, and write it down if a look was due."""
+        last_look = self.monitor.last_look
+        row = self.monitor.after_update(step, optimizer)
+        if row is None:
+            return
+        if not self._is_open:  # rows behind the checkpoint that the run went on from are written anew
+            truncate_metrics(self.path, after_step=last_look)
+            self._is_open = True
+        if not last_look:
+            row["warnings"] = self.before_start + row["warnings"]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for warning in row["warnings"]:
+            is_rehearsed = "learning rate" in warning and "written over" in warning and self.run.args.replay_path
+            self.run.tracker.print(f"warning, step {step}: {warning}{REHEARSED if is_rehearsed else ''}")
+
+    def finish(self) -> None:
+        """Print what the last look says, and draw all of them."""
+        for note in self.monitor.notes():
+            self.run.tracker.print(f"adapter: {note}")
+        rows = read_metrics(self.path)
+        if not rows:
+            return  # resumed after the last look
+        try:
+            draw_monitor(rows, self.path.with_suffix(".png"), title=self.run.directory.name)
+        except ImportError:
+            self.run.tracker.print("no monitor.png: drawing needs matplotlib: pip install matplotlib")
+
+    def state(self) -> dict:
+        """Return what a checkpoint keeps."""
+        return self.monitor.state()
+
+    def load_state(self, state: dict | None) -> None:
+        """Go on from it; None: the run was not watched so far."""
+        if state is not None:
+            self.monitor.load_state(state)
+
+
+def target_warnings(counts: np.ndarray, tokenizer) -> list[str]:
+    """Return what is odd about the targets of a training set.
+
+    Args:
+        counts: (V,) how often each token is a target.
+    """
+    total, found = counts.sum(), []
+    if not total:
+        return found
+    special = sum(int(counts[i]) for i in tokenizer.special_ids if i < len(counts)) / total
+    if special > SPECIAL_SHARE:
+        found.append(
+            f"special tokens are {special:.0%} of your targets: the answers are very short, or the template's own "
+            "tokens are trained on; the loss mostly tells how well these are known"
+        )
+    most = int(counts.argmax())
+    if counts[most] > ONE_TOKEN_SHARE * total:
+        text = tokenizer.decode([most])
+        found.append(f"one token, {text!r}, is {counts[most] / total:.0%} of your targets: is the data what you meant?")
+    return found
+
+
+def draw_monitor(rows: list[dict], path, *, title: str) -> None:
+    """Draw gradients, their ratio, ‖ΔW‖/‖W‖, effective rank and updates against the step, by kind of layer.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8))
+    steps = [row["step"] for row in rows]
+    for key, color in (("A", "#2f5fa8"), ("B", "#c2571a")):
+        norms = [sorted(layer[f"grad_norm_{key}"] for layer in row["layers"].values()) for row in rows]
+        axes[0, 0].plot(steps, [median(some) or None for some in norms], color=color, label=key)
+        low, high = ([some[int(share * (len(some) - 1))] for some in norms] for share in (0.1, 0.9))
+        axes[0, 0].fill_between(steps, low, high, color=color, alpha=0.2)
+    panels = (
+        (axes[0, 1], "grad_ratio", "gradient norm of B : A"),
+        (axes[0, 2], "update_ratio", "what one step changes of the weight"),
+        (axes[1, 0], "delta_ratio", "|dW| / |W|"),
+        (axes[1, 1], "effective_rank", "effective rank of dW"),
+        (axes[1, 2], "adam_step_B", "AdamW's steps of B, in learning rates"),
+    )
+    kinds = _kinds(rows[-1]["layers"])
+    for axis, key, name in panels:
+        for (kind, layers), color in zip(kinds.items(), COLORS * len(kinds), strict=False):
+            values = [[row["layers"][layer][key] for layer in layers] for row in rows]
+            middle = [median([v for v in some if v is not None] or [float("nan")]) for some in values]
+            axis.plot(steps, middle, color=color, label=kind, linewidth=1.3)
+        axis.set_title(name)
+    axes[0, 0].set_title("gradient norm (clipped): median, 10-90 % of layers")
+    for axis, limit in ((axes[0, 2], LARGE_UPDATE), (axes[1, 0], LARGE_DELTA)):
+        if axis.get_ylim()[1] > limit / 10:
+            axis.axhline(limit, color="#b3402a", linestyle=":", label="warning")
+    for axis in (axes[0, 0], axes[0, 1], axes[0, 2], axes[1, 0]):
+        if any(np.nanmax(np.asarray(line.get_ydata(), dtype=float), initial=0) > 0 for line in axis.lines):
+            axis.set_yscale("log", nonpositive="mask")
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in (axes[0, 0], axes[0, 1]):
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small", ncols=2)
+    figure.suptitle(f"{title}: medians over the layers of each kind")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _kinds(names) -> dict[str, list[str]]:
+    """Return the layers by the last part of their name: q_proj, down_proj, ..."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    return kinds

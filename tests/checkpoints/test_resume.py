@@ -1,0 +1,43 @@
+"""What a checkpoint holds and what is compared when a run goes on; the exactness itself is in tests/contracts."""
+
+import pytest
+
+from minillm.checkpoints.interrupt import Interrupted
+from minillm.checkpoints.resume import COUNTERS, identity_of, state_of
+from minillm.errors import UserError
+from minillm.reports.tracking import read_metrics
+
+from .pair_runs import arguments, train
+
+
+def test_the_loss_is_part_of_what_must_be_the_same(tmp_path):
+    settings = {"max_steps": 4, "save_interval": 2, "batch_size": 4}
+    run, _ = train(arguments(tmp_path, **settings))
+    assert identity_of(run)["beta"] == 0.3
+    state = state_of(run, [], [], None)
+    assert set(state["counters"]) == set(COUNTERS)
+    with pytest.raises(UserError) as error:
+        train(arguments(tmp_path, beta=0.5, loss_type="ipo", from_resume=True, **settings))
+    assert "beta: 0.3 then, 0.5 now" in str(error.value)
+    assert "loss_type: sigmoid then, ipo now" in str(error.value)
+    with pytest.raises(UserError, match="reference's weights"):  # a model trained anew in the same place
+        train(arguments(tmp_path, from_resume=True, **settings), double=True)
+
+
+def test_figures_go_on_amid_a_window(tmp_path):
+    """The checkpoint is at step 2 of a window of 3: the row at step 3 is that of the whole window."""
+    settings = {"max_steps": 6, "save_interval": 2, "log_interval": 3, "batch_size": 4}
+    train(arguments(tmp_path / "whole", **settings))
+
+    def stop(run, reference):
+        if run.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        train(arguments(tmp_path / "cut", **settings), before_update=stop)
+    train(arguments(tmp_path / "cut", from_resume=True, **settings))
+    rows = [read_metrics(tmp_path / name / "rlhf_16" / "metrics.jsonl") for name in ("whole", "cut")]
+    clock = ("seconds", "tokens_per_s", "mfu")
+    rows = [[{k: v for k, v in row.items() if k not in clock} for row in each] for each in rows]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [3, 6]

@@ -1,0 +1,118 @@
+"""Which model the flags open; eval_model.py's own tests see to what it answers."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minillm.cli import open_model
+from minillm.cli.eval_arguments import EvalArguments
+from minillm.config import ModelConfig
+from minillm.errors import UserError
+from minillm.evaluation.sample_answers import SampleArguments
+from minillm.hub.huggingface import save_model
+from minillm.lora import apply_lora, save_lora
+from minillm.model import Transformer
+from minillm.tokenizer import train_bpe
+
+
+def tiny_model(seed, width=32):
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 267, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64}
+    return Transformer(ModelConfig(hidden_size=width, **shape, initializer_range=0.3))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A save_dir with one fine-tuned model, two reasoning ones, and an adapter."""
+    folder, tokenizer = tmp_path_factory.mktemp("out"), train_bpe(iter(["a"]), vocab_size=267)
+    tokenizer.save(folder / "tokenizer")
+    for seed, (stage, width) in enumerate([("full_sft", 32), ("reason", 32), ("reason", 64)]):
+        save_model(tiny_model(seed, width), folder / f"{stage}_{width}", tokenizer=tokenizer)
+    adapted = tiny_model(0)
+    apply_lora(adapted, rank=2)
+    for module in adapted.modules():
+        if hasattr(module, "lora"):
+            torch.nn.init.normal_(module.lora.B.weight, std=0.3)
+    save_lora(adapted, folder / "lora" / "cooking_32")
+    return folder
+
+
+@pytest.fixture
+def arguments(out):
+    """Return the arguments of eval_model.py for this save_dir."""
+    return lambda **more: EvalArguments(save_dir=str(out), device="cpu", **more)
+
+
+def test_the_stage_of_the_mode_at_the_only_width_there_is(arguments, out, capsys):
+    model, tokenizer, path = open_model(arguments())
+    assert path == out / "full_sft_32"
+    assert not model.training
+    assert tokenizer.vocab_size == 267
+    assert torch.equal(model.model.embed_tokens.weight, tiny_model(0).model.embed_tokens.weight)
+    assert capsys.readouterr().out.startswith(f"{path}: parameters ")
+
+
+def test_of_several_widths_one_must_be_named(arguments, out):
+    assert open_model(arguments(model_mode=3, hidden_size=64))[2] == out / "reason_64"
+    with pytest.raises(UserError, match="reason_512"):  # the preset's own width
+        open_model(arguments(model_mode=3))
+
+
+def test_any_arguments_with_these_fields(arguments, out):
+    given = {"data_path": "x", "output": "y", "save_dir": str(out), "device": "cpu", "hidden_size": 32}
+    assert open_model(SampleArguments(**given))[2] == out / "reason_32"
+    assert open_model(arguments(from_weight="reason", hidden_size=32))[2] == out / "reason_32"
+    assert open_model(arguments(from_weight=str(out / "reason_64")))[2] == out / "reason_64"
+
+
+def test_adapters_dtype_and_positions(arguments):
+    plain, _, _ = open_model(arguments())
+    adapted, _, _ = open_model(arguments(lora_name="cooking"))
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert not torch.allclose(adapted(ids), plain(ids))
+    for name in ("", "cooking"):
+        assert next(open_model(arguments(dtype="bfloat16", lora_name=name))[0].parameters()).dtype == torch.bfloat16
+    assert open_model(arguments(rope_scaling="yarn:4"))[0].config.max_position_embeddings == 256
+
+
+def test_the_tokenizer_beside_the_weights_else_that_of_the_directory(arguments, out, tmp_path):
+    with pytest.raises(UserError, match="tokenizer"):
+        open_model(arguments(tokenizer_path=str(tmp_path)))
+    shutil.copytree(out / "full_sft_32", tmp_path / "full_sft_32")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "full_sft_32" / file).unlink()
+    there = replace(arguments(), save_dir=str(tmp_path))
+    with pytest.raises(UserError, match="tokenizer"):
+        open_model(there)
+    shutil.copytree(out / "tokenizer", tmp_path / "tokenizer")
+    assert open_model(there)[1].content_hash == open_model(arguments())[1].content_hash
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(arguments, tmp_path):
+    train_bpe(iter(["the cat sat on the mat"] * 9), vocab_size=275).save(tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        open_model(arguments(tokenizer_path=str(tmp_path)))
+
+
+def test_missing_weights_are_an_error_that_lists_what_there_is(arguments):
+    with pytest.raises(UserError, match=r"no weights 'rlhf'.*full_sft_32, reason_32, reason_64"):
+        open_model(arguments(model_mode=2))
+
+
+def test_without_a_directory_the_demo_serves(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"in out/ or out/demo/: run `make demo` .*`python train_pretrain.py`, then"):
+        open_model(EvalArguments(device="cpu"))
+    tokenizer = train_bpe(iter(["a"]), vocab_size=267)
+    for seed, width in enumerate((64, 128)):  # the smaller one is what the demo's student is compared with
+        save_model(tiny_model(seed, width), tmp_path / f"out/demo/pretrain_{width}", tokenizer=tokenizer)
+    path = open_model(EvalArguments(device="cpu", model_mode=0))[2]
+    assert str(path) == "out/demo/pretrain_128"
+    assert "no pretrain weights in out/: using the demo's" in capsys.readouterr().out
+    for more in ({"from_weight": "pretrain_64"}, {"model_mode": 0, "hidden_size": 64}):
+        assert str(open_model(EvalArguments(device="cpu", **more))[2]) == "out/demo/pretrain_64"
+    shutil.copytree(out / "full_sft_32", tmp_path / "out/pretrain_32")
+    assert str(open_model(EvalArguments(device="cpu", model_mode=0))[2]) == "out/pretrain_32"

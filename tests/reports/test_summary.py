@@ -1,0 +1,248 @@
+"""The picture, the page and the card: made from the rows, safe to open, complete without matplotlib."""
+
+import builtins
+import html
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from minillm.checkpoints.outputs import WholeModel
+from minillm.cli.arguments import PretrainArguments
+from minillm.config import ModelConfig
+from minillm.model import Transformer
+from minillm.reports import summary
+from minillm.training.balance import active_parameters, describe_parameters
+
+FLOOR = 1.2345
+
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run that is over, with training rows, validation rows and a floor."""
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--data_path", "a b.jsonl"])
+    rows = [{"step": s, "split": "train", "loss": 5 - s, "lr": 1e-3 / s, "grad_norm": 0.5 * s} for s in (1, 2, 3)]
+    rows += [{"step": s, "split": "valid", "loss": 4.5 - s, "floor": FLOOR} for s in (2, 3)]
+    (tmp_path / "pretrain_16").mkdir()
+    (tmp_path / "pretrain_16" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    printed = []
+    model = Transformer(ModelConfig(vocab_size=31, **shape))
+    return SimpleNamespace(
+        stage="pretrain",
+        output=WholeModel(),
+        directory=tmp_path / "pretrain_16",
+        args=PretrainArguments(data_path="a b.jsonl", max_seq_len=24),
+        model=model,
+        n_parameters=active_parameters(model),
+        parameters_text=describe_parameters(model),
+        loader=SimpleNamespace(rows=SimpleNamespace(data_hash="ab" * 32, summary={"rows": np.int64(7), "t": (1, 2)})),
+        ranks=SimpleNamespace(world_size=2),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        rows_per_step=6,
+        total_steps=3,
+        step=3,
+        tokens=1234,
+        seconds=2.4,
+        skipped_steps=0,
+        last_eval={"loss": 1.5, "n_targets": 9.0, "bits_per_byte": 0.75, "floor": FLOOR},
+        tracker=SimpleNamespace(print=printed.append),
+        printed=printed,
+        unit="token",
+        alarm=SimpleNamespace(messages=[]),
+    )
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Keep the figures that are drawn, for a look at their axes."""
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib.figure import Figure
+
+    figures, real = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), real(figure, *a, **k))[1])
+    return figures
+
+
+def lines_of(axis):
+    """The curves of an axis by label, each as a list of (x, y)."""
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axis.get_lines()}
+
+
+def test_the_curves_are_the_rows(run, drawn):
+    summary.write_summary(run, [])
+    (figure,) = drawn
+    loss, rate, norm = (lines_of(axis) for axis in figure.axes)
+    assert loss["training"] == [(1, 4), (2, 3), (3, 2)]
+    assert loss["validation"] == [(2, 2.5), (3, 1.5)]
+    assert {y for _, y in loss[f"entropy floor {FLOOR:.3f}"]} == {FLOOR}
+    assert list(rate.values()) == [[(1, 1e-3), (2, 5e-4), (3, 1e-3 / 3)]]
+    assert list(norm.values()) == [[(1, 0.5), (2, 1.0), (3, 1.5)]]
+    assert (run.directory / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_load_of_the_experts_is_drawn_below(drawn, tmp_path):
+    """A row whose steps were all skipped has no share; a layer's busiest expert is told in fair shares."""
+    rows = [
+        {"step": step, "split": "train", "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "expert_share": share}
+        for step, share in [(1, [[0.7, 0.1, 0.2], [1.0, 0.0, 0.0]]), (2, None), (3, [[0.2, 0.3, 0.5], [0.4, 0.3, 0.3]])]
+    ]
+    summary.draw_curves(rows, tmp_path / "x.png", title="t")
+    *_, busiest, entropy = (lines_of(axis) for axis in drawn[0].axes)
+    assert len(drawn[0].axes) == 5
+    for label, (first, last) in {"layer 0": (2.1, 1.5), "layer 1": (3.0, 1.2)}.items():
+        assert [step for step, _ in busiest[label]] == [1, 3]
+        assert [load for _, load in busiest[label]] == pytest.approx([first, last])
+    shares = np.array([0.2, 0.3, 0.5])
+    assert entropy["layer 0"][1] == (3, pytest.approx(-(shares * np.log(shares)).sum() / np.log(3)))
+    assert entropy["layer 1"][0] == (1, 0)
+
+
+def test_facts_and_run_yaml_tell_the_active_share(run):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
+    run.model = Transformer(ModelConfig(vocab_size=31, **shape, **experts))
+    run.n_parameters, run.parameters_text = active_parameters(run.model), describe_parameters(run.model)
+    total, active = run.model.config.num_parameters(), run.model.config.num_parameters(active=True)
+    assert active == total - 2 * 3 * 16 * 8
+    assert summary.summary_facts(run)["parameters"] == f"{total:,} ({active:,} active per token, {active / total:.0%})"
+    summary.write_run_file(run)
+    content = yaml.safe_load((run.directory / "run.yaml").read_text(encoding="utf-8"))
+    assert (content["n_parameters"], content["n_active_parameters"]) == (total, active)
+
+
+@pytest.mark.parametrize("splits", [(), ("train",), ("valid",), ("train", "valid")])
+def test_without_a_floor_there_is_no_line_and_any_rows_will_do(run, drawn, tmp_path, splits):
+    rows = [{"step": 1, "split": split, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0} for split in splits]
+    summary.draw_curves(rows, tmp_path / "x.png", title="t")
+    labels = set(lines_of(drawn[0].axes[0]))
+    assert not any("floor" in label for label in labels)
+    assert ("validation" in labels) == ("valid" in splits)
+
+
+def test_figures_are_closed(run):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    before = plt.get_fignums()
+    summary.write_summary(run, [])
+    assert plt.get_fignums() == before
+
+
+def test_the_page_escapes_what_models_and_users_write(run):
+    nasty = "<script>alert('1')</script> & \"2\""
+    run.args = PretrainArguments(data_path="<b>.jsonl")
+    summary.write_summary(run, [(nasty, nasty + "\n<img>")])
+    page = (run.directory / "summary.html").read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert "<b>.jsonl" not in page
+    assert page.count(html.escape(nasty)) == 2
+    assert page.count("<img") == 1  # the picture
+    assert 'src="data:image/png;base64,' in page
+    assert f"{FLOOR:.4f}" in page
+
+
+def test_facts_say_what_was_done(run):
+    facts = summary.summary_facts(run)
+    assert facts["command"] == "python train_pretrain.py --data_path 'a b.jsonl'"  # can be pasted as it is
+    assert facts["steps"] == "3 of 6 rows x 24 tokens"
+    assert facts["tokens seen"] == "1,234"
+    assert facts["training time"] == "2 s on cpu (bfloat16)"
+    assert facts["parameters"] == f"{run.model.config.num_parameters():,}"
+    assert facts["data"] == f"a b.jsonl (hash {'ab' * 8})"
+    assert facts["validation loss (nats/token)"] == "1.5000"
+    assert facts["bits per byte"] == "0.7500"
+    assert "skipped steps (float16 overflow)" not in facts
+    run.skipped_steps, run.last_eval = 3, {}
+    facts = summary.summary_facts(run)
+    assert facts["skipped steps (float16 overflow)"] == "3"
+    assert not any("validation" in name for name in facts)
+
+
+def test_the_model_card_has_metadata_facts_and_samples(run):
+    summary.write_summary(run, [("a question", "an\nanswer"), ("  ", "after nothing")])
+    card = (run.directory / "README.md").read_text(encoding="utf-8")
+    head, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(head) == {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    for words in ("# pretrain_16", "stage `pretrain`", "| tokens seen | 1,234 |", "**a question**", "![curves]"):
+        assert words in body
+    assert "```\nan\nanswer\n```" in body
+    assert "**(empty)**" in body
+
+
+def test_a_sample_with_backticks_does_not_break_the_card(run):
+    """The fence around a sample must be longer than any run of backticks within it."""
+    summary.write_summary(run, [("code", "```\nprint(1)\n```\n# not a heading")])
+    card = (run.directory / "README.md").read_text(encoding="utf-8")
+    assert "````\n```\nprint(1)\n```\n# not a heading\n````" in card
+
+
+def test_without_matplotlib_only_the_picture_is_missing(run, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    summary.write_summary(run, [("q", "a")])
+    (line,) = run.printed
+    assert "pip install matplotlib" in line
+    page = (run.directory / "summary.html").read_text(encoding="utf-8")
+    assert "pip install matplotlib" in page
+    assert "<img" not in page
+    assert "<pre>a</pre>" in page
+    assert not (run.directory / "summary.png").exists()
+    assert "summary.png" not in (run.directory / "README.md").read_text(encoding="utf-8")  # no link to nothing
+
+
+def test_run_yaml_is_plain_and_complete(run):
+    summary.write_run_file(run)
+    content = yaml.safe_load((run.directory / "run.yaml").read_text(encoding="utf-8"))
+    assert content["resolved"] == {
+        "device": "cpu", "dtype": "bfloat16", "ranks": 2, "rows_per_step": 6, "total_steps": 3
+    }  # fmt: skip
+    assert content["data"] == {"hash": "ab" * 32, "summary": {"rows": 7, "t": [1, 2]}}  # NumPy's numbers are plain
+    assert content["arguments"]["max_seq_len"] == 24
+    assert content["model"]["vocab_size"] == 31
+    assert content["n_parameters"] == run.model.config.num_parameters()
+    assert content["command"] == "train_pretrain.py --data_path 'a b.jsonl'"
+    assert set(content["versions"]) == {"minillm", "torch", "python"}
+    assert not (run.directory / "run.yaml.tmp").exists()
+
+
+def test_the_git_revision_is_one_or_none(monkeypatch):
+    revision = summary.git_revision()
+    assert revision is None or len(revision) == 40
+
+    def no_git(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(summary.subprocess, "run", no_git)
+    assert summary.git_revision() is None
+
+
+def test_preference_tuning_has_its_figures_below(run, drawn):
+    rows = [{"step": s, "split": split, "loss": 1 / s, "lr": 1e-3, "grad_norm": 1.0, "accuracy": s / 4, "kl": 0.1 * s,
+             "reward_chosen": s, "reward_rejected": -s, "log_prob_chosen": -9, "log_prob_rejected": None}
+            for s in (1, 2, 3) for split in ("train", "valid")]  # fmt: skip
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.unit, run.last_eval = "pair", {"loss": 0.6, "accuracy": 0.75}
+    summary.write_summary(run, [])
+    (figure,) = drawn
+    loss, _, _, accuracy, rewards, log_probs, distance = figure.axes
+    assert loss.get_ylabel() == "nats per pair"
+    assert lines_of(accuracy)["accuracy"] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert lines_of(rewards)["reward_rejected"] == [(1, -1), (2, -2), (3, -3)]
+    assert set(lines_of(log_probs)) >= {"log_prob_chosen"}
+    assert "log_prob_rejected" not in lines_of(log_probs)
+    assert len(distance.get_lines()) == 2  # a line of training, dots of validation
+    card = (run.directory / "README.md").read_text()
+    assert "| validation loss (nats/pair) | 0.6000 |" in card
+    assert "| pairs with the chosen reply ahead | 0.7500 |" in card

@@ -1,0 +1,134 @@
+"""The file, the picture and the messages of ``--monitor``."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minillm.config import ModelConfig
+from minillm.lora import apply_lora, lora_parameters
+from minillm.model import Transformer
+from minillm.reports.tracking import read_metrics
+from minillm.reports.watch import Watch, target_warnings
+from minillm.tokenizer import train_bpe
+
+CONFIG = ModelConfig(vocab_size=290, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(iter(["the cat sat on the mat"] * 20), vocab_size=279)
+
+
+class FakeRun:
+    """What ``Watch`` needs of a run: a model, a directory, and something that prints."""
+
+    def __init__(self, directory):
+        torch.manual_seed(0)
+        self.model = Transformer(CONFIG)
+        apply_lora(self.model, rank=3, generator=torch.Generator().manual_seed(1))
+        self.directory, self.printed = directory, []
+        self.tracker = SimpleNamespace(print=self.printed.append)
+        self.args = SimpleNamespace(replay_path="")
+
+
+def even_rows():
+    return SimpleNamespace(target_counts=np.arange(290) % 7)
+
+
+def train(run, watch, steps, lr=1e-3):
+    optimizer = torch.optim.AdamW(lora_parameters(run.model), lr=lr)
+    for step in steps:
+        optimizer.zero_grad()
+        run.model(torch.randint(290, (2, 7), generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        watch.before_update(step)
+        optimizer.step()
+        watch.after_update(step, optimizer)
+
+
+def test_rows_picture_and_notes(tmp_path, tokenizer):
+    run = FakeRun(tmp_path)
+    watch = Watch(run, tokenizer, even_rows(), interval=3)
+    train(run, watch, range(1, 8))
+    watch.finish()
+    rows = read_metrics(tmp_path / "monitor.jsonl")
+    assert [row["step"] for row in rows] == [1, 3, 6]
+    assert set(rows[0]["layers"]) == {name for name, _ in run.model.named_modules() if name.endswith("_proj")}
+    assert any(line.startswith("adapter: median over layers") for line in run.printed[-2:])
+    with Image.open(tmp_path / "monitor.png") as picture:
+        assert picture.size == (1600, 800)
+        colors = picture.convert("RGB").getcolors(maxcolors=1 << 24)
+    assert len(colors) > 50  # curves, not an empty page
+
+
+def test_a_new_run_begins_a_new_file_and_a_resumed_one_goes_on(tmp_path, tokenizer):
+    (tmp_path / "monitor.jsonl").write_text('{"step": 99, "layers": {}}\n')
+    run = FakeRun(tmp_path)
+    watch = Watch(run, tokenizer, even_rows(), interval=2)
+    train(run, watch, range(1, 5))
+    state = json.loads(json.dumps(watch.state()))  # plain values
+    train(run, watch, range(5, 9))  # these are lost: the checkpoint is older
+    later = Watch(run, tokenizer, even_rows(), interval=2)
+    later.load_state(state)
+    train(run, later, range(5, 7))
+    assert [row["step"] for row in read_metrics(tmp_path / "monitor.jsonl")] == [1, 2, 4, 6]
+    unwatched = Watch(run, tokenizer, even_rows(), interval=2)
+    unwatched.load_state(None)
+    train(run, unwatched, range(5, 7))
+    assert [row["step"] for row in read_metrics(tmp_path / "monitor.jsonl")] == [6]
+
+
+def test_warnings_are_printed_and_kept(tmp_path, tokenizer):
+    run = FakeRun(tmp_path)
+    counts = np.zeros(290, dtype=np.int64)
+    counts[tokenizer.token_id("<|im_end|>")], counts[100] = 43, 57
+    watch = Watch(run, tokenizer, SimpleNamespace(target_counts=counts), interval=1)
+    train(run, watch, range(1, 6), lr=0.3)
+    rows = read_metrics(tmp_path / "monitor.jsonl")
+    first, *others = [warning for row in rows for warning in row["warnings"]]
+    assert first.startswith("special tokens are 43% of your targets")
+    assert others[0].startswith("one token, ")
+    assert any("update ratio" in warning for warning in others)
+    said = [f"warning, step {row['step']}: {warning}" for row in rows for warning in row["warnings"]]
+    assert run.printed == said
+
+
+def test_with_replayed_data_the_warning_about_large_steps_says_that_they_may_be_meant(tmp_path, tokenizer):
+    run = FakeRun(tmp_path)
+    run.args.replay_path = "old.jsonl"
+    train(run, Watch(run, tokenizer, even_rows(), interval=1), range(1, 6), lr=0.3)
+    said = [line for line in run.printed if "lower the learning rate" in line]
+    assert said
+    assert all("--replay_path" in line for line in said if "written over" in line)
+    assert any("update ratio" in line and "lower it only if" in line for line in said)
+
+
+def test_ordinary_targets_give_no_warning(tokenizer):
+    assert target_warnings(np.arange(290) % 7, tokenizer) == []
+    assert target_warnings(np.zeros(290, dtype=np.int64), tokenizer) == []
+
+
+def test_one_look_is_drawn_and_none_is_not(tmp_path, tokenizer):
+    run = FakeRun(tmp_path)
+    watch = Watch(run, tokenizer, even_rows(), interval=100)
+    watch.finish()
+    assert not list(tmp_path.iterdir())
+    assert run.printed == []
+    train(run, watch, range(1, 3))  # A has no gradient yet, so there is no ratio
+    watch.finish()
+    assert (tmp_path / "monitor.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_nothing_else_is_lost(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    run = FakeRun(tmp_path)
+    watch = Watch(run, tokenizer, even_rows(), interval=1)
+    train(run, watch, range(1, 3))
+    watch.finish()
+    assert run.printed[-1] == "no monitor.png: drawing needs matplotlib: pip install matplotlib"
+    assert len(read_metrics(tmp_path / "monitor.jsonl")) == 2
