@@ -7,9 +7,9 @@ from typing import Literal
 
 from minillm.cli.command_line import require
 from minillm.cli.scale_arguments import ScaleArguments
-from minillm.data.columns import parse_columns
-from minillm.data.files import expand_paths
-from minillm.data.split import DataFiles
+from minillm.data.sources.columns import parse_columns
+from minillm.data.sources.files import expand_paths
+from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from minillm.checkpoints.checkpoint import holds_a_run
 from minillm.config import PRESETS, ModelConfig
-from minillm.data.known_names import DEMO_DATA, find_known_data
+from minillm.data.sources.known_names import DEMO_DATA, find_known_data
 from minillm.errors import UserError
 from minillm.hub.names import (
     DEMO,

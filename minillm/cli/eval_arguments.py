@@ -8,8 +8,8 @@ import tyro
 
 from minillm.cli.command_line import require
 from minillm.cli.model_arguments import ModelArguments
-from minillm.data.columns import parse_columns
-from minillm.data.files import expand_paths
+from minillm.data.sources.columns import parse_columns
+from minillm.data.sources.files import expand_paths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from minillm.cli.arguments import SFTArguments
 from minillm.cli.command_line import require
-from minillm.data.files import expand_paths
-from minillm.data.split import DataFiles
+from minillm.data.sources.files import expand_paths
+from minillm.data.sources.split import DataFiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from minillm.data.pairs import JudgedRows, PairRows
 from minillm.data.reason_rows import ReasonRows
 from minillm.data.replay import ReplayRows
 from minillm.data.schema import Record, read_prompts, read_records
-from minillm.data.split import DataFiles
+from minillm.data.sources.split import DataFiles
 from minillm.data.text import TextRows
 
 __all__ = [

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm.data.cache.shards import TokenStore, prepare
 from minillm.data.packing import NO_LIMIT, PackedRows, Pieces, check_max_seq_len
-from minillm.data.shards import TokenStore, prepare
-from minillm.data.split import DataFiles
+from minillm.data.sources.split import DataFiles
 from minillm.data.turns import answer_turns
 from minillm.errors import UserError
 

@@ -29,9 +29,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.data.rejects import count_reasons
-from minillm.data.shards import TokenStore, encoding_identity, split_paths
-from minillm.data.split import DataFiles
+from minillm.data.cache.shards import TokenStore, encoding_identity, split_paths
+from minillm.data.sources.rejects import count_reasons
+from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
 
 IGNORE_INDEX = -100

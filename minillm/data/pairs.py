@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.data.cache.shards import TokenStore, prepare
 from minillm.data.packing import PackedRows, Pieces, assemble, best_fit, check_max_seq_len
-from minillm.data.shards import TokenStore, prepare
-from minillm.data.split import DataFiles
+from minillm.data.sources.split import DataFiles
 from minillm.data.turns import answer_turns
 from minillm.errors import UserError
 

@@ -12,13 +12,13 @@ from typing import Literal
 
 import numpy as np
 
+from minillm.data.cache.shards import split_paths
 from minillm.data.chat import ChatRows
-from minillm.data.known_names import DEMO_DATA, find_known_data
 from minillm.data.packing import IGNORE_INDEX, PackedRows
-from minillm.data.rejects import MAX_REJECTED_SHARE
 from minillm.data.schema import read_records
-from minillm.data.shards import split_paths
-from minillm.data.split import DataFiles
+from minillm.data.sources.known_names import DEMO_DATA, find_known_data
+from minillm.data.sources.rejects import MAX_REJECTED_SHARE
+from minillm.data.sources.split import DataFiles
 from minillm.data.text import TextRows
 from minillm.errors import UserError, script
 from minillm.terminal import BLACK_ON_GREEN, DIM, RESET, use_colour

@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minillm.data.columns import ANSWERS, CONVERSATIONS, QUESTIONS, parse_columns, rename_columns
-from minillm.data.files import check_file, data_suffix, expand_paths, read_lines, read_raw
-from minillm.data.messages import MEDIA, as_list, is_empty, normal_messages, refuse_tools
-from minillm.data.rejects import publish_rejected, reject_line
+from minillm.data.sources.columns import ANSWERS, CONVERSATIONS, QUESTIONS, parse_columns, rename_columns
+from minillm.data.sources.files import check_file, data_suffix, expand_paths, read_lines, read_raw
+from minillm.data.sources.messages import MEDIA, as_list, is_empty, normal_messages, refuse_tools
+from minillm.data.sources.rejects import publish_rejected, reject_line
 from minillm.errors import UserError
 from minillm.tokenizer.chat import check_messages
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm.data.cache.shards import TokenStore, prepare
 from minillm.data.packing import PackedRows, Pieces, check_max_seq_len, cut_long
-from minillm.data.shards import TokenStore, prepare
-from minillm.data.split import DataFiles
+from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
 
 PACKINGS = ("stream", "best_fit", "none")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minillm.data.shards import Shard, TokenStore
+from minillm.data.cache.shards import Shard, TokenStore
 
 SCAN = 1 << 24  # mask entries looked at together
 

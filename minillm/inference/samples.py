@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 
 from minillm.data import DataFiles, Record, read_records
-from minillm.data.shards import split_paths
+from minillm.data.cache.shards import split_paths
 from minillm.errors import UserError
 from minillm.inference.generate import generate
 from minillm.tokenizer.chat import encode_chat

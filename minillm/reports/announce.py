@@ -4,8 +4,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from minillm.data.rejects import check_rejected
 from minillm.data.report import data_lines
+from minillm.data.sources.rejects import check_rejected
 from minillm.reports.tracking import duration, rate
 
 FEW_UPDATES = 50

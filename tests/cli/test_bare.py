@@ -11,7 +11,7 @@ from minillm.cli.command_line import parse
 from minillm.cli.distill_arguments import DistillArguments
 from minillm.cli.lora_arguments import LoRAArguments
 from minillm.config import ModelConfig
-from minillm.data.known_names import KNOWN_NAMES
+from minillm.data.sources.known_names import KNOWN_NAMES
 from minillm.errors import UserError
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minillm.checkpoints import checkpoint
-from minillm.data.shards import TokenStore
+from minillm.data.cache.shards import TokenStore
 from minillm.distributed.parallel import Engine
 from minillm.model import KVCache, transformer
 from minillm.training import optim

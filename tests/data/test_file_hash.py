@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minillm.data import file_hash as module
-from minillm.data.file_hash import file_hash
+from minillm.data.cache import file_hash as module
+from minillm.data.cache.file_hash import file_hash
 
 
 @pytest.fixture

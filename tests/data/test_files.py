@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 
-from minillm.data import files
-from minillm.data.files import check_file, expand_paths, guess_encoding, read_lines, read_raw
 from minillm.data.schema import read_records
+from minillm.data.sources import files
+from minillm.data.sources.files import check_file, expand_paths, guess_encoding, read_lines, read_raw
 from minillm.errors import UserError
 
 TEXTS = ["狐狸在河边。", 'a "quoted", cell', "two\nlines", "[1, 2]", "end"]

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.data import packing
+from minillm.data.cache.shards import TokenStore, prepare
 from minillm.data.packing import Pieces, assemble, best_fit, check_max_seq_len, cut_long
-from minillm.data.shards import TokenStore, prepare
 from minillm.errors import UserError
 
 

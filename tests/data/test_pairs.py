@@ -162,7 +162,7 @@ def test_a_bad_pair_is_set_aside_and_the_others_stay_pairs(write, tokenizer, tmp
 
 def test_prompts_that_become_other_tokens_are_set_aside(write, tokenizer, tmp_path, monkeypatch):
     """As a template that draws something for each conversation would make them."""
-    shards = pytest.importorskip("minillm.data.shards")
+    shards = pytest.importorskip("minillm.data.cache.shards")
     encode, calls = shards.encode_chats, []
 
     def drawn(tokenizer, conversations, **options):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.data.rejects import check_rejected, count_reasons, publish_rejected, reject_line
+from minillm.data.sources.rejects import check_rejected, count_reasons, publish_rejected, reject_line
 from minillm.errors import UserError
 
 

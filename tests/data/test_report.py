@@ -5,7 +5,16 @@ import pytest
 
 from minillm.data.batches import collate
 from minillm.data.chat import ChatRows
-from minillm.data.report import CONTEXT, RESET, TARGET, colour_targets, data_lines, data_report, format_report, main
+from minillm.data.report import (
+    CONTEXT,
+    RESET,
+    TARGET,
+    colour_targets,
+    data_lines,
+    data_report,
+    format_report,
+    main,
+)
 from minillm.data.text import TextRows
 from minillm.tokenizer.chat import encode_chat
 

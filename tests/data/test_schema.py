@@ -4,8 +4,8 @@ from itertools import islice
 
 import pytest
 
-from minillm.data.rejects import reason_kind
 from minillm.data.schema import parse_prompt, parse_record, read_prompts, read_records
+from minillm.data.sources.rejects import reason_kind
 from minillm.errors import UserError
 
 USER = {"role": "user", "content": "q"}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minillm.data.sealed import read_sealed, write_sealed
+from minillm.data.cache.sealed import read_sealed, write_sealed
 
 CONTENT = {"lengths": [3, 1, 2], "dtype": "float32", "sizes": {"a.bin": 24, "b.bin": 0}, "name": "小明", "none": None}
 

@@ -10,8 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from minillm.data import ChatRows, DataFiles, PairRows, TextRows, shards
-from minillm.data.shards import TokenStore, prepare, split_paths
+from minillm.data import ChatRows, DataFiles, PairRows, TextRows
+from minillm.data.cache import shards
+from minillm.data.cache.shards import TokenStore, prepare, split_paths
 from minillm.errors import UserError
 from minillm.tokenizer.chat import encode_chat
 
@@ -166,7 +167,8 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(write, tokenizer, t
     path = write("a.jsonl", [{"text": f"the fox {n}"} for n in range(50)])
     code = """
         import sys, time
-        from minillm.data import ChatRows, PairRows, TextRows, shards
+        from minillm.data import ChatRows, PairRows, TextRows
+        from minillm.data.cache import shards
         from minillm.tokenizer import load_tokenizer
         shards.CHUNK_CHARS = 100
         append = shards._append

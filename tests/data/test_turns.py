@@ -3,7 +3,7 @@
 import pytest
 
 from minillm.data import turns
-from minillm.data.shards import TokenStore, prepare
+from minillm.data.cache.shards import TokenStore, prepare
 from minillm.tokenizer import encode_chat
 
 

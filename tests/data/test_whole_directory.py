@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from minillm.data import whole_directory
-from minillm.data.shards import prepare
-from minillm.data.whole_directory import build_directory
+from minillm.data.cache import whole_directory
+from minillm.data.cache.shards import prepare
+from minillm.data.cache.whole_directory import build_directory
 
 WHOLE = "all of it"
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from minillm.data import files
+from minillm.data.cache.shards import prepare
 from minillm.data.chat import ChatRows
 from minillm.data.pairs import JudgedRows, PairRows
 from minillm.data.reason_rows import ReasonRows
 from minillm.data.schema import parse_prompt, parse_record, read_records
-from minillm.data.shards import prepare
+from minillm.data.sources import files
 from minillm.data.text import TextRows
 from minillm.errors import UserError
 

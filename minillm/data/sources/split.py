@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minillm.data.columns import parse_columns
 from minillm.data.schema import Record
+from minillm.data.sources.columns import parse_columns
 from minillm.errors import UserError
 
 

@@ -30,15 +30,15 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm.data.file_hash import file_hash
-from minillm.data.files import check_file, expand_paths
+from minillm.data.cache.file_hash import file_hash
+from minillm.data.cache.sealed import read_sealed, write_sealed
+from minillm.data.cache.whole_directory import build_directory
 from minillm.data.judged import mismatched
 from minillm.data.reasoning import parse_reasoning
-from minillm.data.rejects import publish_rejected, reject_line
 from minillm.data.schema import Record, read_records
-from minillm.data.sealed import read_sealed, write_sealed
-from minillm.data.split import DataFiles
-from minillm.data.whole_directory import build_directory
+from minillm.data.sources.files import check_file, expand_paths
+from minillm.data.sources.rejects import publish_rejected, reject_line
+from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
 from minillm.terminal import progress, shows_progress
 from minillm.tokenizer.chat import encode_chat, encode_chats

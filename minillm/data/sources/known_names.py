@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minillm.data.files import SUFFIXES
+from minillm.data.sources.files import SUFFIXES
 
 DEMO_DATA = "dataset/demo"  # where dataset/make_demo.py writes
 HELD_OUT = ("valid", "test", "eval")  # a file whose name has one of these is not training data
