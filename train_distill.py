@@ -12,9 +12,9 @@ Reads top to bottom: arguments, run, models, data, optimizer, the loop, save.
 
 from minillm.cli.command_line import parse, script
 from minillm.cli.distill_arguments import DistillArguments
-from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import DataFiles, StepBatches
 from minillm.data.report import open_rows
+from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference import generate
 from minillm.inference.samples import sample_answers, sample_completions
 from minillm.losses import causal_lm_loss

@@ -13,8 +13,8 @@ import torch
 from minillm.checkpoints.outputs import AdapterAlone
 from minillm.cli.command_line import parse, script
 from minillm.cli.preference_arguments import PreferenceArguments
-from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import DataFiles, JudgedRows, PairRows, StepBatches
+from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.objectives.preference import PreferenceLoss

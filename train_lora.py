@@ -12,8 +12,8 @@ import torch
 from minillm.checkpoints.outputs import AdapterAlone
 from minillm.cli.command_line import parse, script
 from minillm.cli.lora_arguments import LoRAArguments
-from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import ChatRows, DataFiles, ReplayRows, StepBatches
+from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss

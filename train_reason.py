@@ -14,8 +14,8 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 
 from minillm.cli.command_line import parse, script
 from minillm.cli.reason_arguments import ReasonArguments
-from minillm.cli.weights import create_model, find_tokenizer
 from minillm.data import ChatRows, DataFiles, ReasonRows, ReplayRows, StepBatches
+from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.losses import causal_lm_loss
 from minillm.reports.dry_run import dry_run

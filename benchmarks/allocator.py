@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from benchmarks import train_step
 from benchmarks.common import format_table, median_ratio, turns, write_json
 from minillm.cli.command_line import parse, require, script
-from minillm.reports.hardware import keep_freed_memory
+from minillm.hardware import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)

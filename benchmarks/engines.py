@@ -139,12 +139,12 @@ def memory_of(args: Arguments, engine: str, dtype: str, out: Path) -> list[float
 
 def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
     """Train three steps on this rank and write down its peak of memory."""
+    from minillm import hardware
     from minillm.cli.arguments import PretrainArguments
     from minillm.config import ModelConfig
     from minillm.data import StepBatches
     from minillm.losses import causal_lm_loss
     from minillm.model import Transformer
-    from minillm.reports import hardware
     from minillm.training.optim import adamw
     from minillm.training.run import Run
     from tests.contracts.harness import RaggedRows

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from benchmarks.common import format_table, write_json
 from minillm.cli.command_line import parse, require, script
 from minillm.cli.eval_arguments import EvalArguments
-from minillm.cli.weights import check_tokenizer, scale_positions
 from minillm.data import read_records
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
+from minillm.hub.weights import check_tokenizer, scale_positions
 from minillm.model import Transformer
 from minillm.tokenizer import load_tokenizer
 

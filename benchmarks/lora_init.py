@@ -27,8 +27,8 @@ from benchmarks.lora_trials import run_trial
 from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.evaluation import bleu, exact_match, rouge
+from minillm.hardware import keep_freed_memory
 from minillm.lora.init import Init
-from minillm.reports.hardware import keep_freed_memory
 
 STEPS_SHOWN = (1, 10, 100, 1000)
 

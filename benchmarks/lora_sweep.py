@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from benchmarks.common import format_table, over_seeds, shown, write_json
 from benchmarks.lora_trials import run_trial
 from minillm.cli.command_line import parse, require, script
-from minillm.reports.hardware import keep_freed_memory
+from minillm.hardware import keep_freed_memory
 
 # name: (flag of train_lora.py, values)
 SETTINGS: dict[str, tuple[str, tuple]] = {

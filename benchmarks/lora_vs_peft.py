@@ -27,11 +27,11 @@ from benchmarks.common import Side, format_table, median_ratio, peak_bytes, turn
 from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
 from minillm.errors import UserError, missing_package
+from minillm.hardware import keep_freed_memory
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.precision import choose_device
-from minillm.reports.hardware import keep_freed_memory
 
 SHAPES = {"small": ("small", 512, 4), "demo": ("demo", 256, 8)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -25,10 +25,10 @@ from torch import Tensor
 from benchmarks.common import format_table, median_ratio, peak_bytes, turns, write_json
 from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
+from minillm.hardware import keep_freed_memory
 from minillm.losses import causal_lm_loss, dpo_loss, linear_distill_loss, linear_log_probs, sequence_log_probs
 from minillm.model import Transformer
 from minillm.precision import autocast, choose_device
-from minillm.reports.hardware import keep_freed_memory
 
 # name: (student's width, blocks, teacher's width, B rows, T positions)
 SHAPES = {"narrow": (128, 4, 256, 4, 256), "wide": (256, 6, 512, 4, 512), "demo": (64, 4, 128, 8, 128)}

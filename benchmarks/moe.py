@@ -31,11 +31,11 @@ from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
 from minillm.data import StepBatches, TextRows
 from minillm.errors import UserError
+from minillm.hardware import keep_freed_memory
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.model.moe import MoE
 from minillm.precision import autocast, choose_device, choose_dtype
-from minillm.reports.hardware import keep_freed_memory
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import load_tokenizer
 from minillm.training.optim import adamw

@@ -39,10 +39,10 @@ from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
 from minillm.data import ChatRows, StepBatches, collate
 from minillm.errors import UserError
+from minillm.hardware import keep_freed_memory
 from minillm.losses import causal_lm_loss, count_targets
 from minillm.model import Transformer
 from minillm.precision import choose_device
-from minillm.reports.hardware import keep_freed_memory
 from minillm.tokenizer import load_tokenizer
 
 DEMO_DATA, DEMO_TOKENIZER = "dataset/demo/sft_train.jsonl", "out/demo/tokenizer"

@@ -29,8 +29,10 @@ import torch
 from benchmarks.common import MAPPED, format_table, resident, write_json
 from minillm.cli.command_line import parse, require, script
 from minillm.config import ModelConfig
-from minillm.distributed.parallel import Engine, Ranks
+from minillm.distributed.engine import Engine
+from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
+from minillm.hardware import keep_freed_memory
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import RouterStats, Transformer
@@ -39,7 +41,6 @@ from minillm.plan.engines import layout
 from minillm.plan.memory import peak
 from minillm.plan.parameters import count_parameters, meta_model
 from minillm.precision import autocast, grad_scaler
-from minillm.reports.hardware import keep_freed_memory
 from minillm.training.optim import adamw
 
 MIB = 2**20

@@ -28,8 +28,8 @@ from benchmarks.common import call_script, format_table, over_seeds, shown, writ
 from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.evaluation import evaluate_reasoning, exact_match, like_chosen, preference_accuracy
+from minillm.hardware import keep_freed_memory
 from minillm.hub.huggingface import load_model
-from minillm.reports.hardware import keep_freed_memory
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import load_tokenizer
 

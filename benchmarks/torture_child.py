@@ -185,9 +185,9 @@ def _child(stage: str, argv: list[str], plan: Plan, writer: int, files: list[Pat
 
 
 def _tell_events(writer: int) -> None:
+    from minillm import hardware
     from minillm.checkpoints import checkpoint
     from minillm.checkpoints.interrupt import StopSignals
-    from minillm.reports import hardware
     from minillm.training.run import Run
 
     # What would take most of so short a run and is no part of it: pictures, and the measuring of the processor.

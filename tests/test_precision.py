@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minillm import precision
-from minillm.distributed.parallel import Engine, Ranks
+from minillm.distributed.engine import Engine
+from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")

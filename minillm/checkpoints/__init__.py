@@ -1,0 +1,1 @@
+"""Files that are whole or absent: saving beside the training, resuming, locks, signals."""

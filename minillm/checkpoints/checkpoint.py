@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minillm.errors import UserError
 from minillm.files import sha256
@@ -202,17 +201,6 @@ def find_damage(path: Path) -> str | None:
 def load_state(path: Path) -> dict:
     """Return the training state of a checkpoint, on the CPU."""
     return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-
-
-def map_tensors(tree, function):
-    """Return nested containers like ``tree``, with ``function`` of each tensor in its place."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, function) for value in tree)
-    return tree
 
 
 def seed_everything(seed: int) -> None:

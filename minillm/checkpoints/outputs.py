@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
 from minillm.files import use_umask
+from minillm.hub.adapters import adapter_directory
 from minillm.hub.huggingface import load_model, save_model
-from minillm.hub.names import find_adapter, run_name
+from minillm.hub.names import run_name
 from minillm.lora import save_lora
 from minillm.lora.base import BASE
-from minillm.lora.merge import merge_adapters
 from minillm.lora.state import load_trained_state, trained_state
 
 TRAINED = "trained.safetensors"
@@ -97,30 +97,3 @@ class AdapterAlone(WholeModel):
         args = self.args
         return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
                 **{f"adapter's {key}": str(value) for key, value in asdict(args.lora_config).items()}}  # fmt: skip
-
-
-def adapter_directory(name: str, *, save_dir: str, config) -> Path:
-    """Return the directory of the adapter ``name`` for a model of the shape ``config``."""
-    stage = run_name(name, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
-    return Path(save_dir) / "lora" / stage
-
-
-def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
-    """Add the adapters that ``--lora_name`` names to the weights of ``model``; return where they were.
-
-    ``said`` is a name, a directory or a ``.pth``, or several with their weights: ``cooking:0.7,medical:0.3``.
-
-    Raises:
-        UserError: nothing there (the message lists the adapters there are), or it does not fit the model.
-    """
-    chosen = []
-    for part in filter(None, map(str.strip, said.split(","))):
-        name, colon, weight = part.partition(":")
-        try:
-            share = float(weight) if colon else 1.0
-        except ValueError:
-            raise UserError(f"--lora_name {said}: {weight!r} is no weight; write NAME:0.7,OTHER:0.3") from None
-        suffix = run_name("", hidden_size=model.config.hidden_size, has_experts=bool(model.config.num_experts))
-        chosen.append((find_adapter(name, save_dir=save_dir, model_suffix=suffix), share))
-    merge_adapters(model, chosen)  # answers then cost what the model alone costs
-    return [path for path, _ in chosen]

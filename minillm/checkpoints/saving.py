@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.checkpoints import checkpoint, resume
-from minillm.distributed.parallel import changing_state
+from minillm.distributed.engine import changing_state, map_tensors
 from minillm.errors import UserError
 from minillm.lora.layer import adapted_layers
 
@@ -141,7 +141,7 @@ class Saver:
 
 def copied(tree):
     """Return a copy of nested containers, tensors on the CPU; nothing that training changes is shared."""
-    return checkpoint.map_tensors(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
+    return map_tensors(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
 def n_bytes_of(tree) -> int:

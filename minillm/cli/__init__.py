@@ -1,0 +1,1 @@
+"""The command line: what flags mean, and every program's arguments."""

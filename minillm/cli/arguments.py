@@ -1,6 +1,5 @@
 """The arguments of every script, as frozen dataclasses; field docstrings are the help texts."""
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -211,11 +210,6 @@ class SFTArguments(TrainArguments):
     """best_fit: several conversations per row, which never see each other; none: one per row."""
     train_on: Literal["all", "last", "per_turn"] = "all"
     """Which assistant turns are targets: all, the last one, or each one in a row of its own."""
-
-
-def as_dict(arguments) -> dict:
-    """Return the arguments as a plain dictionary (for ``run.yaml`` and trackers)."""
-    return dataclasses.asdict(arguments)
 
 
 @dataclass(frozen=True, kw_only=True)

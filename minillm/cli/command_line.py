@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -18,6 +17,7 @@ import yaml
 
 from minillm.cli.bare import choose, flag_value
 from minillm.cli.help import format_help, program
+from minillm.distributed.launcher import on_first_rank
 from minillm.errors import UserError, after_the_first_rank
 from minillm.errors import script as script
 
@@ -57,29 +57,6 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
     if hasattr(arguments, "check"):
         arguments.check()
     return arguments
-
-
-def on_first_rank() -> bool:
-    """Return whether this process is the first of its job, which speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def resume_command() -> str:
-    """Return the command line of this process with ``--from_resume`` added."""
-    words, is_value = [], False
-    for word in sys.argv:
-        is_value = is_value and not word.startswith("-")  # --from_resume 1
-        if not is_value and not word.startswith("--from_resume"):
-            words.append(word)
-        is_value = word == "--from_resume"
-    n_nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    n_here, n_all = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")  # set by torchrun; by all
-    launcher = ["torchrun", "--nproc_per_node", n_here] if n_here else ["python"]
-    if n_all and not n_here:
-        launcher = ["deepspeed", "--num_gpus", n_all]
-    if n_nodes > 1:
-        launcher = ["torchrun", "--nnodes", str(n_nodes), "...", "--nproc_per_node", n_here]
-    return shlex.join([*launcher, *(word for word in words if not word.startswith("--local_rank=")), "--from_resume"])
 
 
 def _as_text(word: str) -> str:

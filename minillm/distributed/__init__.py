@@ -1,0 +1,1 @@
+"""Several processes: ranks, and the engines that make one gradient of theirs."""

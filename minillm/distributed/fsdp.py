@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minillm.checkpoints.checkpoint import map_tensors
-from minillm.distributed.parallel import MOMENTS, Engine, changing_state
+from minillm.distributed.engine import MOMENTS, Engine, changing_state, map_tensors
 
 
 class FSDP(Engine):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minillm.distributed.parallel import MOMENTS, Engine, changing_state
+from minillm.distributed.engine import MOMENTS, Engine, changing_state
 from minillm.errors import UserError, missing_package
 
 

@@ -3,13 +3,13 @@
 Answers that come with their reasoning and replies that people compare have measures of their own.
 """
 
-from minillm.cli.open_model import open_model
 from minillm.evaluation.answer_loss import AnswerLoss, answer_loss
 from minillm.evaluation.exact_match import ExactMatch, exact_match
 from minillm.evaluation.perplexity import Perplexity, perplexity
 from minillm.evaluation.preference import PreferenceScore, like_chosen, preference_accuracy
 from minillm.evaluation.reasoning import ReasoningScore, evaluate_reasoning, pass_at_k, read_answer
 from minillm.evaluation.text_metrics import Bleu, Rouge, bleu, rouge
+from minillm.hub.open_model import open_model
 
 __all__ = [
     "AnswerLoss", "Bleu", "ExactMatch", "Perplexity", "PreferenceScore", "ReasoningScore", "Rouge", "answer_loss",

@@ -1,0 +1,1 @@
+"""Models on disk: Hugging Face directories, bare state dicts, and what people call them."""

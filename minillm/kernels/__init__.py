@@ -1,0 +1,1 @@
+"""Faster bodies of plain expressions; they import nothing but torch."""

@@ -6,6 +6,8 @@ Balance loss: Fedus et al., Switch Transformer (2021), section 2.2, per sequence
 Legend: B rows, T positions, E experts, k experts per token.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -111,3 +113,10 @@ class RouterStats:
         self.counts = counts if self.counts is None else self.counts + counts
         self.sums = sums if self.sums is None else self.sums + sums
         return torch.stack(terms).sum()
+
+
+def relative_entropy(shares: list[float]) -> float:
+    """Return −Σ p ln p / ln E: 1 when all experts are equally busy, 0 when one does everything."""
+    if len(shares) == 1:
+        return 1.0
+    return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares))

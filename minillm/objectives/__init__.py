@@ -1,0 +1,1 @@
+"""What stands between a batch and its loss: references, teachers, a student's own answers."""

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.cli.weights import other_format, preset_config, pth_config
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import find_weights
+from minillm.hub.weights import other_format, preset_config, pth_config
 from minillm.losses import top_k_teacher
 from minillm.objectives.column_cache import cached_columns, model_hash
 from minillm.reports import announce

@@ -9,7 +9,7 @@ Nothing is allocated: the model is built of shapes alone.
 import json
 
 from minillm.cli.command_line import parse, script
-from minillm.cli.plan_arguments import PlanArguments
+from minillm.plan.arguments import PlanArguments
 from minillm.plan.report import make_plan
 from minillm.plan.text import format_plan
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from minillm.config import ModelConfig
 from minillm.model import Transformer
+from minillm.model.sizes import flops_per_token
 from minillm.plan.activations import uses_blocks, visible_pairs
-from minillm.training.balance import flops_per_token
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from minillm import hardware
 from minillm.errors import UserError
-from minillm.reports import hardware
 
 # What a process holds on a GPU beside tensors: a CUDA context with its kernels, the workspace of the matrix products,
 # with several ranks NCCL's channels. An assumption, not a measurement.

@@ -13,7 +13,7 @@ from minillm.config import ModelConfig
 from minillm.lora import apply_lora
 from minillm.model import Transformer
 from minillm.model.moe import Experts
-from minillm.training.balance import active_parameters, trained_parameters
+from minillm.model.sizes import active_parameters, trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

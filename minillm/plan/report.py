@@ -4,8 +4,8 @@ import dataclasses
 from functools import cache
 from typing import Any
 
-from minillm.cli.plan_arguments import PlanArguments
 from minillm.plan.activations import Step, kept_activations
+from minillm.plan.arguments import PlanArguments
 from minillm.plan.engines import ENGINES, layout, snapshot_bytes
 from minillm.plan.flops import Flops, attention_shares, chinchilla_tokens, count_flops, hours
 from minillm.plan.gpus import GPU, find_gpu

@@ -1,0 +1,1 @@
+"""What a run tells people: header and footer, metrics, warnings, pictures, pages."""

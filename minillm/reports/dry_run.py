@@ -2,10 +2,10 @@
 
 import time
 
+from minillm import hardware
 from minillm.data.report import colour_targets, data_report, format_report
-from minillm.reports import hardware
+from minillm.model.sizes import describe_parameters, trained_parameters
 from minillm.terminal import use_colour
-from minillm.training.balance import describe_parameters, trained_parameters
 
 
 def dry_run(run, loader, tokenizer, loss, *, prepare=lambda micro_batches, training: micro_batches) -> None:

@@ -16,9 +16,8 @@ import yaml
 
 import minillm
 from minillm.checkpoints.lock import writable
-from minillm.cli.arguments import as_dict
+from minillm.model.router_stats import relative_entropy
 from minillm.reports.tracking import read_metrics
-from minillm.training.balance import relative_entropy
 
 
 def write_run_file(run) -> None:
@@ -26,7 +25,7 @@ def write_run_file(run) -> None:
     content = {
         "stage": run.stage,
         "command": shlex.join(sys.argv),
-        "arguments": as_dict(run.args),
+        "arguments": dataclasses.asdict(run.args),
         "resolved": {
             "device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "ranks": run.ranks.world_size,
             "rows_per_step": run.rows_per_step, "total_steps": run.total_steps,

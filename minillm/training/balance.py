@@ -3,14 +3,13 @@
 Legend: L sparse layers, E experts.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from minillm.distributed.parallel import Ranks
+from minillm.distributed.ranks import Ranks
 from minillm.model import RouterStats
 from minillm.model.moe import Router, update_router_bias
+from minillm.model.router_stats import relative_entropy
 
 
 class Balance:
@@ -105,35 +104,3 @@ class Balance:
         if self.stats is not None:
             device = next(self.model.parameters()).device
             self._window = None if state is None else (state[0].to(device), state[1].to(device))
-
-
-def relative_entropy(shares: list[float]) -> float:
-    """Return −Σ p ln p / ln E: 1 when all experts are equally busy, 0 when one does everything."""
-    if len(shares) == 1:
-        return 1.0
-    return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares))
-
-
-def active_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return (number of parameters, number of those that one token goes through)."""
-    total = sum(p.numel() for p in model.parameters())
-    return total, total - (model.config.num_parameters() - model.config.num_parameters(active=True))
-
-
-def describe_parameters(model: nn.Module) -> str:
-    """Return the number of parameters as text, with the active share where there are experts, and the trained one."""
-    total, active = active_parameters(model)
-    trained = trained_parameters(model)
-    text = f"{total:,}" if active == total else f"{total:,} ({active:,} active per token, {active / total:.0%})"
-    return text if trained in (0, total) else f"{text}, {trained:,} of them trained ({trained / total:.2%})"
-
-
-def trained_parameters(model: nn.Module) -> int:
-    """Return the number of parameters that have gradients."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """Return the operations of a training step per token; frozen weights save a third, their own gradient."""
-    whole, trained = model.config.flops_per_token(seq_len), trained_parameters(model)
-    return whole if trained == active_parameters(model)[0] else whole * 2 / 3 + 6 * trained

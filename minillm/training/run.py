@@ -5,6 +5,7 @@ script; counting targets, scaling, averaging over ranks, clipping, stepping, log
 resuming happen here, once for every stage.
 """
 
+import dataclasses
 import math
 import signal
 import time
@@ -15,27 +16,30 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from minillm import precision
+from minillm import hardware, precision
 from minillm.checkpoints import checkpoint, resume
 from minillm.checkpoints.interrupt import Interrupted, StopSignals
 from minillm.checkpoints.lock import lock_directory, writable
 from minillm.checkpoints.nonfinite import stop_for_nonfinite
 from minillm.checkpoints.outputs import WholeModel
 from minillm.checkpoints.saving import Saver
-from minillm.cli.arguments import TrainArguments, as_dict
 from minillm.distributed import engines
-from minillm.distributed.parallel import Engine, Ranks, StepBatchesOnDevice
+from minillm.distributed.engine import Engine
+from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
 from minillm.kernels.compiled import compile_blocks
 from minillm.losses import count_targets
 from minillm.model import RouterStats
-from minillm.reports import announce, hardware
+from minillm.model.sizes import active_parameters, describe_parameters, flops_per_token
+from minillm.reports import announce
 from minillm.reports.divergence import LossAlarm, advice_of
 from minillm.reports.measures import NO_MEASURES, Measures
 from minillm.reports.summary import write_run_file, write_summary
 from minillm.reports.tracking import NotWatched, Tracker, rate
-from minillm.training.balance import Balance, active_parameters, describe_parameters, flops_per_token
+from minillm.training import endings
+from minillm.training.balance import Balance
 from minillm.training.schedule import Schedule, schedule_factor
+from minillm.training.step import StepBatchesOnDevice
 from minillm.training.validation import evaluate_loss
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
@@ -56,7 +60,7 @@ class Run:
 
     def __init__(
         self,
-        args: TrainArguments,
+        args,
         *,
         stage: str,
         engine: type[Engine] | None = None,
@@ -106,7 +110,7 @@ class Run:
         if kind is None or issubclass(kind, Interrupted):
             self.ranks.stop()
         elif kind is not None:
-            engines.explain(error, self)
+            endings.explain(error, self)
 
     # ---- before the loop -------------------------------------------------------------------------------------
 
@@ -211,8 +215,9 @@ class Run:
         )
         self.tracker.run_id = run_id  # kept for later runs, whether this one tells anyone or not
         if args.use_wandb:
+            config = dataclasses.asdict(args)
             self.ranks.main_alone(
-                lambda: self.tracker.start_wandb(project=args.wandb_project, config=as_dict(args), run_id=run_id)
+                lambda: self.tracker.start_wandb(project=args.wandb_project, config=config, run_id=run_id)
             )
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
@@ -411,7 +416,7 @@ class Run:
         return bool(self.ranks.sum(torch.tensor(float(self.signals.caught), device=self.device)))
 
     def _stop(self) -> NoReturn:
-        engines.stop(self, int(self.signals.caught or signal.SIGTERM))
+        endings.stop(self, int(self.signals.caught or signal.SIGTERM))
 
     def _advance(self, loss_sum: float, applied: bool) -> None:
         elapsed = time.perf_counter() - self._began

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillm.checkpoints.outputs import AdapterAlone, WholeModel, add_adapters
+from minillm.checkpoints.outputs import AdapterAlone, WholeModel
 from minillm.errors import UserError
+from minillm.hub.adapters import add_adapters
 from minillm.hub.huggingface import load_model
 from minillm.lora import LoRAConfig, apply_lora, load_lora, save_lora
 from minillm.lora.layer import adapted_layers

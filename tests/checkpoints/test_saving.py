@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from minillm.checkpoints import checkpoint, saving
 from minillm.checkpoints.checkpoint import list_checkpoints, load_state, newest_checkpoint, save_checkpoint
 from minillm.checkpoints.saving import ModelCopy, Saver, copied, n_bytes_of
-from minillm.distributed.parallel import changing_state
+from minillm.distributed.engine import changing_state
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.lora import apply_lora

@@ -8,9 +8,9 @@ from minillm.cli.arguments import PretrainArguments
 from minillm.cli.command_line import parse
 from minillm.cli.eval_arguments import EvalArguments
 from minillm.cli.model_arguments import EXPERT_FLAGS, ModelArguments
-from minillm.cli.weights import preset_config
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
+from minillm.hub.weights import preset_config
 
 
 @pytest.fixture

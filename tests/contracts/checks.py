@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from minillm.config import ModelConfig
 from minillm.data import ChatRows
-from minillm.distributed.parallel import Engine
+from minillm.distributed.engine import Engine
 from minillm.losses import causal_lm_loss
 from minillm.model import KVCache
 from minillm.tokenizer import train_bpe

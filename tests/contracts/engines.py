@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from minillm.checkpoints.interrupt import Interrupted
-from minillm.distributed.parallel import Engine
+from minillm.distributed.engine import Engine
 from tests.contracts.harness import CONFIG, MOE_CONFIG, arguments, train
 
 SETTINGS = Path(__file__).parents[2] / "configs" / "deepspeed"

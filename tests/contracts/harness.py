@@ -16,7 +16,7 @@ from minillm.checkpoints.saving import copied
 from minillm.cli.arguments import PretrainArguments
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
-from minillm.distributed.parallel import Engine
+from minillm.distributed.engine import Engine
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer

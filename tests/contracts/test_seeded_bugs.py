@@ -12,7 +12,7 @@ from torch import nn
 
 from minillm.checkpoints import checkpoint
 from minillm.data.cache.shards import TokenStore
-from minillm.distributed.parallel import Engine
+from minillm.distributed.engine import Engine
 from minillm.model import KVCache, transformer
 from minillm.training import optim
 from minillm.training.run import Run

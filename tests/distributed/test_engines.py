@@ -10,8 +10,8 @@ import torch.distributed as dist
 from minillm.checkpoints.checkpoint import list_checkpoints
 from minillm.checkpoints.interrupt import Interrupted
 from minillm.distributed import engines
+from minillm.distributed.engine import Engine
 from minillm.distributed.fsdp import FSDP
-from minillm.distributed.parallel import Engine
 from minillm.distributed.zero import ZeRO
 from minillm.errors import UserError
 from tests.contracts.harness import arguments, train

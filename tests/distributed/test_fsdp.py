@@ -10,8 +10,9 @@ import torch
 from minillm.checkpoints.checkpoint import list_checkpoints
 from minillm.checkpoints.interrupt import Interrupted
 from minillm.checkpoints.saving import copied
+from minillm.distributed.engine import Engine
 from minillm.distributed.fsdp import FSDP, read_shards
-from minillm.distributed.parallel import Engine, Ranks
+from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss

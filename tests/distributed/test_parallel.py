@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from minillm.distributed import parallel
-from minillm.distributed.parallel import Engine, Ranks, StepBatchesOnDevice
+from minillm.distributed.engine import Engine
+from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
 from minillm.training.optim import adamw
+from minillm.training.step import StepBatchesOnDevice
 
 
 def test_one_process_is_the_main_rank():

@@ -10,10 +10,10 @@ import transformers
 import eval_model
 import train_pretrain
 from minillm.cli.arguments import PretrainArguments
-from minillm.cli.weights import create_model
 from minillm.data import TextRows, read_records
 from minillm.evaluation import perplexity
 from minillm.hub.huggingface import load_model
+from minillm.hub.weights import create_model
 from minillm.inference import samples
 from minillm.tokenizer import load_tokenizer
 from tests.foreign.layouts import LAYOUTS, make_tokenizer

@@ -8,10 +8,10 @@ import pytest
 
 import train_dpo
 import train_sft
-from minillm.cli.weights import check_tokenizer
 from minillm.data import ChatRows, TextRows
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
+from minillm.hub.weights import check_tokenizer
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import encode_chat, load_tokenizer
 from tests.foreign.layouts import CHATML, CHATML_WITH_SYSTEM, make_tokenizer

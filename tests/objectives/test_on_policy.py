@@ -8,7 +8,7 @@ import torch
 
 from minillm import precision
 from minillm.data import StepBatches
-from minillm.distributed.parallel import Ranks
+from minillm.distributed.ranks import Ranks
 from minillm.inference import generate
 from minillm.objectives.on_policy import OnPolicy, packed, prompts_of
 from tests.contracts.harness import CONFIG, RaggedRows, tiny_model

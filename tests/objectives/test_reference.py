@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from minillm import hardware
 from minillm.data import StepBatches
 from minillm.lora import disable_lora
 from minillm.objectives.reference import reply_log_probs
-from minillm.reports import hardware
 from minillm.reports.tracking import read_metrics
 from minillm.training.validation import evaluate_loss
 from tests.contracts.harness import CONFIG, MOE_CONFIG, tiny_model

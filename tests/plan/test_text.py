@@ -3,7 +3,7 @@
 import pytest
 
 from minillm.cli.command_line import parse
-from minillm.cli.plan_arguments import PlanArguments
+from minillm.plan.arguments import PlanArguments
 from minillm.plan.report import make_plan
 from minillm.plan.text import format_plan, format_table
 

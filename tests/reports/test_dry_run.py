@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import precision
+from minillm import hardware, precision
 from minillm.cli.arguments import PretrainArguments
 from minillm.config import ModelConfig
 from minillm.data import ChatRows, StepBatches, TextRows
 from minillm.data.report import CONTEXT, RESET, TARGET
-from minillm.distributed.parallel import Ranks
+from minillm.distributed.ranks import Ranks
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.reports import hardware
+from minillm.model.sizes import describe_parameters
 from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import train_bpe
-from minillm.training.balance import Balance, describe_parameters
+from minillm.training.balance import Balance
 
 TALK = '{"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]}\n'
 

@@ -15,8 +15,8 @@ from minillm.checkpoints.outputs import WholeModel
 from minillm.cli.arguments import PretrainArguments
 from minillm.config import ModelConfig
 from minillm.model import Transformer
+from minillm.model.sizes import active_parameters, describe_parameters
 from minillm.reports import summary
-from minillm.training.balance import active_parameters, describe_parameters
 
 FLOOR = 1.2345
 

@@ -8,8 +8,8 @@ import eval_model
 import train_pretrain
 import train_sft
 from minillm.hub.huggingface import load_model
+from minillm.model.sizes import describe_parameters
 from minillm.reports.tracking import read_metrics
-from minillm.training.balance import describe_parameters
 
 EXPERTS = ["--use_moe", "--num_experts", "5", "--moe_intermediate_size", "24", "--first_k_dense_replace", "1"]
 DATA = ["--max_seq_len", "48", "--batch_size", "3", "--accumulation_steps", "2", "--learning_rate", "3e-3"]

@@ -11,7 +11,7 @@ import yaml
 
 import train_pretrain
 from minillm.checkpoints.checkpoint import find_damage, list_checkpoints, load_state
-from minillm.cli import weights
+from minillm.hub import weights
 from minillm.hub.huggingface import load_model
 from minillm.inference import generate
 from minillm.reports.tracking import read_metrics

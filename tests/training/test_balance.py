@@ -11,20 +11,15 @@ import torch
 from minillm.checkpoints import checkpoint
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
-from minillm.distributed.parallel import Ranks
+from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import RouterStats, Transformer
 from minillm.model.moe import Router
-from minillm.training.balance import (
-    Balance,
-    active_parameters,
-    describe_parameters,
-    flops_per_token,
-    relative_entropy,
-    trained_parameters,
-)
+from minillm.model.router_stats import relative_entropy
+from minillm.model.sizes import active_parameters, describe_parameters, flops_per_token, trained_parameters
+from minillm.training.balance import Balance
 from minillm.training.run import Run
 from tests.contracts import checks
 from tests.contracts.checks import ScaledEngine

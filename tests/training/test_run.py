@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from minillm.cli.command_line import resume_command
 from minillm.data import StepBatches
-from minillm.distributed.parallel import Engine
+from minillm.distributed.engine import Engine
+from minillm.distributed.launcher import resume_command
 from minillm.errors import UserError
 from minillm.training.run import MAX_SKIPPED_IN_A_ROW, Run
 from tests.contracts.checks import ScaledEngine

@@ -11,7 +11,7 @@ from minillm import precision
 from minillm.checkpoints.interrupt import StopSignals
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
-from minillm.distributed.parallel import Ranks
+from minillm.distributed.ranks import Ranks
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.reports.measures import Measures

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from minillm.cli.arguments import PretrainArguments
-from minillm.cli.weights import (
+from minillm.config import ModelConfig
+from minillm.errors import UserError
+from minillm.hub.huggingface import load_model, save_model
+from minillm.hub.weights import (
     create_model,
     find_tokenizer,
     find_weights,
@@ -16,9 +19,6 @@ from minillm.cli.weights import (
     run_name,
     scale_positions,
 )
-from minillm.config import ModelConfig
-from minillm.errors import UserError
-from minillm.hub.huggingface import load_model, save_model
 from minillm.tokenizer import load_tokenizer, train_bpe
 
 SHAPE = {"preset": "demo", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -3,8 +3,8 @@
 import pytest
 
 from minillm.cli.command_line import parse
-from minillm.cli.plan_arguments import PlanArguments
 from minillm.errors import UserError
+from minillm.plan.arguments import PlanArguments
 
 
 def test_shape_flags_are_those_of_training():

@@ -7,9 +7,9 @@ from typing import Literal
 
 from minillm.cli.command_line import require
 from minillm.cli.model_arguments import ModelArguments
-from minillm.cli.weights import preset_config, scale_positions
 from minillm.config import ModelConfig
 from minillm.hub.names import find_weights
+from minillm.hub.weights import preset_config, scale_positions
 from minillm.plan.gpus import find_gpu, known_gpus
 
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoints.outputs import add_adapters
-from minillm.cli.weights import check_tokenizer, preset_config, pth_config, scale_positions
 from minillm.config import PRESETS
 from minillm.errors import UserError
+from minillm.hardware import keep_freed_memory
+from minillm.hub.adapters import add_adapters
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make
+from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
+from minillm.model.sizes import describe_parameters
 from minillm.precision import choose_device, choose_dtype
-from minillm.reports.hardware import keep_freed_memory
 from minillm.tokenizer import load_tokenizer
-from minillm.training.balance import describe_parameters
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 

@@ -1,4 +1,7 @@
-"""Where a model comes from: a new one from a preset, or the weights that ``--from_weight`` names."""
+"""Where a model comes from: a new one from a preset, or the weights that ``--from_weight`` names.
+
+``args`` are those of a program (``minillm.cli``): the flags of the model's shape and, for training, of its data.
+"""
 
 import dataclasses
 import os
@@ -7,10 +10,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.cli.arguments import TrainArguments
-from minillm.cli.command_line import on_first_rank
-from minillm.cli.model_arguments import ModelArguments
 from minillm.config import PRESETS, ModelConfig
+from minillm.distributed.launcher import on_first_rank
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import find_weights, run_name
@@ -20,7 +21,7 @@ from minillm.model.rope import original_length
 from minillm.tokenizer import load_tokenizer
 
 
-def find_tokenizer(args: TrainArguments, *, teacher: Path | None = None) -> str:
+def find_tokenizer(args, *, teacher: Path | None = None) -> str:
     """Return the tokenizer directory: ``--tokenizer_path``, else that of ``--from_weight``, else SAVE_DIR/tokenizer.
 
     Args:
@@ -36,12 +37,12 @@ def find_tokenizer(args: TrainArguments, *, teacher: Path | None = None) -> str:
     return str(Path(args.save_dir) / "tokenizer")
 
 
-def preset_config(args: ModelArguments, **more) -> ModelConfig:
+def preset_config(args, **more) -> ModelConfig:
     """Return the configuration that ``--preset``, ``--use_moe`` and the shape flags describe."""
     return ModelConfig.preset(args.preset, **(args.expert_defaults() | args.model_overrides() | more))
 
 
-def weights_of(args: TrainArguments, config: ModelConfig) -> Path:
+def weights_of(args, config: ModelConfig) -> Path:
     """Return what ``--from_weight`` means for a model of the shape ``config`` (see ``find_weights``)."""
     return find_weights(
         args.from_weight,
@@ -52,7 +53,7 @@ def weights_of(args: TrainArguments, config: ModelConfig) -> Path:
     )
 
 
-def create_model(args: TrainArguments, tokenizer, *, dtype: torch.dtype = torch.float32) -> Transformer:
+def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Transformer:
     """Return the model to train, on the CPU: new (weights drawn from ``--seed``), or from ``--from_weight``.
 
     Args:
@@ -83,7 +84,7 @@ def create_model(args: TrainArguments, tokenizer, *, dtype: torch.dtype = torch.
     return model
 
 
-def pth_config(path: Path, args: ModelArguments, tokenizer) -> ModelConfig:
+def pth_config(path: Path, args, tokenizer) -> ModelConfig:
     """Return the shape of the weights in a ``.pth``: a ``config.json`` beside it, else its tensors and the flags.
 
     What tensors do not tell comes from the flags, then from ``--preset``; its number of heads only if its width is
@@ -94,7 +95,7 @@ def pth_config(path: Path, args: ModelArguments, tokenizer) -> ModelConfig:
     """
     if (path.parent / "config.json").is_file():
         return ModelConfig.from_hf(path.parent)
-    usual = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
+    usual = {field.name: field.default for field in dataclasses.fields(args)}
     given = args.model_overrides()
     given = {name: value for name, value in given.items() if value != usual.get(name)}
     fallback = PRESETS[args.preset] | args.expert_defaults()
@@ -102,7 +103,7 @@ def pth_config(path: Path, args: ModelArguments, tokenizer) -> ModelConfig:
     return infer_config(path, given=given, fallback=fallback)
 
 
-def scale_positions(config: ModelConfig, args: ModelArguments) -> ModelConfig:
+def scale_positions(config: ModelConfig, args) -> ModelConfig:
     """Return ``config`` with the positions that ``--rope_scaling`` asks for; without the flag as it is.
 
     FACTOR times the original length fits then, and scaling that ``config`` has already is replaced, not multiplied:
@@ -172,7 +173,7 @@ def other_format(tokenizer, theirs) -> str:
     return " and ".join(differences)
 
 
-def _check_positions(config: ModelConfig, args: TrainArguments) -> None:
+def _check_positions(config: ModelConfig, args) -> None:
     if args.max_seq_len > config.max_position_embeddings:
         raise UserError(
             f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions; "

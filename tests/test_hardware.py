@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from minillm.reports import hardware
+from minillm import hardware
 
 CUDA = torch.device("cuda", 0)
 
@@ -64,7 +64,7 @@ def test_freed_memory_is_kept_and_not_mapped_anew():
     """Sixteen times 64 MiB, each freed before the next: by default every one is mapped and zeroed page by page."""
     code = """
 import resource, sys, torch
-from minillm.reports.hardware import keep_freed_memory
+from minillm.hardware import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults():
