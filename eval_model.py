@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 
-from minillm.cli import open_model
 from minillm.cli.command_line import parse, script
 from minillm.cli.eval_arguments import EvalArguments
 from minillm.data import read_prompts, read_records
@@ -40,6 +39,7 @@ from minillm.evaluation import (
     rouge,
 )
 from minillm.evaluation.sample_answers import write_whole
+from minillm.hub import open_model
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import chat, speed
 from minillm.inference.thinking import ThinkingView

@@ -9,10 +9,9 @@ from minillm.evaluation.perplexity import Perplexity, perplexity
 from minillm.evaluation.preference import PreferenceScore, like_chosen, preference_accuracy
 from minillm.evaluation.reasoning import ReasoningScore, evaluate_reasoning, pass_at_k, read_answer
 from minillm.evaluation.text_metrics import Bleu, Rouge, bleu, rouge
-from minillm.hub.open_model import open_model
 
 __all__ = [
     "AnswerLoss", "Bleu", "ExactMatch", "Perplexity", "PreferenceScore", "ReasoningScore", "Rouge", "answer_loss",
-    "bleu", "evaluate_reasoning", "exact_match", "like_chosen", "open_model", "pass_at_k", "perplexity",
+    "bleu", "evaluate_reasoning", "exact_match", "like_chosen", "pass_at_k", "perplexity",
     "preference_accuracy", "read_answer", "rouge",
 ]  # fmt: skip

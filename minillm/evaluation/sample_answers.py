@@ -25,7 +25,7 @@ from minillm.data.sources.files import expand_paths
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import task_fields
 from minillm.evaluation.reasoning import evaluate_reasoning, final_answer
-from minillm.hub.open_model import open_model
+from minillm.hub import open_model
 from minillm.inference import SamplingOptions
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minillm.cli import open_model
 from minillm.cli.eval_arguments import EvalArguments
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.evaluation.sample_answers import SampleArguments
+from minillm.hub import open_model
 from minillm.hub.huggingface import save_model
 from minillm.lora import apply_lora, save_lora
 from minillm.model import Transformer
