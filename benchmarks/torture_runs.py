@@ -12,7 +12,7 @@ from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.model.hf import save_model
 from minillm.tokenizer import train_bpe
-from minillm.training.checkpoint import EARLIER, STATE_FILE, find_damage, list_checkpoints
+from minillm.training.checkpoint import STATE_FILE, find_damage, is_earlier, list_checkpoints
 from minillm.training.tracking import read_metrics
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -131,7 +131,7 @@ def bytes_of(path: Path) -> int:
 def temporary_files(out: Path) -> list[str]:
     """Return what was to be renamed or removed and was not, but for what an earlier run has left so."""
     paths = (path.relative_to(out) for path in out.rglob("*") if ".tmp" in path.name)
-    return sorted(str(path) for path in paths if EARLIER not in path.parts)
+    return sorted(str(path) for path in paths if not is_earlier(path))
 
 
 def broken_weights(out: Path) -> list[str]:
@@ -177,8 +177,9 @@ def outcome(out: Path, keep_last: int) -> dict:
 
 def _files(directory: Path, newest: Path) -> Iterator[Path]:
     for path in sorted(directory.rglob("*")):
-        folder = path.relative_to(directory).parts[0]
-        if path.is_file() and folder != EARLIER and (folder != "checkpoints" or newest in path.parents):
+        inside = path.relative_to(directory)
+        folder = inside.parts[0]
+        if path.is_file() and not is_earlier(inside) and (folder != "checkpoints" or newest in path.parents):
             yield path
 
 
