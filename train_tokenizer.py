@@ -50,11 +50,13 @@ def main(argv: list[str] | None = None):
                 return
 
     # Train
+    files = ", ".join(map(str, args.data_files))
+    print(f"training a tokenizer of {args.vocab_size:,} tokens on {files} ...", flush=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         limits = {"vocab_size": args.vocab_size, "max_token_length": args.max_token_length or None}
         tokenizer = TRAINERS[args.tokenizer_type](training_texts(), **limits, split_han=args.split_han)
-    print(f"trained {tokenizer.vocab_size:,} tokens on {n_bytes / 1e6:.1f} MB of text")
+    print(f"trained {tokenizer.vocab_size:,} tokens on {n_bytes / 1e6:.3g} MB of text")
     for warning in caught:
         print(f"warning: {warning.message}")
 

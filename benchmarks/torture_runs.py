@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from minillm.checkpoints.checkpoint import EARLIER, STATE_FILE, find_damage, list_checkpoints
+from minillm.checkpoints.checkpoint import STATE_FILE, find_damage, is_earlier, list_checkpoints
 from minillm.config import ModelConfig
 from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
@@ -131,7 +131,7 @@ def bytes_of(path: Path) -> int:
 def temporary_files(out: Path) -> list[str]:
     """Return what was to be renamed or removed and was not, but for what an earlier run has left so."""
     paths = (path.relative_to(out) for path in out.rglob("*") if ".tmp" in path.name)
-    return sorted(str(path) for path in paths if EARLIER not in path.parts)
+    return sorted(str(path) for path in paths if not is_earlier(path))
 
 
 def broken_weights(out: Path) -> list[str]:
@@ -177,8 +177,9 @@ def outcome(out: Path, keep_last: int) -> dict:
 
 def _files(directory: Path, newest: Path) -> Iterator[Path]:
     for path in sorted(directory.rglob("*")):
-        folder = path.relative_to(directory).parts[0]
-        if path.is_file() and folder != EARLIER and (folder != "checkpoints" or newest in path.parents):
+        inside = path.relative_to(directory)
+        folder = inside.parts[0]
+        if path.is_file() and not is_earlier(inside) and (folder != "checkpoints" or newest in path.parents):
             yield path
 
 

@@ -7,9 +7,11 @@ Loading takes the newest one whose files match its manifest, and names those tha
 """
 
 import errno
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from minillm.hub.names import is_adapter, is_model
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
 DAMAGED = "damaged-"
-EARLIER = "earlier"  # folder of a run directory: the run that was there before
+EARLIER = "earlier"  # with a number: folder of a run directory, for a run that was there before
 
 
 def save_checkpoint(
@@ -146,18 +148,23 @@ def holds_a_run(directory: Path) -> str | None:
     return f"an unfinished run with checkpoints up to {checkpoints[0].name}" if checkpoints else None
 
 
-def move_to_earlier(directory: Path) -> Path:
-    """Move all that an earlier run has left in ``directory`` into its folder ``earlier``; return that.
+def is_earlier(path: Path) -> bool:
+    """Return whether a path is in a folder of an earlier run, or such a folder."""
+    return any(re.fullmatch(rf"{EARLIER}-\d+", part) for part in path.parts)
 
-    What lay in ``earlier`` before is removed. The lock, and what starts with a dot, stays. A move that was cut short by
-    a kill is completed by the next call.
+
+def move_to_earlier(directory: Path) -> Path:
+    """Move what an earlier run has left in ``directory`` into a folder of it, ``earlier-1`` first; return that.
+
+    The lock, what starts with a dot, and folders that no run makes stay. A move that was cut short by a kill is
+    completed by the next call.
     """
-    earlier, emptied = directory / EARLIER, directory / f".{EARLIER}.tmp"
+    emptied = directory / f".{EARLIER}.tmp"
+    earlier = next(path for n in itertools.count(1) if not (path := directory / f"{EARLIER}-{n}").exists())
     emptied.mkdir(exist_ok=True)
     for path in sorted(directory.iterdir()):
-        if not path.name.startswith(".") and path.name not in (EARLIER, "wandb"):
+        if not path.name.startswith(".") and (not path.is_dir() or path.name in ("best", "checkpoints")):
             os.rename(path, emptied / path.name)
-    shutil.rmtree(earlier, ignore_errors=True)
     os.rename(emptied, earlier)
     _remove_leftovers(earlier / "checkpoints")
     return earlier

@@ -136,10 +136,12 @@ def refuse_to_overwrite(run) -> None:
     """Raise ``UserError`` when a new run would take the directory of another one without having been told to."""
     held = checkpoint.holds_a_run(run.directory)
     if held and not (run.args.overwrite or may_resume(run)):
+        is_finished = held == "a finished run"
+        go_on = "make it longer (--from_resume --extend)" if is_finished else "go on with it (--from_resume)"
         another = "--lora_name NAME" if hasattr(run.args, "lora_name") else "--run_name NAME"
         raise UserError(
-            f"{run.directory} holds {held}: go on with it (--from_resume), start over (--overwrite, which moves it to "
-            f"{run.directory / checkpoint.EARLIER}), or give the new run another name ({another})"
+            f"{run.directory} holds {held}: {go_on}, start over (--overwrite, which moves it to "
+            f"a folder {checkpoint.EARLIER}-1 of that directory), or give the new run another name ({another})"
         )
 
 

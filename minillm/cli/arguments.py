@@ -121,6 +121,8 @@ class TrainArguments(ScaleArguments):
         for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio", "adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} {value}: must lie between 0 and 1")
+        is_directory = not os.path.exists(self.save_dir) or os.path.isdir(self.save_dir)
+        require(is_directory, f"--save_dir {self.save_dir}: is a file; name a directory")
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be at least 0 and below 2^63")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
         super().check()

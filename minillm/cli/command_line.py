@@ -42,21 +42,26 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
     values = _read_yaml(cls, config_path) if config_path else {}
     stage = getattr(cls, "bare_stage", None)
     is_bare = stage and not values.get("data_path") and flag_value(argv, "data_path") is None
+    argv = _spell_out_booleans(cls, argv)
     if is_bare:
+        _fill(cls, argv, _with_defaults(cls, values, missing=""))  # a wrong flag ends here, before anything is made
         values = _checked(cls, choose(stage, argv, values) | values, where="the demo's settings")
     default = _with_defaults(cls, values) if config_path or is_bare else None
-    argv = _spell_out_booleans(cls, argv)
+    arguments = _fill(cls, argv, default)
+    if hasattr(arguments, "check"):
+        arguments.check()
+    return arguments
+
+
+def _fill(cls: type[Arguments], argv: list[str], default: Arguments | None) -> Arguments:
     silent = contextlib.nullcontext() if on_first_rank() else contextlib.redirect_stderr(io.StringIO())
     settings = {"prog": program(), "use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
     try:
         with silent:  # a usage error is the same in all ranks
-            arguments = tyro.cli(cls, args=argv, default=default, **settings)
+            return tyro.cli(cls, args=argv, default=default, **settings)
     except SystemExit:
         after_the_first_rank()
         raise
-    if hasattr(arguments, "check"):
-        arguments.check()
-    return arguments
 
 
 def _as_text(word: str) -> str:
@@ -95,6 +100,8 @@ def _read_yaml(cls: type[Arguments], path: str) -> dict:
         raise UserError(f"--config {path}: not valid YAML ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")
+    if "command" in values and isinstance(values.get("arguments"), dict):
+        values = values["arguments"]  # a run's own run.yaml
     return _checked(cls, values, where=f"--config {path}")
 
 
@@ -107,11 +114,11 @@ def _checked(cls: type[Arguments], values: dict, *, where: str) -> dict:
     return {name: _to_type(f"{where}: {name}", value, known[name]) for name, value in values.items()}
 
 
-def _with_defaults(cls: type[Arguments], values: dict) -> Arguments:
+def _with_defaults(cls: type[Arguments], values: dict, *, missing=tyro.MISSING) -> Arguments:
     values = dict(values)
     for field in dataclasses.fields(cls):  # what neither has is then asked for by tyro, by its flag's name
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            values[field.name] = tyro.MISSING
+            values[field.name] = missing
     return cls(**values)
 
 

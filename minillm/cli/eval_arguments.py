@@ -113,5 +113,6 @@ class EvalArguments(OpenArguments):
         require(alone or self.temperature > 0, f"{flag} at --temperature 0: all would be equal; raise it, say to 0.8")
         folder = os.path.dirname(os.path.abspath(self.output))
         writable = os.path.isdir(folder) and os.access(folder, os.W_OK) and not os.path.isdir(self.output)
+        require(os.path.isdir(folder), f"--output {self.output}: there is no folder {folder}; make it first")
         message = f"--output {self.output}: cannot be written; name a file in a folder that you may write to"
         require(not self.output or writable, message)

@@ -6,6 +6,9 @@ from typing import Literal
 from minillm.cli.command_line import require
 from minillm.cli.model_arguments import ModelArguments
 
+RESERVED_NAMES = ("lora", "tokenizer", "checkpoints", "best", "demo")  # of SAVE_DIR and of a run's directory
+MAX_NAME_BYTES = 200
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleArguments(ModelArguments):
@@ -22,7 +25,7 @@ class ScaleArguments(ModelArguments):
     run_name: str = ""
     """Name of the run directory under SAVE_DIR (default: <stage>_<hidden_size>)."""
     overwrite: bool = False
-    """Start over in a directory that holds a run already; that run is moved to earlier/ inside it."""
+    """Start over in a directory that holds a run already; that run is moved to a folder earlier-1 inside it."""
     from_resume: bool = False
     """Go on from the newest intact checkpoint of this run's directory."""
     auto_resume: bool = False
@@ -46,7 +49,11 @@ class ScaleArguments(ModelArguments):
             value = getattr(self, name)
             require(value >= least, f"--{name} {value}: must be at least {least}")
         is_plain = self.run_name not in (".", "..") and not set(self.run_name) & set('/\\:*?"<>|')
-        require(is_plain, f"--run_name {self.run_name}: must be a plain name, without slashes and the like")
+        is_plain = is_plain and self.run_name.isprintable() and len(self.run_name.encode()) <= MAX_NAME_BYTES
+        message = f"a plain name of at most {MAX_NAME_BYTES} bytes, without slashes and the like"
+        require(is_plain or not self.run_name, f"--run_name {self.run_name[:300]!r}: must be {message}")
+        is_free = self.run_name not in RESERVED_NAMES and not self.run_name.startswith(".")
+        require(is_free, f"--run_name {self.run_name}: that directory has another use; choose another name")
         resumes = self.from_resume or self.auto_resume
         require(not (self.extend and not resumes), "--extend: needs --from_resume, whose run it makes longer")
         require(not (self.overwrite and self.from_resume), "--overwrite starts over, --from_resume goes on: choose one")

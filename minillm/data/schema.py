@@ -110,6 +110,10 @@ def read_prompts(path: str | Path, *, columns: str = "") -> list[str | list[dict
 def parse_record(value: object, line: int) -> Record:
     """Return the record in normal form; UserError with the reason when it fits no schema or breaks it."""
     fields, used = _parse(_without_nulls(value), need_answer=True)
+    for place, message in enumerate(fields.get("messages") or ()):
+        says_nothing = not any(message.get(key) for key in ("reasoning_content", "tool_calls"))
+        if message["role"] == "assistant" and says_nothing and not message["content"].strip():
+            raise UserError(f"message {place} is an empty answer: it would teach to say nothing; leave the record out")
     extra = {key: item for key, item in value.items() if key not in used and key != "log_prob"}
     return Record(line=line, log_prob=_log_prob(value), extra=extra, **fields)
 

@@ -19,6 +19,7 @@ MAKES = {
     "distill": "train_distill.py",
 }  # fmt: skip
 DEMO = "out/demo"  # where `make demo` puts its runs
+DEMO_WIDTH = 128  # of its models; there is a smaller one to compare with
 OTHER_FORMATS = {".gguf": "GGUF", ".onnx": "ONNX"}
 ADAPTER = "adapter_config.json"
 
@@ -63,6 +64,8 @@ def find_weights(
         any_width: take the only width of a stage in ``save_dir`` if it does not have ``hidden_size``.
         flag: the flag that gave the name, for messages.
 
+    Where ``out/`` has no run of a stage, the demo's serves, in ``out/demo/``.
+
     Raises:
         UserError: there are no such weights, or what has the name is not a model; the message says what it is.
     """
@@ -81,6 +84,9 @@ def find_weights(
             raise UserError(f"{flag} {name}: {problem}")
     if is_hub_name(name, save_dir=save_dir):
         return download(name, flag=flag)
+    if save_dir == "out" and has_run(name, DEMO):  # after `make demo`, or after commands without --data_path
+        width = DEMO_WIDTH if any_width else hidden_size
+        return find_weights(name, save_dir=DEMO, hidden_size=width, has_experts=has_experts, flag=flag)
     models = [path.name for path in _models_in(Path(save_dir))]
     if save_dir == "out":
         models += [str(path) for path in _models_in(Path(DEMO))]

@@ -1,5 +1,7 @@
 """The model that the command line names, ready to answer: weights, tokenizer, adapters, positions."""
 
+import json
+import re
 from pathlib import Path
 
 import torch
@@ -9,8 +11,9 @@ from minillm.errors import UserError
 from minillm.hardware import keep_freed_memory
 from minillm.hub.adapters import add_adapters
 from minillm.hub.huggingface import load_model
-from minillm.hub.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make
+from minillm.hub.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make, is_adapter, is_model
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
+from minillm.lora.base import BASE
 from minillm.model.sizes import describe_parameters
 from minillm.precision import choose_device, choose_dtype
 from minillm.tokenizer import load_tokenizer
@@ -49,12 +52,26 @@ def open_model(args):
     return model, tokenizer, path
 
 
+def _base_of_adapter(args) -> str:
+    """Return the model for which the one adapter of ``--lora_name`` was made, if it is there; else an empty text."""
+    name, directory = args.lora_name, Path(args.save_dir, "lora")
+    widths = [path for path in directory.glob("*") if re.fullmatch(re.escape(name) + r"_\d+(_moe)?", path.name)]
+    paths = [path for path in (Path(name), directory / name, *widths) if is_adapter(path)]
+    if not name or len(paths) != 1 or not (paths[0] / BASE).is_file():
+        return ""
+    try:
+        base = str(json.loads((paths[0] / BASE).read_text(encoding="utf-8"))["base"])
+    except (ValueError, TypeError, KeyError):
+        return ""  # adding it says what is wrong with it
+    return base if is_model(Path(base)) else ""
+
+
 def _find(args) -> tuple[Path, str]:
     """Return the path of the weights, and the directory of runs that they and their adapters are in.
 
     Without ``--save_dir``, the demo's runs serve where ``out/`` has none of that stage or name.
     """
-    stage, save_dir = args.from_weight or STAGES[args.model_mode], args.save_dir
+    stage, save_dir = args.from_weight or _base_of_adapter(args) or STAGES[args.model_mode], args.save_dir
     config = preset_config(args)
     hidden_size = config.hidden_size
     is_there = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))

@@ -14,7 +14,7 @@ from minillm.config import PRESETS, ModelConfig
 from minillm.distributed.launcher import on_first_rank
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
-from minillm.hub.names import find_weights, run_name
+from minillm.hub.names import DEMO, find_weights, run_name
 from minillm.hub.pth import infer_config
 from minillm.model import Transformer
 from minillm.model.rope import original_length
@@ -73,11 +73,16 @@ def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Tran
         return Transformer(config).to(dtype)
     path = weights_of(args, config)
     usual = run_name(args.from_weight, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
-    if "/" not in args.from_weight and path.name not in (args.from_weight, usual) and on_first_rank():
-        print(f"weights: {path}, the only {args.from_weight} in {args.save_dir}/")
+    if on_first_rank() and "/" not in args.from_weight:
+        if path.parent == Path(DEMO) != Path(args.save_dir):
+            print(f"no {args.from_weight} weights in {args.save_dir}/: using the demo's, {path}")
+        elif path.name not in (args.from_weight, usual):
+            print(f"weights: {path}, the only {args.from_weight} in {args.save_dir}/")
     stored = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
     model = load_model(path, device="cpu", dtype=dtype, config=stored)
     model.origin = str(path)
+    if stored is None:
+        _check_shape(args, model.config, path)
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
     _check_positions(model.config, args)
@@ -171,6 +176,15 @@ def other_format(tokenizer, theirs) -> str:
     if tokenizer.template_hash != theirs.template_hash:
         differences.append("another chat template")
     return " and ".join(differences)
+
+
+def _check_shape(args, config: ModelConfig, path: Path) -> None:
+    """Raise ``UserError`` for a flag of the model's shape that the weights contradict."""
+    settings = ("tie_word_embeddings", "use_qk_norm")  # have a default, so nobody need have said them
+    given = {name: value for name, value in args.model_overrides().items() if name not in settings}
+    for name, value in given.items():
+        if (stored := getattr(config, name)) != value:
+            raise UserError(f"--{name} {value}: the weights {path} have {name} {stored}; leave the flag out")
 
 
 def _check_positions(config: ModelConfig, args) -> None:

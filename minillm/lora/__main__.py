@@ -6,6 +6,7 @@ python -m minillm.lora show --adapter out/lora/cooking_512
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -71,10 +72,14 @@ def show(*, adapter: str, save_dir: str = "out") -> None:
     """Print what an adapter is: its settings, its layers and sizes, and what it was made for.
 
     Args:
-        adapter: a directory, a .pth, or the name of a directory in SAVE_DIR/lora.
+        adapter: a directory, a .pth, or the name of an adapter in SAVE_DIR/lora, with its width or without.
         save_dir: directory that holds the run directories, for names.
     """
-    path = find_adapter(adapter, save_dir=save_dir, flag="--adapter")
+    runs = Path(save_dir, "lora").iterdir() if Path(save_dir, "lora").is_dir() else []
+    pattern = re.compile(re.escape(adapter) + r"_\d+(_moe)?")
+    widths = [path.name.removeprefix(adapter) for path in runs if pattern.fullmatch(path.name)]
+    suffix = widths[0] if len(widths) == 1 else ""
+    path = find_adapter(adapter, save_dir=save_dir, model_suffix=suffix, flag="--adapter")
     config, tensors = read_adapter(path)
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     try:

@@ -48,6 +48,12 @@ def check_base(model: nn.Module, path: Path, names: list[str]) -> None:
         raise UserError(f"{path / BASE} is damaged, copy it again: {error}") from None
     if not same_weights(torch.tensor(sample_of(model, names)), sample):
         now = getattr(model, "origin", None) or "this model"
+        base = said.get("base")
+        if base and Path(base).resolve() == Path(now).resolve():
+            raise UserError(
+                f"the adapter {path} was made for {base}, which holds other weights now than it was trained on: give "
+                f"the old ones (an earlier run may be in a folder earlier-1 there), or train the adapter again"
+            )
         raise UserError(
             f"the adapter {path} was made for {said.get('base') or 'another model'}, whose weights are not those of "
             f"{now}: give that model (--from_weight in eval_model.py; with python -m minillm.lora merge, --model, or "

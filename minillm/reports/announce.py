@@ -31,6 +31,7 @@ class Header:
     device: str
     directory: str
     warnings: tuple[str, ...] = ()
+    loss: str = ""
 
     def text(self) -> str:
         """Return the block of lines."""
@@ -39,6 +40,8 @@ class Header:
         lines += _entry("tokenizer", [self.tokenizer])
         for name, summary in self.data:
             lines += _entry(name, data_lines(summary))
+        if self.loss:
+            lines += _entry("loss", [self.loss])
         lines += _entry("updates", [self.updates])
         lines += _entry("rate", [self.learning_rate])
         lines += _entry("device", [self.device])
@@ -61,12 +64,14 @@ class Footer:
     directory: Path
     warnings: list[str]
     next_command: str
+    objective: str = ""  # where training has another loss than validation
 
     def text(self) -> str:
         """Return the block of lines."""
         lines = [f"{self.name}: {self.n_steps:,} steps in {duration(self.seconds)}"]
         if self.train_loss is not None:
-            lines += _entry("training", [f"loss {self.train_loss:.4f} nats/{self.unit} (mean of the last steps)"])
+            what = f"nats/{self.unit} of {self.objective}" if self.objective else f"nats/{self.unit}"
+            lines += _entry("training", [f"loss {self.train_loss:.4f} {what} (mean of the last steps)"])
         if self.valid_loss is not None:
             best = "its best" if self.valid_loss == self.best_loss else f"its best {self.best_loss:.4f}"
             best += f" is kept in {self.directory / 'best'}"
@@ -127,6 +132,17 @@ def header_of(run) -> Header:
         device=f"{run.device}, {dtype}, {_plural(n_ranks, 'rank')} ({args.parallel})",
         directory=str(run.directory),
         warnings=(warning,) if warning else (),
+        loss=_loss_text(run.settings),
+    )
+
+
+def _loss_text(settings: dict) -> str:
+    """Return which loss of preferences a run has; empty for the others, of which there is one each."""
+    if "loss_type" not in settings:
+        return ""
+    more = settings.get("sft_weight")
+    return f"{settings['loss_type']}, beta {settings['beta']:g}" + (
+        f", plus {more:g} times the mean loss of a chosen reply's tokens (--sft_weight)" if more else ""
     )
 
 
@@ -160,6 +176,7 @@ def footer_of(run) -> Footer:
         directory=run.directory,
         warnings=run.alarm.messages,
         next_command=next_command(run),
+        objective="the distillation loss, while validation is cross-entropy" if run.stage == "distill" else "",
     )
 
 

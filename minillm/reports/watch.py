@@ -8,10 +8,6 @@ import numpy as np
 from minillm.lora.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
 from minillm.reports.tracking import read_metrics, truncate_metrics
 
-REHEARSED = (
-    " (old data is mixed in with --replay_path, which is what a high rate needs: lower it only if the validation loss "
-    "or old skills get worse)"
-)
 SPECIAL_SHARE, ONE_TOKEN_SHARE = 0.25, 0.30  # of the targets, above which it is said
 COLORS = ("#2f5fa8", "#c2571a", "#3b7d3b", "#8a5a9e", "#b3402a", "#5f6b73", "#b8901f", "#1f8f8f", "#d16ba5", "#7a5c3e")
 
@@ -48,8 +44,9 @@ class Watch:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for warning in row["warnings"]:
-            is_rehearsed = "learning rate" in warning and "written over" in warning and self.run.args.replay_path
-            self.run.tracker.print(f"warning, step {step}: {warning}{REHEARSED if is_rehearsed else ''}")
+            if self.run.args.replay_path:  # which is that advice, taken
+                warning = warning.replace("mix in old data, or ", "").replace(", or mix in old data", "")
+            self.run.tracker.print(f"warning, step {step}: {warning}")
 
     def finish(self) -> None:
         """Print what the last look says, and draw all of them."""

@@ -4,6 +4,7 @@ A template is a program in jinja, made by whoever made the model. It runs in a s
 special tokens that ``apply_chat_template`` gives it, so the text is the same.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from datetime import datetime
@@ -105,6 +106,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@functools.cache
+def _started() -> datetime:
+    """Return the time that templates see: one for the whole process, or two renderings of a conversation may differ."""
+    return datetime.now()
+
+
 def _environment():
     """Return the sandbox of ``transformers.utils.chat_template_utils``, which templates are written for."""
     from jinja2 import nodes
@@ -134,5 +141,5 @@ def _environment():
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: _started().strftime(form)
     return environment

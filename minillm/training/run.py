@@ -222,6 +222,8 @@ class Run:
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0} | getattr(self, "_restored", {})
         self._peak_flops = hardware.peak_flops(self.device, self.dtype)
         self.tracker.print(announce.header_of(self).text())
+        if self.step >= self.total_steps:
+            self.tracker.print("this run has made all its steps: nothing is trained; --extend makes a run longer")
         module.train()
         return module
 

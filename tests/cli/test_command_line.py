@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from minillm.cli.arguments import PretrainArguments, SFTArguments
 from minillm.cli.command_line import parse, require, script
@@ -219,3 +220,21 @@ def test_text_survives_a_locale_of_ascii_alone():
     source = source.replace("input()", "chr(0x1f600)")
     done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True)
     assert (done.returncode, done.stdout.decode("gbk")) == (0, "\\U0001f600 你\n"), done.stderr
+
+
+def test_a_wrong_flag_ends_a_bare_command_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minillm.cli.command_line.choose", lambda *_: pytest.fail("something was chosen"))
+    for flags in (["--dat_path", "x"], ["--hidden_size", "abc"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(PretrainArguments, flags)
+        assert ended.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_arguments_of_a_runs_own_file_are_taken(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    arguments = {"data_path": str(tmp_path / "text.jsonl"), "learning_rate": 0.002}
+    content = {"command": "python ...", "arguments": arguments, "versions": {}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    assert parse(PretrainArguments, ["--config", str(tmp_path / "run.yaml")]).learning_rate == 0.002

@@ -287,3 +287,10 @@ def test_a_folder_is_read_as_one_data_set(tmp_path):
     for _ in range(2):  # the second time with a file of bad lines beside them
         assert [record.text for record in read_records(tmp_path)] == ["1", "2", "3"]
     assert (tmp_path / "b.jsonl.rejected.jsonl").exists()
+
+
+def test_a_packed_file_without_its_ending_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(UserError, match=r"a\.jsonl is a gzip file: give it a name that ends in \.gz"):
+        list(read_records(path))

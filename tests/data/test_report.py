@@ -84,7 +84,7 @@ def test_what_is_cut_and_what_is_rejected_are_told_apart(write, tokenizer, tmp_p
 
     ids, _ = encode_chat(tokenizer, turn("fox the fox the fox"))
     too_long = [{"role": "user", "content": "fox " * 40}, turn("fox")[1]]
-    records = [turn("fox"), turn("fox the fox the fox"), too_long, turn("fox the fox the fox") + turn(" ")]
+    records = [turn("fox"), turn("fox the fox the fox"), too_long, turn("fox the fox the fox") + turn("a")]
     path = write("a.jsonl", [{"messages": talk} for talk in records])
     after_end = len(ids) - 1 - max(t for t, token in enumerate(ids) if token == tokenizer.im_end_id)
     max_seq_len = len(ids) - 1 - after_end - 3  # pairs up to the last target, but 3
@@ -100,15 +100,17 @@ def test_what_is_cut_and_what_is_rejected_are_told_apart(write, tokenizer, tmp_p
 
 
 def test_the_lines_about_the_data_say_what_became_of_every_record(write, talks, tokenizer, tmp_path):
-    bad = ["{", '{"messages": 3}', *(f'{{"key{number}": 1}}' for number in "abcdefg"), "{", "[1]", "{"]
+    bad = ["{", '{"messages": 3}', *(f'{{"key{number}": 1}}' for number in "abcd"), "{", "[1]", "{"]
+    bad += ['{"text": ""}', '{"text": 1}', '{"messages": []}']
     path = write("a.jsonl", [*bad, *({"messages": talk} for talk in talks)])
     rows = ChatRows(path, tokenizer, max_seq_len=500, cache_dir=tmp_path / "c")
     lines = data_lines(rows.summary)
     assert lines[0] == f"42 records read from {path}"
     assert lines[1] == f"12 rejected (28.6%), kept in {path}.rejected.jsonl"
-    assert re.fullmatch(rf" +3 x broken JSON: Expecting property name .*, column \d \({path}:1\)", lines[2])
-    assert [line.split(" x ")[0].strip() for line in lines[2:7]] == ["3", "1", "1", "1", "1"]
-    assert lines[7].split() == ["5", "x", "5", "other", "reasons"]
+    assert re.fullmatch(rf" +4 x the keys fit no schema: .* \({path}:3\)", lines[2])
+    assert re.fullmatch(rf" +3 x broken JSON: Expecting property name .*, column \d \({path}:1\)", lines[3])
+    assert [line.split(" x ")[0].strip() for line in lines[4:7]] == ["2", "1", "1"]
+    assert lines[7].split() == ["1", "x", "1", "other", "reasons"]
     n_pairs = sum(len(row["input_ids"]) for row in rows)
     n_targets = sum((row["targets"] >= 0).sum() for row in rows)
     assert lines[8].startswith(f"30 conversations, {n_pairs:,} tokens in {len(rows)} rows (")

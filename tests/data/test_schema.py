@@ -576,3 +576,21 @@ def test_txt_keeps_every_paragraph_and_bounds_documents(tmp_path):
     assert all(lines[r.line - 1] == r.text.split("\n")[0] for r in records)
     path.write_text("x" * 200_000, encoding="utf-8")  # one endless line
     assert [len(r.text) for r in read_records(path)] == [65536, 65536, 65536, 3392]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "a", "answer": ""},
+        {"instruction": "a", "output": " \n"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+    ],
+)
+def test_an_answer_that_says_nothing_is_refused(record):
+    with pytest.raises(UserError, match="message 1 is an empty answer"):
+        parse_record(record, 1)
+
+
+def test_a_call_of_a_tool_needs_no_words():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    assert parse_record({"messages": [{"role": "user", "content": "a"}, call]}, 1).messages[1]["content"] == ""

@@ -110,7 +110,7 @@ answers = st.fixed_dictionaries(
         "reasoning_content": sayable,
         "tool_calls": st.lists(calls | calls.map(lambda c: {"function": c}), max_size=2),
     },
-)
+).filter(lambda turn: any(turn.get(key) for key in ("reasoning_content", "tool_calls")) or turn["content"].strip())
 turns = answers | st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": sayable})
 conversations = st.tuples(st.lists(turns, max_size=4), answers).map(lambda parts: [*parts[0], parts[1]])
 plain = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "tool"]), "content": sayable})
@@ -130,20 +130,20 @@ RECORDS = {
             {"conversations": st.just([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])}
         ),
         st.fixed_dictionaries(
-            {"instruction": sayable, "output": sayable},
+            {"instruction": sayable, "output": filled},
             optional={
                 "input": sayable,
                 "system": sayable,
-                "history": st.lists(st.lists(sayable, min_size=2, max_size=2), max_size=2),
+                "history": st.lists(st.tuples(sayable, filled).map(list), max_size=2),
             },
         ),
         st.fixed_dictionaries(
-            {"question": sayable, "answer": sayable}, optional={"system": sayable, "reasoning_content": sayable}
+            {"question": sayable, "answer": filled}, optional={"system": sayable, "reasoning_content": sayable}
         ),
         st.fixed_dictionaries(
             {
                 "conversation": st.lists(
-                    st.fixed_dictionaries({"input": sayable, "output": sayable}), min_size=1, max_size=3
+                    st.fixed_dictionaries({"input": sayable, "output": filled}), min_size=1, max_size=3
                 )
             }
         ),

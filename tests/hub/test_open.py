@@ -11,7 +11,7 @@ from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.evaluation.sample_answers import SampleArguments
 from minillm.hub import open_model
-from minillm.hub.huggingface import save_model
+from minillm.hub.huggingface import load_model, save_model
 from minillm.lora import apply_lora, save_lora
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
@@ -116,3 +116,14 @@ def test_without_a_directory_the_demo_serves(out, tmp_path, monkeypatch, capsys)
         assert str(open_model(EvalArguments(device="cpu", **more))[2]) == "out/demo/pretrain_64"
     shutil.copytree(out / "full_sft_32", tmp_path / "out/pretrain_32")
     assert str(open_model(EvalArguments(device="cpu", model_mode=0))[2]) == "out/pretrain_32"
+
+
+def test_an_adapter_is_opened_on_the_model_it_was_made_for(out, arguments):
+    """The flags name no weights, and the usual ones are others."""
+    torch.manual_seed(5)
+    base = load_model(out / "reason_32")
+    base.origin = str(out / "reason_32")
+    apply_lora(base, rank=2)
+    save_lora(base, out / "lora" / "thinking_32")
+    assert open_model(arguments(lora_name="thinking"))[2] == out / "reason_32"
+    assert open_model(arguments(lora_name="cooking"))[2] == out / "full_sft_32"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from minillm.hub.weights import (
     run_name,
     scale_positions,
 )
+from minillm.model import Transformer
 from minillm.tokenizer import load_tokenizer, train_bpe
 
 SHAPE = {"preset": "demo", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -123,9 +125,22 @@ def test_weights_come_from_a_directory_or_a_pth(out, tmp_path, tokenizer):
         assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_stored_shape_wins_over_the_flags(out, tokenizer):
-    model = create_model(arguments(out, from_weight="pretrain", num_hidden_layers=3), tokenizer)
+def test_flags_that_contradict_the_weights_are_refused(out, tokenizer):
+    with pytest.raises(UserError, match=r"--num_hidden_layers 3: the weights .* have num_hidden_layers 1; leave"):
+        create_model(arguments(out, from_weight="pretrain", num_hidden_layers=3), tokenizer)
+    model = create_model(arguments(out, from_weight="pretrain", num_hidden_layers=1), tokenizer)
     assert model.config.num_hidden_layers == 1
+
+
+def test_without_runs_of_ones_own_the_demos_serve(out, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for width in (64, 128):
+        torch.manual_seed(width)
+        config = ModelConfig.preset("demo", vocab_size=tokenizer.vocab_size, hidden_size=width, num_hidden_layers=1)
+        save_model(Transformer(config), tmp_path / "out" / "demo" / f"full_sft_{width}", tokenizer=tokenizer)
+    model = create_model(arguments(Path("out"), from_weight="full_sft", hidden_size=None), tokenizer)
+    assert model.origin == "out/demo/full_sft_128"
+    assert "no full_sft weights in out/: using the demo's, out/demo/full_sft_128" in capsys.readouterr().out
 
 
 def test_a_pth_of_another_shape_is_refused(tmp_path, tokenizer):

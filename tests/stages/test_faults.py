@@ -196,7 +196,7 @@ def test_one_run_per_directory_and_a_dead_one_is_none(started, start, whole, tmp
     for more in ([], ["--from_resume"], ["--auto_resume"]):
         line = error_of(start(*more))
         assert f"{start.run} is in use by another run (process {process.pid} on " in line
-    assert not (start.run / "earlier").exists()
+    assert not (start.run / "earlier-1").exists()
     process.kill()
     process.wait()
     rows = read_metrics(start.run / "metrics.jsonl")
@@ -214,7 +214,7 @@ def test_a_forgotten_from_resume_loses_nothing(killed, start):
     assert f"{killed} holds an unfinished run with checkpoints up to step-" in line
     assert content(killed / "checkpoints") == before
     assert start("--overwrite").code == 0
-    assert content(killed / "earlier" / "checkpoints") == before
+    assert content(killed / "earlier-1" / "checkpoints") == before
     assert read_metrics(killed / "metrics.jsonl")[0]["step"] == 1
 
 
@@ -227,7 +227,7 @@ def test_auto_resume_begins_and_goes_on(start, whole, tmp_path, monkeypatch):
     assert gone_on.code == 0
     assert "resumed from" in gone_on.out
     assert "step 4 of 12" in gone_on.out
-    assert not (start.run / "earlier").exists()
+    assert not (start.run / "earlier-1").exists()
     assert_same(outcome(tmp_path), whole)
 
 

@@ -77,22 +77,26 @@ def test_a_start_that_failed_leaves_the_directory_free(pretrain, directory, monk
         patch.setattr(Run, "backward", fails)
         assert pretrain().code == 2
     assert pretrain().code == 0
-    assert not (directory / "earlier").exists()
+    assert not (directory / "earlier-1").exists()
 
 
-def test_overwrite_keeps_the_earlier_run_beside_the_new_one(pretrain, directory, world):
+def test_overwrite_keeps_the_earlier_runs_beside_the_new_one(pretrain, directory, world):
     assert pretrain("--valid_path", world.text_valid, "--save_interval", 3).code == 0
     first = content(directory)
     assert (directory / "best").is_dir()
     done = pretrain("--overwrite", "--seed", 7)
     assert done.code == 0
-    assert f"is now in {directory / 'earlier'}" in done.out
-    assert content(directory / "earlier") == first
+    assert f"is now in {directory / 'earlier-1'}" in done.out
+    assert content(directory / "earlier-1") == first
     assert not (directory / "best").exists()  # this run has not validated
     assert [row["step"] for row in read_metrics(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    second = {name: digest for name, digest in content(directory).items() if not name.startswith("earlier/")}
+    second = {name: digest for name, digest in content(directory).items() if not name.startswith("earlier-1/")}
+    (directory / "another run").mkdir()
+    (directory / "another run" / "diary.txt").write_text("mine")
     assert pretrain("--overwrite").code == 0
-    assert content(directory / "earlier") == second  # one generation is kept
+    assert content(directory / "earlier-1") == first  # nothing is ever removed
+    assert content(directory / "earlier-2") == second
+    assert (directory / "another run" / "diary.txt").read_text() == "mine"  # no run makes such a folder
 
 
 @pytest.mark.parametrize("fault", ["wandb", "first update", "validation data", "a file cannot be moved"])
@@ -136,11 +140,14 @@ def test_a_move_that_was_killed_is_completed(pretrain, directory, monkeypatch):
         assert pretrain("--overwrite").code == 130
     assert "about to be moved" in pretrain().err
     assert pretrain("--overwrite").code == 0
-    assert content(directory / "earlier") == first
+    assert content(directory / "earlier-1") == first
 
 
 def test_names_of_runs(pretrain, world, call):
-    assert "must be a plain name" in pretrain("--run_name", "../elsewhere").err
+    for name in ("../elsewhere", "x" * 300, "two\nlines"):
+        assert "must be a plain name" in pretrain("--run_name", name).err
+    for name in ("lora", "tokenizer", ".token_cache"):
+        assert "that directory has another use" in pretrain("--run_name", name).err
     done = call(train_lora.main, world, "--data_path", world.chat, "--run_name", "x", "--lora_name", "y",
                 "--from_weight", "", *SHORT)  # fmt: skip
     assert done.code == 2

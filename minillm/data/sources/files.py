@@ -154,7 +154,10 @@ def open_text(path: Path, *, newline: str | None = None) -> TextIO:
 def check_encoding(path: Path) -> None:
     """Raise UserError when a file begins as UTF-16 or UTF-32 does, with a byte order mark or without."""
     with open_bytes(path) as file:
-        name = _wide_encoding(file.read(4096))
+        head = file.read(4096)
+    if head.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path} is a gzip file: give it a name that ends in .gz, such as {path.name}.gz")
+    name = _wide_encoding(head)
     if name:
         raise UserError(f"{path} is {name} text, and UTF-8 is expected: {_convert(path, name)}")
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from minillm.data.schema import Record
 from minillm.data.sources.columns import parse_columns
+from minillm.data.sources.files import TXT_DOCUMENT_LEN
 from minillm.errors import UserError
 
 
@@ -64,6 +65,8 @@ class DataFiles:
         """Return the error for a side without a record; ``n_others`` records are on the other one."""
         if self.side == "valid":
             which, fix = f"none of the {n_others} usable records of {self}", "raise it, or give --valid_path"
+            if ".txt" in str(self):
+                fix += f" (a .txt is cut into records at the first blank line after {TXT_DOCUMENT_LEN:,} characters)"
         else:
             which, fix = f"all {n_others} usable records of {self}", "lower it, or give --valid_path"
         return UserError(f"--valid_ratio {self.valid_ratio} holds out {which}: {fix}")
