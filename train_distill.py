@@ -12,7 +12,7 @@ Reads top to bottom: arguments, run, models, data, optimizer, the loop, save.
 
 from minillm.cli.command_line import parse, script
 from minillm.cli.distill_arguments import DistillArguments
-from minillm.data import DataFiles, StepBatches
+from minillm.data import ChatRows, DataFiles, TextRows
 from minillm.data.report import open_rows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference import generate
@@ -23,7 +23,6 @@ from minillm.objectives.on_policy import OnPolicy
 from minillm.objectives.teacher import Teacher, find_teacher
 from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.optim import adamw
 from minillm.training.run import Run
 
 
@@ -39,41 +38,23 @@ def main(argv: list[str] | None = None):
             add_projection(model, teacher.model.config.hidden_size, seed=args.seed)
 
         # Data: texts or conversations, packed into rows of max_seq_len
-        def rows(files: DataFiles):
-            return run.ranks.main_first(
-                lambda: open_rows(
-                    files,
-                    tokenizer,
-                    max_seq_len=args.max_seq_len,
-                    packing=args.packing,
-                    seed=args.seed,
-                    cache_dir=args.token_cache,
-                    strict=args.strict,
-                )
-            )
+        def rows(files: DataFiles) -> TextRows | ChatRows:
+            return open_rows(files, tokenizer, **args.row_settings)
 
-        train_rows = rows(args.train_data)
+        def add_teacher(rows: TextRows | ChatRows, *, training: bool):  # its best tokens, kept on disk
+            return teacher.add_to(rows, vocab_size=model.config.vocab_size) if training and args.top_k else rows
+
+        loader, valid_loader = run.loaders(rows, add_columns=add_teacher)
         if args.top_k:
-            train_rows = teacher.add_to(train_rows, vocab_size=model.config.vocab_size)
             teacher.model = None  # what it has to say is on disk
-        loader = StepBatches(train_rows, **run.batching())
-        valid_loader = None
-        if args.valid_data:
-            valid_loader = StepBatches(rows(args.valid_data), **run.batching(), shuffle=False)
 
         # Optimizer: of the student
         module = run.wrap(model)
         distill_loss = DistillLoss(run, teacher)
         if args.dry_run:
             return dry_run(run, loader, tokenizer, distill_loss)
-        optimizer = adamw(
-            module,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-        )
         model = run.start(
-            optimizer,
+            run.adamw(module),
             loader,
             valid_loader=valid_loader,
             tokenizer=tokenizer,
@@ -84,15 +65,15 @@ def main(argv: list[str] | None = None):
         )
 
         # The loop: one step = one optimizer update
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = distill_loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
-            run.update()
+                step.backward(loss_sum, n_targets)
+            run.update(step)
 
         # Save
-        sample = sample_answers if train_rows.store.has_mask else sample_completions
+        sample = sample_answers if loader.rows.store.has_mask else sample_completions
         return run.finish(samples=lambda: sample(run.model, tokenizer, args.valid_data or args.train_data))
 
 

@@ -13,7 +13,7 @@ import torch
 from minillm.checkpoints.outputs import AdapterAlone
 from minillm.cli.command_line import parse, script
 from minillm.cli.preference_arguments import PreferenceArguments
-from minillm.data import DataFiles, JudgedRows, PairRows, StepBatches
+from minillm.data import DataFiles, JudgedRows, PairRows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
@@ -21,7 +21,6 @@ from minillm.objectives.preference import PreferenceLoss
 from minillm.objectives.reference import Reference
 from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.optim import adamw
 from minillm.training.run import Run
 
 
@@ -36,26 +35,11 @@ def main(argv: list[str] | None = None):
         reference = Reference(args.reference_kind, model, run) if args.reference_kind else None
 
         # Data: two replies to each prompt, side by side in a row (judged ones alone)
-        def rows(files: DataFiles, *, training: bool = True) -> PairRows | JudgedRows:
+        def rows(files: DataFiles) -> PairRows | JudgedRows:
             kind = JudgedRows if args.loss_type == "kto" else PairRows
-            found = run.ranks.main_first(
-                lambda: kind(
-                    files,
-                    tokenizer,
-                    max_seq_len=args.max_seq_len,
-                    packing=args.packing,
-                    seed=args.seed,
-                    cache_dir=args.token_cache,
-                    strict=args.strict,
-                )
-            )
-            return found if reference is None else reference.add_to(found, training=training)
+            return kind(files, tokenizer, **args.row_settings)
 
-        train_rows = rows(args.train_data)
-        loader = StepBatches(train_rows, **run.batching())
-        valid_loader = None
-        if args.valid_data:
-            valid_loader = StepBatches(rows(args.valid_data, training=False), **run.batching(), shuffle=False)
+        loader, valid_loader = run.loaders(rows, add_columns=reference.add_to if reference else None)
 
         # Optimizer: of the model, or of an adapter alone
         if args.lora_name:
@@ -64,15 +48,8 @@ def main(argv: list[str] | None = None):
         preference_loss = PreferenceLoss(run, reference)
         if args.dry_run:
             return dry_run(run, loader, tokenizer, preference_loss, prepare=preference_loss.prepare)
-        optimizer = adamw(
-            module,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-            loraplus_ratio=args.loraplus_ratio,
-        )
         model = run.start(
-            optimizer,
+            run.adamw(module),
             loader,
             valid_loader=valid_loader,
             tokenizer=tokenizer,
@@ -85,12 +62,12 @@ def main(argv: list[str] | None = None):
         )
 
         # The loop: one step = one optimizer update
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = preference_loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
-            run.update()
+                step.backward(loss_sum, n_targets)
+            run.update(step)
 
         # Save
         return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_data or args.train_data))

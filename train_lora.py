@@ -12,7 +12,7 @@ import torch
 from minillm.checkpoints.outputs import AdapterAlone
 from minillm.cli.command_line import parse, script
 from minillm.cli.lora_arguments import LoRAArguments
-from minillm.data import ChatRows, DataFiles, ReplayRows, StepBatches
+from minillm.data import ChatRows, DataFiles
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
@@ -20,7 +20,6 @@ from minillm.losses import causal_lm_loss
 from minillm.reports.dry_run import dry_run
 from minillm.reports.watch import Watch
 from minillm.tokenizer import load_tokenizer
-from minillm.training.optim import adamw
 from minillm.training.run import Run
 
 
@@ -36,42 +35,18 @@ def main(argv: list[str] | None = None):
 
         # Data: conversations with their answers as targets, packed into rows of max_seq_len
         def rows(files: DataFiles | list[str]) -> ChatRows:
-            return ChatRows(
-                files,
-                tokenizer,
-                max_seq_len=args.max_seq_len,
-                packing=args.packing,
-                train_on=args.train_on,
-                seed=args.seed,
-                cache_dir=args.token_cache,
-                strict=args.strict,
-            )
+            return ChatRows(files, tokenizer, **args.row_settings)
 
-        train_rows = run.ranks.main_first(lambda: rows(args.train_data))
-        if args.replay_path:
-            old_rows = run.ranks.main_first(lambda: rows(args.replay_data))
-            train_rows = ReplayRows(train_rows, old_rows, share=args.replay_ratio)
-        loader = StepBatches(train_rows, **run.batching())
-        valid_loader = None
-        if args.valid_data:
-            valid_rows = run.ranks.main_first(lambda: rows(args.valid_data))
-            valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
+        loader, valid_loader = run.loaders(rows, old_rows=rows)
 
         # Optimizer: of the adapter alone
         module = run.wrap(model)
         if args.dry_run:
             return dry_run(run, loader, tokenizer, causal_lm_loss)
-        optimizer = adamw(
-            module,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-            loraplus_ratio=args.loraplus_ratio,
-        )
         looks_every = args.monitor_interval or (5 if args.monitor else 0)
-        watch = Watch(run, tokenizer, train_rows, interval=looks_every) if looks_every else None
+        watch = Watch(run, tokenizer, loader.rows, interval=looks_every) if looks_every else None
         model = run.start(
-            optimizer,
+            run.adamw(module),
             loader,
             valid_loader=valid_loader,
             tokenizer=tokenizer,
@@ -80,12 +55,12 @@ def main(argv: list[str] | None = None):
         )
 
         # The loop: one step = one optimizer update
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
-            run.update()
+                step.backward(loss_sum, n_targets)
+            run.update(step)
 
         # Save
         return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_data or args.train_data))

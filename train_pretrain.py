@@ -8,13 +8,12 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 
 from minillm.cli.arguments import PretrainArguments
 from minillm.cli.command_line import parse, script
-from minillm.data import DataFiles, StepBatches, TextRows
+from minillm.data import DataFiles, TextRows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_completions
 from minillm.losses import causal_lm_loss
 from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.optim import adamw
 from minillm.training.run import Run
 
 
@@ -26,36 +25,18 @@ def main(argv: list[str] | None = None):
         tokenizer = load_tokenizer(find_tokenizer(args))
         model = create_model(args, tokenizer)
 
-        # Data: tokenised once (rank 0 first), packed into rows of max_seq_len
+        # Data: tokenised once, packed into rows of max_seq_len
         def rows(files: DataFiles) -> TextRows:
-            return TextRows(
-                files,
-                tokenizer,
-                max_seq_len=args.max_seq_len,
-                packing=args.packing,
-                cache_dir=args.token_cache,
-                strict=args.strict,
-            )
+            return TextRows(files, tokenizer, **args.row_settings)
 
-        train_rows = run.ranks.main_first(lambda: rows(args.train_data))
-        loader = StepBatches(train_rows, **run.batching())
-        valid_loader = None
-        if args.valid_data:
-            valid_rows = run.ranks.main_first(lambda: rows(args.valid_data))
-            valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
+        loader, valid_loader = run.loaders(rows)
 
         # Optimizer
         module = run.wrap(model)
         if args.dry_run:
             return dry_run(run, loader, tokenizer, causal_lm_loss)
-        optimizer = adamw(
-            module,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-        )
         model = run.start(
-            optimizer,
+            run.adamw(module),
             loader,
             valid_loader=valid_loader,
             tokenizer=tokenizer,
@@ -64,12 +45,12 @@ def main(argv: list[str] | None = None):
         )
 
         # The loop: one step = one optimizer update
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
-            run.update()
+                step.backward(loss_sum, n_targets)
+            run.update(step)
 
         # Save
         return run.finish(samples=lambda: sample_completions(run.model, tokenizer, args.valid_data or args.train_data))

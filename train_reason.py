@@ -14,13 +14,12 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 
 from minillm.cli.command_line import parse, script
 from minillm.cli.reason_arguments import ReasonArguments
-from minillm.data import ChatRows, DataFiles, ReasonRows, ReplayRows, StepBatches
+from minillm.data import ChatRows, DataFiles, ReasonRows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.losses import causal_lm_loss
 from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
-from minillm.training.optim import adamw
 from minillm.training.run import Run
 
 
@@ -33,38 +32,23 @@ def main(argv: list[str] | None = None):
         model = create_model(args, tokenizer)
 
         # Data: conversations with their answers as targets, packed into rows of max_seq_len
-        def rows(kind: type[ChatRows], files: DataFiles | list[str], **more) -> ChatRows:
-            settings = {
-                "max_seq_len": args.max_seq_len,
-                "packing": args.packing,
-                "train_on": args.train_on,
-                "seed": args.seed,
-                "cache_dir": args.token_cache,
-                "strict": args.strict,
-            }
-            return run.ranks.main_first(lambda: kind(files, tokenizer, **settings, **more))
+        def rows(files: DataFiles) -> ReasonRows:
+            return ReasonRows(files, tokenizer, **args.row_settings, tag_weight=args.tag_weight)
 
-        train_rows = rows(ReasonRows, args.train_data, tag_weight=args.tag_weight)
-        if args.replay_path:
-            train_rows = ReplayRows(train_rows, rows(ChatRows, args.replay_data), share=args.replay_ratio)
-        loader = StepBatches(train_rows, **run.batching())
-        valid_loader = None
-        if args.valid_data:  # all tokens weigh the same there: nats per token, as in every other stage
-            valid_rows = rows(ReasonRows, args.valid_data, tag_weight=1.0)
-            valid_loader = StepBatches(valid_rows, **run.batching(), shuffle=False)
+        def valid_rows(files: DataFiles) -> ReasonRows:  # all tokens weigh the same: nats per token, as in every stage
+            return ReasonRows(files, tokenizer, **args.row_settings, tag_weight=1.0)
+
+        def old_rows(files: DataFiles) -> ChatRows:
+            return ChatRows(files, tokenizer, **args.row_settings)
+
+        loader, valid_loader = run.loaders(rows, valid_rows=valid_rows, old_rows=old_rows)
 
         # Optimizer
         module = run.wrap(model)
         if args.dry_run:
             return dry_run(run, loader, tokenizer, causal_lm_loss)
-        optimizer = adamw(
-            module,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-        )
         model = run.start(
-            optimizer,
+            run.adamw(module),
             loader,
             valid_loader=valid_loader,
             tokenizer=tokenizer,
@@ -72,12 +56,12 @@ def main(argv: list[str] | None = None):
         )
 
         # The loop: one step = one optimizer update
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
-            run.update()
+                step.backward(loss_sum, n_targets)
+            run.update(step)
 
         # Save
         return run.finish(samples=lambda: sample_answers(run.model, tokenizer, args.valid_data or args.train_data))

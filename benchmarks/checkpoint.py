@@ -162,11 +162,12 @@ class Bench:
     def step(self) -> float:
         """Make one update; return its time."""
         began = time.perf_counter()
-        for batch in next(self.steps):
+        step = next(self.steps)
+        for batch in step:
             with self.run.autocast():
-                loss_sum, _ = causal_lm_loss(self.model, batch)
-            self.run.backward(loss_sum)
-        self.run.update()
+                loss_sum, n_targets = causal_lm_loss(self.model, batch)
+            step.backward(loss_sum, n_targets)
+        self.run.update(step)
         return time.perf_counter() - began
 
     def block(self, mode: str) -> dict[str, float]:

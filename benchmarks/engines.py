@@ -163,14 +163,14 @@ def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
         loader = StepBatches(RaggedRows(), **run.batching())
         optimizer = adamw(run.wrap(Transformer(config)), learning_rate=1e-4)
         model = run.start(optimizer, loader, tokenizer=None, loss=causal_lm_loss)
-        for micro_batches in run.steps(loader):
+        for step in run.steps(loader):
             if run.step == 1:  # the optimizer's state is there
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            for batch in micro_batches:
+            for batch in step:
                 with run.autocast():
-                    loss_sum, _ = causal_lm_loss(model, batch)
-                run.backward(loss_sum)
-            run.update()
+                    loss_sum, n_targets = causal_lm_loss(model, batch)
+                step.backward(loss_sum, n_targets)
+            run.update(step)
         mib = (resident("VmHWM") - before) / 2**20
         (Path(out) / f"{run.ranks.rank}.json").write_text(json.dumps({"mib": mib}))
 

@@ -163,12 +163,12 @@ def train_once(args: Arguments, config: ModelConfig, tokenizer, seed: int) -> di
             model = run.start(
                 optimizer, loader, valid_loader=valid_loader, tokenizer=tokenizer, loss=causal_lm_loss
             )
-            for micro_batches in run.steps(loader):
-                for batch in micro_batches:
+            for step in run.steps(loader):
+                for batch in step:
                     with run.autocast():
-                        loss_sum, _ = causal_lm_loss(model, batch, run.router_stats)
-                    run.backward(loss_sum)
-                run.update()
+                        loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
+                    step.backward(loss_sum, n_targets)
+                run.update(step)
             run.validate()
             row = [row for row in read_metrics(run.directory / "metrics.jsonl") if row["split"] == "train"][-1]
             balance = {name: row[name] for name in ("expert_load_max", "expert_entropy", "balance_loss") if name in row}

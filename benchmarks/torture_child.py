@@ -41,7 +41,7 @@ POINTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "log": [("minillm.reports.tracking", "Tracker", "log")],
     "export": [("minillm.training.run", "Run", "export")],
-    "backward": [("minillm.training.run", "Run", "backward")],
+    "backward": [("minillm.training.step", "Step", "backward")],
     "update": [("minillm.training.run", "Run", "update")],
 }  # fmt: skip
 IN_LOOP = ("backward", "update")

@@ -172,6 +172,13 @@ class TrainArguments(ScaleArguments):
         return [str(file) for file in expand_paths(self.valid_path)]
 
     @property
+    def row_settings(self) -> dict:
+        """Return the settings of rows (``TextRows``, ``ChatRows``, ...) as keyword arguments."""
+        names = ("max_seq_len", "packing", "train_on", "seed", "strict")
+        known = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return known | {"cache_dir": self.token_cache}
+
+    @property
     def train_data(self) -> DataFiles:
         """Return the records to train on: those of ``--data_path``, without what ``--valid_ratio`` holds out."""
         return DataFiles(self.data_files, self.valid_ratio, "train", self.columns)
@@ -197,6 +204,11 @@ class PretrainArguments(TrainArguments):
 
     packing: Literal["stream", "best_fit", "none"] = "stream"
     """stream: cut the text every max_seq_len; best_fit: whole documents per row; none: one document per row."""
+
+    @property
+    def row_settings(self) -> dict:
+        """Return the settings of ``TextRows``, which are packed in the same order whatever the seed."""
+        return {name: value for name, value in super().row_settings.items() if name != "seed"}
 
 
 @dataclass(frozen=True, kw_only=True)

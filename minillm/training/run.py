@@ -23,6 +23,7 @@ from minillm.checkpoints.lock import lock_directory, writable
 from minillm.checkpoints.nonfinite import stop_for_nonfinite
 from minillm.checkpoints.outputs import WholeModel
 from minillm.checkpoints.saving import Saver
+from minillm.data import ReplayRows, StepBatches
 from minillm.distributed import engines
 from minillm.distributed.engine import Engine
 from minillm.distributed.ranks import Ranks
@@ -38,8 +39,9 @@ from minillm.reports.summary import write_run_file, write_summary
 from minillm.reports.tracking import NotWatched, Tracker, rate
 from minillm.training import endings
 from minillm.training.balance import Balance
+from minillm.training.optim import adamw
 from minillm.training.schedule import Schedule, schedule_factor
-from minillm.training.step import StepBatchesOnDevice
+from minillm.training.step import Step
 from minillm.training.validation import evaluate_loss
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: the loss scale halves at each; after 50 it is not the scale that is wrong
@@ -133,6 +135,47 @@ class Run:
             "world_size": self.ranks.world_size,
             "seed": self.args.seed,
         }
+
+    def loaders(
+        self,
+        rows: Callable,
+        *,
+        valid_rows: Callable | None = None,
+        old_rows: Callable | None = None,
+        add_columns: Callable | None = None,
+    ) -> tuple[StepBatches, StepBatches | None]:
+        """Return the steps of the training data, and of the validation data (None without any).
+
+        Args:
+            rows: makes the rows of some files; the main rank calls it first, so that the others find its caches ready.
+            valid_rows: the same for validation, where it differs. old_rows: for --replay_path, mixed into training.
+            add_columns: called with rows and ``training=``; returns them with what a frozen model says of each.
+        """
+        args, ranks = self.args, self.ranks
+
+        def made(make: Callable, files, training: bool):
+            new = ranks.main_first(lambda: make(files))
+            return new if add_columns is None else add_columns(new, training=training)
+
+        train_rows = made(rows, args.train_data, True)
+        if old_rows is not None and args.replay_path:
+            train_rows = ReplayRows(train_rows, made(old_rows, args.replay_data, True), share=args.replay_ratio)
+        loader, valid_loader = StepBatches(train_rows, **self.batching()), None
+        if args.valid_data:
+            held_out = made(valid_rows or rows, args.valid_data, False)
+            valid_loader = StepBatches(held_out, **self.batching(), shuffle=False)
+        return loader, valid_loader
+
+    def adamw(self, module: nn.Module) -> torch.optim.AdamW:
+        """Return AdamW over what of ``module`` is trained, with the settings of the flags."""
+        args = self.args
+        return adamw(
+            module,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            loraplus_ratio=getattr(args, "loraplus_ratio", 1.0),
+        )
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Move ``model`` to the device, compile it if asked, wrap it for the ranks; return what to optimise."""
@@ -238,10 +281,10 @@ class Run:
             decay_ratio=args.decay_ratio,
         )
 
-    # ---- the loop's four calls -------------------------------------------------------------------------------
+    # ---- the loop's calls -------------------------------------------------------------------------------
 
-    def steps(self, loader) -> Iterator[StepBatchesOnDevice]:
-        """Yield, for each optimizer update, this rank's micro-batches; go on where a checkpoint left off."""
+    def steps(self, loader) -> Iterator[Step]:
+        """Yield a ``Step`` for each optimizer update; start where a checkpoint ended."""
         self.signals.__enter__()
         if self._validation_due and self.valid_loader is not None:  # the checkpoint was made before it
             self._begin()
@@ -255,10 +298,16 @@ class Run:
                 micro_batches = self.prepare(micro_batches, True)
                 counts = [self.count(batch) for batch in micro_batches]
                 n_tokens = sum((batch["document_ids"] >= 0).sum() for batch in micro_batches)
-                totals = self.ranks.sum(torch.stack([sum(counts), n_tokens.double()]))
-                self._n_targets, self._n_tokens = totals.tolist()
-                self._micro_batches, self._loss_sum, self._began = micro_batches, 0.0, began
-                yield StepBatchesOnDevice(micro_batches, self.device, self.engine)
+                n_targets, n_tokens = self.ranks.sum(torch.stack([sum(counts), n_tokens.double()])).tolist()
+                yield Step(
+                    micro_batches,
+                    n_targets=n_targets,
+                    n_tokens=n_tokens,
+                    began=began,
+                    engine=self.engine,
+                    device=self.device,
+                    sum_dtype=self.sum_dtype,
+                )
                 if self.step >= self.total_steps:
                     break
                 began = time.perf_counter()
@@ -267,38 +316,31 @@ class Run:
         """Return the context of a forward pass in the run's dtype."""
         return self.engine.autocast(self.device)
 
-    def backward(self, loss_sum: Tensor) -> None:
-        """Add the gradients of one micro-batch's share of the step's mean loss.
-
-        The engine averages over ranks, so the sum is multiplied by their number and divided by the count of
-        targets of the whole step: what remains is Σ loss / Σ targets, however the step was cut.
-        """
-        self._loss_sum = self._loss_sum + loss_sum.detach().to(self.sum_dtype)
-        self.engine.backward(loss_sum * (self.ranks.world_size / max(self._n_targets, 1e-12)))
-
-    def update(self) -> None:
+    def update(self, step: Step) -> None:
         """Clip, apply the update, advance the schedule and the counters; log, validate and save when due."""
         lr = self.schedule.set_step(self.step)
         grad_norm = self.engine.clip(self.args.grad_clip)
         # What one rank notices, all do at the same step: a signal, or that --save_minutes are over on the main one.
-        notices = [0.0, self.signals.caught, self.ranks.is_main and self.saver.is_due()]
+        notices = [0.0, 0.0, self.signals.caught, self.ranks.is_main and self.saver.is_due()]
         notices = torch.tensor(notices, dtype=self.sum_dtype, device=self.device)
-        notices[0] = self._loss_sum
-        loss_sum, caught, is_due = self.ranks.sum(notices)
+        notices[:2] = torch.stack([step.loss_sum, step.n_counted])
+        loss_sum, n_counted, caught, is_due = self.ranks.sum(notices)
         loss_sum = loss_sum - self.balance.collect()  # rows of metrics compare with validation: tokens' loss alone
-        loss_sum, grad_norm, caught, is_due = torch.stack([loss_sum, grad_norm.to(loss_sum), caught, is_due]).tolist()
+        numbers = torch.stack([loss_sum, grad_norm.to(loss_sum), n_counted, caught, is_due])
+        loss_sum, grad_norm, n_counted, caught, is_due = numbers.tolist()
+        step.check_count(n_counted)
         if self.engine.loss_scale is None and not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            stop_for_nonfinite(self, loss_sum, grad_norm)
+            stop_for_nonfinite(self, step, loss_sum, grad_norm)
         self.watch.before_update(self.step + 1)
         applied = self.engine.step()
         self._begin()
-        self._count_skips(applied, loss_sum, grad_norm)
+        self._count_skips(applied, step, loss_sum, grad_norm)
         if applied:
             self.balance.apply()
             self.watch.after_update(self.step + 1, self.optimizer)
-        self._advance(loss_sum if applied else 0.0, applied)
-        if applied and self._n_targets:
-            self._warn(self.alarm.train(self.step, loss_sum / self._n_targets))
+        self._advance(step, loss_sum if applied else 0.0, applied)
+        if applied and step.n_targets:
+            self._warn(self.alarm.train(self.step, loss_sum / step.n_targets))
         if self.step % self.args.log_interval == 0 or self.step == self.total_steps:
             self._log(lr, grad_norm)
         # A checkpoint comes before the validation, which may be long, or too much for the memory.
@@ -420,17 +462,17 @@ class Run:
     def _stop(self) -> NoReturn:
         endings.stop(self, int(self.signals.caught or signal.SIGTERM))
 
-    def _advance(self, loss_sum: float, applied: bool) -> None:
-        elapsed = time.perf_counter() - self._began
+    def _advance(self, step: Step, loss_sum: float, applied: bool) -> None:
+        elapsed = time.perf_counter() - step.began
         self.step += 1
         self.step_in_epoch += 1
         if self.step_in_epoch >= self.loader.steps_per_epoch:
             self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.tokens += int(self._n_tokens)
+        self.tokens += int(step.n_tokens)
         self.seconds += elapsed
         self._window["loss_sum"] += loss_sum
-        self._window["n_targets"] += self._n_targets if applied else 0.0
-        self._window["tokens"] += int(self._n_tokens)
+        self._window["n_targets"] += step.n_targets if applied else 0.0
+        self._window["tokens"] += int(step.n_tokens)
         self._window["seconds"] += elapsed
         self.tracker.advance()
 
@@ -463,8 +505,8 @@ class Run:
         self.tracker.show(self.step, epoch=self.epoch + self.step_in_epoch / self.loader.steps_per_epoch, **shown)
         self._window = {"loss_sum": 0.0, "n_targets": 0.0, "tokens": 0, "seconds": 0.0}
 
-    def _count_skips(self, applied: bool, loss_sum: float, grad_norm: float) -> None:
+    def _count_skips(self, applied: bool, step: Step, loss_sum: float, grad_norm: float) -> None:
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.skipped_steps += not applied
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            stop_for_nonfinite(self, loss_sum, grad_norm)
+            stop_for_nonfinite(self, step, loss_sum, grad_norm)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.training.run import Run
+from minillm.training.step import Step
 from tests.contracts.engines import flags_of
 from tests.contracts.harness import arguments, train
 
@@ -18,17 +18,17 @@ REDUCTIONS = ("allreduce", "all_reduce", "reduce_scatter")
 
 def main(out: Path, *engines: str) -> None:
     torch.distributed.init_process_group("gloo")
-    backward, found = Run.backward, {}
+    backward, found = Step.backward, {}
     for engine in engines:
         counts: list[int] = []
 
-        def counted(run, loss_sum, counts=counts):
+        def counted(step, loss_sum, n_targets, counts=counts):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                backward(run, loss_sum)
+                backward(step, loss_sum, n_targets)
             names = [event.name for event in profile.events()]
             counts.append(sum(any(word in name for word in REDUCTIONS) for name in names))
 
-        Run.backward = counted
+        Step.backward = counted
         args = arguments(out / engine, batch_size=2, global_batch_size=12, max_steps=2, **flags_of(engine))
         train(args)
         found[engine] = counts

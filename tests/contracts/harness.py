@@ -144,7 +144,7 @@ def train(
 
     Args:
         lora: train an adapter of the settings ``LORA`` alone. weighted: see ``RaggedRows``.
-        prepare: called with the run before the loop. before_update: called before every ``run.update()``.
+        prepare: called with the run before the loop. before_update: called before every ``run.update(step)``.
         finish: save a checkpoint and the model at the end, as the scripts do. validate: every ``eval_interval`` steps.
     """
     with Run(args, stage="pretrain", engine=engine, output=TinyAdapter() if lora else None) as run:
@@ -156,13 +156,13 @@ def train(
         valid_loader = StepBatches(RaggedRows(7, seed=1), **run.batching(), shuffle=False) if validate else None
         model = run.start(optimizer, loader, valid_loader=valid_loader, tokenizer=None, loss=causal_lm_loss)
         prepare(run)
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
+                step.backward(loss_sum, n_targets)
             before_update(run)
-            run.update()
+            run.update(step)
         if finish:
             run.finish()
         return {

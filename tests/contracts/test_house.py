@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "checkpoints": {"hub", "lora", "distributed"},
     "reports": {"model", "lora", "data", "checkpoints"},
     "objectives": {"losses", "lora", "tokenizer", "data", "hub", "checkpoints", "reports"},
-    "training": {"kernels", "model", "losses", "distributed", "checkpoints", "reports"},
+    "training": {"kernels", "model", "losses", "data", "distributed", "checkpoints", "reports"},
     "cli": {"config", "losses", "lora", "data", "distributed", "hub", "checkpoints"},
     "evaluation": {"losses", "tokenizer", "data", "inference", "hub", "cli"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},
@@ -217,8 +217,8 @@ def test_loop_is_the_same_in_every_stage():
     stages = ("pretrain", "sft", "lora", "dpo", "distill", "reason")
     assert {f"train_{stage}.py" for stage in stages} <= set(loops)
     text, _ = loops["train_pretrain.py"]
-    assert text.startswith("for micro_batches in run.steps(")
-    assert text.endswith("run.update()")
+    assert text.startswith("for step in run.steps(")
+    assert text.endswith("run.update(step)")
     for name, (other, size) in loops.items():
         assert other == text, f"the loop of {name} differs"
         assert size <= 25, f"the loop of {name} has {size} lines"

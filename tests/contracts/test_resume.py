@@ -37,7 +37,7 @@ setattr(target, name, deadly)
 importlib.import_module(stage).main(argv)
 """
 MOMENTS = {
-    "in the middle of accumulation": ("minillm.training.run", "Run", "backward", 12),
+    "in the middle of accumulation": ("minillm.training.step", "Step", "backward", 12),
     "between two updates": ("minillm.training.run", "Run", "update", 6),
     "while the weights of a checkpoint are written": ("minillm.checkpoints.checkpoint", "", "sha256", 12),
     "before a checkpoint gets its name": ("os", "", "rename", 2),

@@ -14,6 +14,7 @@ from minillm.distributed.engine import Engine
 from minillm.distributed.fsdp import FSDP
 from minillm.distributed.zero import ZeRO
 from minillm.errors import UserError
+from minillm.training import endings
 from tests.contracts.harness import arguments, train
 
 
@@ -51,7 +52,7 @@ def run(monkeypatch):
 def test_stop_waits_for_the_checkpoint_and_for_the_others(run, capsys, is_main):
     run.ranks.is_main = is_main
     with pytest.raises(Interrupted) as ended:
-        engines.stop(run, signal.SIGTERM)
+        endings.stop(run, signal.SIGTERM)
     assert ended.value.code == 143
     assert run.calls == ["wait", *(["close"] if is_main else []), "barrier"]
     shown = capsys.readouterr()
@@ -76,7 +77,7 @@ GONE = [
 def test_a_rank_that_is_gone_is_said_plainly(run, error):
     run.ranks.rank = 1
     with pytest.raises(UserError) as said:
-        engines.explain(error, run)
+        endings.explain(error, run)
     message = str(said.value)
     assert message.startswith("rank 1 of 2 lost the others after step 5: ")
     assert str(error).splitlines()[0] in message
@@ -87,27 +88,27 @@ def test_a_rank_that_is_gone_is_said_plainly(run, error):
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), UserError("gloomy"), KeyError("gloo")])
 def test_other_errors_are_left_as_they_are(run, error, capsys):
-    engines.explain(error, run)
+    endings.explain(error, run)
     assert capsys.readouterr() == ("", "")
 
 
 def test_an_error_without_a_message_is_no_error_of_ours(run):
-    engines.explain(RuntimeError(), run)
+    endings.explain(RuntimeError(), run)
     with pytest.raises(UserError, match="lost the others"):
-        engines.explain(dist.DistError(), run)
+        endings.explain(dist.DistError(), run)
 
 
 def test_alone_there_is_no_other_to_lose(run):
     run.ranks.world_size = 1
     for error in GONE:
-        engines.explain(error, run)
+        endings.explain(error, run)
 
 
 @pytest.mark.parametrize(("is_main", "save_step"), [(True, 4), (True, -1), (False, 4)])
 def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_from(run, capsys, is_main, save_step):
     run.ranks.is_main, run._save_step = is_main, save_step
     with pytest.raises(Interrupted) as ended:
-        engines.explain(KeyboardInterrupt(), run)
+        endings.explain(KeyboardInterrupt(), run)
     assert ended.value.code == 130
     shown = capsys.readouterr().err
     says = is_main and save_step >= 0

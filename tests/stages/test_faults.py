@@ -35,11 +35,11 @@ SLOW = """
 import os, runpy, signal, sys, time
 from minillm.training.run import Run
 update = Run.update
-def slow_update(run):
+def slow_update(run, step):
     if run.step == 5 and run.ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1.0 if run.step > 4 else 0.0)
-    update(run)
+    update(run, step)
 Run.update = slow_update
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -129,10 +129,10 @@ def killed_at(step: int, monkeypatch):
     """End runs without a chance to save before the update that follows ``step``."""
     real = Run.update
 
-    def update(run):
+    def update(run, *args):
         if run.step == step:
             raise KeyboardInterrupt
-        real(run)
+        real(run, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "update", update)
@@ -349,8 +349,8 @@ def test_other_settings_are_refused_and_nothing_is_overwritten(killed, start, tm
 def test_weights_that_are_no_numbers_stop_the_run_before_they_are_saved(start, whole, tmp_path, monkeypatch):
     real = Run.update
 
-    def poisonous(run):
-        real(run)
+    def poisonous(run, step):
+        real(run, step)
         if run.step == 6:
             with torch.no_grad():
                 run.model.model.norm.weight[3] = torch.nan

@@ -17,6 +17,7 @@ from minillm.errors import UserError
 from minillm.reports import tracking
 from minillm.reports.tracking import read_metrics
 from minillm.training.run import Run
+from minillm.training.step import Step
 from tests.foreign.models import make_model
 
 SHORT = ["--batch_size", "2", "--max_seq_len", "24", "--log_interval", "1", "--warmup_ratio", "0"]
@@ -74,7 +75,7 @@ def test_an_interrupted_run_is_not_touched_either(pretrain, directory, monkeypat
 
 def test_a_start_that_failed_leaves_the_directory_free(pretrain, directory, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "backward", fails)
+        patch.setattr(Step, "backward", fails)
         assert pretrain().code == 2
     assert pretrain().code == 0
     assert not (directory / "earlier-1").exists()

@@ -69,13 +69,13 @@ def train(args, tokenizer, *, double: bool = False, before_update=lambda run: No
         loss = DistillLoss(run, teacher)
         optimizer = adamw(module, learning_rate=args.learning_rate, weight_decay=0.0)
         model = run.start(optimizer, loader, tokenizer=tokenizer, loss=causal_lm_loss, settings=loss.settings())
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
+                step.backward(loss_sum, n_targets)
             before_update(run)
-            run.update()
+            run.update(step)
         if finish:
             run.finish()
         return run

@@ -90,11 +90,11 @@ def train(
         optimizer = adamw(module, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         model = run.start(optimizer, loader, tokenizer=None, loss=loss, count=loss.count, prepare=loss.prepare,
                           measures=loss.measures, unit=loss.unit, settings=loss.settings())  # fmt: skip
-        for micro_batches in run.steps(loader):
-            for batch in micro_batches:
+        for step in run.steps(loader):
+            for batch in step:
                 with run.autocast():
                     loss_sum, n_targets = loss(model, batch, run.router_stats)
-                run.backward(loss_sum)
+                step.backward(loss_sum, n_targets)
             before_update(run, reference)
-            run.update()
+            run.update(step)
         return run, reference

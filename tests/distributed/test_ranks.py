@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from minillm.distributed import parallel
+from minillm.distributed import ranks as ranks_module
 from minillm.distributed.engine import Engine
 from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
 from minillm.training.optim import adamw
-from minillm.training.step import StepBatchesOnDevice
+from minillm.training.step import Step
 
 
 def test_one_process_is_the_main_rank():
@@ -80,14 +80,14 @@ def test_the_main_rank_may_work_longer_than_the_timeout(two_ranks, monkeypatch):
             main._store.set("minillm alone 1 done", "")
 
     clock = Clock(main_rank)
-    monkeypatch.setattr(parallel, "time", clock)
+    monkeypatch.setattr(ranks_module, "time", clock)
     assert other.main_alone(lambda: pytest.fail("rank 1 builds")) is None
     assert clock.now > 3 * 3600
 
 
 def test_a_main_rank_that_is_silent_is_given_up(two_ranks, monkeypatch):
     clock = Clock(lambda now: None)
-    monkeypatch.setattr(parallel, "time", clock)
+    monkeypatch.setattr(ranks_module, "time", clock)
     with pytest.raises(UserError, match="no sign of life for 30 minutes"):
         two_ranks[1].main_alone(lambda: None)
     assert 1800 < clock.now < 1810
@@ -95,7 +95,7 @@ def test_a_main_rank_that_is_silent_is_given_up(two_ranks, monkeypatch):
 
 def test_the_main_rank_gives_signs_of_life_while_it_works(two_ranks, monkeypatch):
     main, other = two_ranks
-    monkeypatch.setattr(parallel, "SIGN_OF_LIFE_S", 0.01)
+    monkeypatch.setattr(ranks_module, "SIGN_OF_LIFE_S", 0.01)
     for name in ("minillm alone 1", "minillm alone 2"):
 
         def build(name=name):
@@ -150,10 +150,28 @@ def test_frozen_parameters_are_left_alone():
     assert torch.equal(model.bias, bias)
 
 
-def test_step_batches_tell_the_engine_which_is_last(engine, monkeypatch):
+def step_of(engine, n_targets=5.0):
+    settings = {"n_tokens": 7.0, "began": 0.0, "device": torch.device("cpu"), "sum_dtype": torch.float64}
+    batches = [{"x": torch.ones(1)}, {"x": torch.zeros(1)}]
+    return Step(batches, n_targets=n_targets, engine=engine, **settings)
+
+
+def test_a_step_tells_the_engine_which_micro_batch_is_last(engine, monkeypatch):
     seen = []
     monkeypatch.setattr(engine, "set_last", seen.append)
-    batches = StepBatchesOnDevice([{"x": torch.ones(1)}, {"x": torch.zeros(1)}], torch.device("cpu"), engine)
-    assert len(batches) == 2
-    assert [batch["x"].item() for batch in batches] == [1, 0]
+    step = step_of(engine)
+    assert len(step) == 2
+    assert [batch["x"].item() for batch in step] == [1, 0]
     assert seen == [False, True]
+
+
+def test_a_loss_that_counts_other_targets_is_an_error_with_both_numbers(engine, monkeypatch):
+    step = step_of(engine, n_targets=5.0)
+    monkeypatch.setattr(engine, "backward", lambda loss: None)
+    for n in (2.0, 3.0):
+        step.backward(torch.tensor(1.5), torch.tensor(n, dtype=torch.float64))
+    assert (step.loss_sum.item(), step.n_counted.item()) == (3.0, 5.0)
+    step.check_count(step.n_counted.item())
+    step.backward(torch.tensor(1.5), torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="the losses counted 6 targets, the batches of the step hold 5"):
+        step.check_count(step.n_counted.item())
