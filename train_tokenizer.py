@@ -115,7 +115,7 @@ def check_writable(directory: Path) -> None:
     """Raise UserError now if ``directory`` could not be made or written after minutes of training."""
     existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to '{directory}': '{existing}' is no writable directory; change --save_dir")
+        raise UserError(f"cannot write to '{directory}': '{existing}' is not a writable directory; change --save_dir")
 
 
 def warn_of_another(directory: Path, tokenizer: Tokenizer) -> None:

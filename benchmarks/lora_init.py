@@ -69,7 +69,7 @@ class Arguments:
     """Where the figures go as JSON."""
 
     def check(self) -> None:
-        """Raise UserError for an unknown initialisation, a rate or seed that is no number, a file that is not there."""
+        """Raise UserError for an unknown initialisation, a rate or seed that is not a number, a missing file."""
         for name in self.inits.split(","):
             require(name in get_args(Init), f"--inits {name}: choose from {', '.join(get_args(Init))}")
         for name in ("base", "data_path", "valid_path"):

@@ -233,7 +233,7 @@ class Tortured:
             raise Difference("it hangs")
         if ended.code == 0 or (ended.code == -signal.SIGKILL and plan.kind in ("time", "call")):
             return
-        said = re.search(r"SIG\w+: saved after step (\d+) of \d+\ngo on with: (.*)", ended.err)
+        said = re.search(r"SIG\w+: saved after step (\d+) of \d+\nresume with: (.*)", ended.err)
         if is_asked and said and ended.code in (128 + number for number in plan.numbers):
             newest = next(iter(now["intact"]), "")
             if not newest or step_of(newest) != int(said[1]):

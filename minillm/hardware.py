@@ -67,7 +67,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what this process frees, for its next allocation; return whether it could.
 
     A training step on a CPU frees its activations and soon allocates the same sizes again. By default glibc gives
-    large blocks back to the system in between, which then maps and zeroes every page anew: thousands of page faults
+    large blocks back to the system in between, which then maps and zeroes every page again: thousands of page faults
     per step. The peak is the same either way. Where there is no glibc (macOS, musl) nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

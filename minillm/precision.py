@@ -62,5 +62,5 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """Return a GradScaler: at work for float16, a transparent one otherwise."""
+    """Return a GradScaler: active for float16, a transparent one otherwise."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -1,1 +1,1 @@
-"""Files that are whole or absent: saving beside the training, resuming, locks, signals."""
+"""Files that are whole or absent: saving in the background, resuming, locks, signals."""

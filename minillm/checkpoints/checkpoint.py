@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or absent.
 
 A checkpoint is a directory ``checkpoints/step-00000100/``: a Hugging Face model directory (weights in float32)
 plus ``training_state.pt`` and a ``manifest.json`` with the size and SHA-256 of each file. It is written under a

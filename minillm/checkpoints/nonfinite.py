@@ -8,7 +8,7 @@ from minillm.errors import UserError
 
 
 def stop_for_nonfinite(run, step, loss_sum: float, grad_norm: float) -> NoReturn:
-    """Save the step's micro-batches (of this rank) beside the checkpoints, and raise the ``UserError`` that names them.
+    """Save the step's micro-batches (of this rank) next to the checkpoints, and raise a ``UserError`` that names them.
 
     Args:
         step: with its ``micro_batches`` and ``n_targets``. loss_sum: of the step's targets, over all ranks.

@@ -47,7 +47,7 @@ class WholeModel:
         model.load_state_dict(load_model(path, device="cpu", dtype=torch.float32).state_dict())
 
     def settings(self) -> dict:
-        """Return what must be the same for a checkpoint to be gone on with."""
+        """Return what must match to resume."""
         return {}
 
 
@@ -93,7 +93,7 @@ class AdapterAlone(WholeModel):
         load_trained_state(model, load_file(path / TRAINED))
 
     def settings(self) -> dict:
-        """Return what must be the same for a checkpoint to be gone on with."""
+        """Return what must match to resume."""
         args = self.args
         return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
                 **{f"adapter's {key}": str(value) for key, value in asdict(args.lora_config).items()}}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run beside its weights, and how a run goes on from it."""
+"""What a checkpoint holds of a run besides its weights, and how a run resumes from it."""
 
 import dataclasses
 import sys
@@ -13,7 +13,7 @@ COUNTERS = (
     "step", "epoch", "step_in_epoch", "tokens", "seconds", "skipped_steps", "best_loss", "_eval_step", "last_eval",
     "_validation_due", "n_warmup_steps",
 )  # fmt: skip
-# Flags that decide the schedule, the updates and the order of the data: a run that goes on with others is another run.
+# Flags that decide the schedule, the updates and the order of the data: a run that resumes with others is another run.
 FLAGS = (
     "seed", "max_seq_len", "learning_rate", "lr_scheduler", "warmup_ratio", "min_lr_ratio", "decay_ratio",
     "weight_decay", "adam_beta1", "adam_beta2", "grad_clip", "valid_ratio",
@@ -24,7 +24,7 @@ SHARDS = "shards"  # of a checkpoint that all ranks have written together
 
 
 def identity_of(run) -> dict:
-    """Return what must be the same for a checkpoint to be gone on with: what decides the order of the data, the
+    """Return what must match to resume: what decides the order of the data, the
     schedule, the model and the loss."""
     return {
         "data": run.loader.rows.data_hash,
@@ -52,8 +52,8 @@ def _encoding(run) -> dict:
     }
 
 
-def surroundings_of(run) -> dict:
-    """Return what may differ when a run goes on, but changes its last digits; a difference is said."""
+def environment_of(run) -> dict:
+    """Return what may differ when a run resumes, but changes its last digits; a message reports the difference."""
     return {
         "dtype": str(run.dtype).removeprefix("torch."),
         "parallel": run.args.parallel,
@@ -95,14 +95,14 @@ def state_of(run, rng_states: list[dict], measures: list, optimizer: dict | None
         "alarm": run.alarm.state(),
         "identity": identity_of(run),
         "asked_for": {name: getattr(run.args, name) for name in LENGTH},
-        "surroundings": surroundings_of(run),
+        "surroundings": environment_of(run),
         "data_files": files_of(run.loader.rows),
         "tracker_run_id": run.tracker.run_id,
     }
 
 
 def may_resume(run) -> bool:
-    """Return whether a run goes on from a checkpoint, if there is one."""
+    """Return whether a run resumes from a checkpoint, if there is one."""
     return run.args.from_resume or run.args.auto_resume or run.ranks.is_restart
 
 
@@ -137,7 +137,7 @@ def refuse_to_overwrite(run) -> None:
     held = checkpoint.holds_a_run(run.directory)
     if held and not (run.args.overwrite or may_resume(run)):
         is_finished = held == "a finished run"
-        go_on = "make it longer (--from_resume --extend)" if is_finished else "go on with it (--from_resume)"
+        go_on = "make it longer (--from_resume --extend)" if is_finished else "resume it (--from_resume)"
         another = "--lora_name NAME" if hasattr(run.args, "lora_name") else "--run_name NAME"
         raise UserError(
             f"{run.directory} holds {held}: {go_on}, start over (--overwrite, which moves it to "
@@ -183,9 +183,9 @@ def restore(run, path: Path) -> str | None:
         checkpoint.seed_everything(run.args.seed + 1000 * run.step + run.ranks.rank)
     if run.ranks.is_main:
         print(f"resumed from {path} (step {run.step} of {run.total_steps})")
-        other = _differences(state.get("surroundings", {}), surroundings_of(run))
+        other = _differences(state.get("surroundings", {}), environment_of(run))
         if other:
-            print(f"other surroundings, so the last digits may differ: {'; '.join(other)}")
+            print(f"another environment, so the last digits may differ: {'; '.join(other)}")
     return state["tracker_run_id"]
 
 
@@ -211,7 +211,7 @@ def _refuse_another_run(run, state: dict, path: Path) -> None:
         )
     text = "; ".join(different + files)
     raise UserError(
-        f"--from_resume: {path} was made with other data or settings ({text}); go on with those, or begin anew without "
+        f"--from_resume: {path} was made with other data or settings ({text}); use those, or start over without "
         f"--from_resume"
     )
 

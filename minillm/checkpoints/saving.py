@@ -19,7 +19,7 @@ from minillm.lora.layer import adapted_layers
 
 
 class ModelCopy:
-    """A second copy of a model on the CPU, to be filled anew for every checkpoint.
+    """A second copy of a model on the CPU, refilled for every checkpoint.
 
     It is made while the model is whole. Frozen parameters never change: they are shared where they lie on the CPU.
     """
@@ -36,7 +36,7 @@ class ModelCopy:
         for layer in adapted_layers(model).values():
             if layer.lora.base_weight is not None:
                 memo[id(layer.lora.base_weight)] = layer.lora.base_weight
-        self.model = copy.deepcopy(model, memo).to("cpu")  # an adapter's start is no parameter
+        self.model = copy.deepcopy(model, memo).to("cpu")  # an adapter's start is not a parameter
 
     @torch.no_grad()
     def fill(self, weights: dict[str, Tensor]) -> nn.Module:
@@ -113,7 +113,7 @@ class Saver:
         except OSError as error:  # of some rank's part; the main rank hears of it from ``save_checkpoint``
             raise UserError(
                 f"a rank cannot write its part of the checkpoint: {error.strerror or error}; older checkpoints are "
-                f"untouched, free some space and go on with --from_resume"
+                f"untouched, free some space and resume with --from_resume"
             ) from error
 
     def close(self) -> None:

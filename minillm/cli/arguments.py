@@ -143,7 +143,7 @@ class TrainArguments(ScaleArguments):
         """Return the rows of one update over all ranks.
 
         Raises:
-            UserError: ``--global_batch_size`` is no multiple of what one micro-batch of all ranks takes.
+            UserError: ``--global_batch_size`` is not a multiple of what one micro-batch of all ranks takes.
         """
         per_micro_step = self.batch_size * world_size
         n_rows = per_micro_step * self.accumulation_steps

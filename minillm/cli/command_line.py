@@ -96,7 +96,7 @@ def _read_yaml(cls: type[Arguments], path: str) -> dict:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
-    except Exception as error:  # beside YAMLError whatever a value of a wrong form leads its library into
+    except Exception as error:  # besides YAMLError, whatever a value of a wrong form leads its library into
         raise UserError(f"--config {path}: not valid YAML ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")

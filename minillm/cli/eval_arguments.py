@@ -25,7 +25,7 @@ class OpenArguments(ModelArguments):
     save_dir: str = "out"
     """Directory that holds the run directories."""
     tokenizer_path: str = ""
-    """Tokenizer directory (default: the one beside the weights, else SAVE_DIR/tokenizer)."""
+    """Tokenizer directory (default: the one next to the weights, else SAVE_DIR/tokenizer)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"

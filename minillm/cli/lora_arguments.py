@@ -88,7 +88,7 @@ class AdapterArguments(TrainArguments):
         """Return the dtype that ``--base_dtype`` names, for a run that computes in ``dtype``.
 
         Raises:
-            UserError: short weights beside layers trained whole, which are float32, and no autocast to join them.
+            UserError: short weights next to layers trained whole, which are float32, and no autocast to join them.
         """
         base = choose_dtype(self.base_dtype, device, flag="base_dtype")
         mixed = base != dtype == torch.float32 and (self.modules_to_save or self.lora_bias != "none")

@@ -20,7 +20,7 @@ class PreferenceArguments(AdapterArguments):
     """sigmoid (DPO; with label_smoothing cDPO), robust, ipo, hinge, simpo and orpo (without a reference), kto (judged
     replies: prompt, completion, label; pairs count as a good and a bad one)."""
     beta: float = 0.1
-    """How dear it is to leave the reference: rewards are beta times log-ratios (simpo: 2.0 and more; orpo: the weight
+    """Strength of the KL penalty: rewards are beta times log-ratios (simpo: 2.0 and more; orpo: the weight
     of its odds ratio)."""
     label_smoothing: float = 0.0
     """sigmoid, robust, simpo: the share of pairs that are labelled the wrong way round, below 0.5."""
@@ -48,7 +48,7 @@ class PreferenceArguments(AdapterArguments):
 
     @property
     def reference_kind(self) -> str | None:
-        """Return how the reference is had; None for a loss without one."""
+        """Return how the reference is computed; None for a loss without one."""
         if self.loss_type not in NEEDS_REFERENCE:
             return None
         return self.reference if self.reference != "auto" else "adapter" if self.lora_name else "copy"

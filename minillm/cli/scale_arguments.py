@@ -12,7 +12,7 @@ MAX_NAME_BYTES = 200
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleArguments(ModelArguments):
-    """What every training stage shares, beside the training itself."""
+    """What every training stage shares, besides the training itself."""
 
     parallel: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """ddp: the whole model on every rank; fsdp: parameters, gradients and optimizer sharded (FSDP2); deepspeed:
@@ -37,7 +37,7 @@ class ScaleArguments(ModelArguments):
     save_interval: int = 100
     """Steps between checkpoints (0: only at the end)."""
     save_minutes: float = 0.0
-    """Minutes between checkpoints, beside --save_interval (0: never by time)."""
+    """Minutes between checkpoints, in addition to --save_interval (0: never by time)."""
     keep_last: int = 2
     """Checkpoints kept."""
     async_save: bool = True
@@ -56,6 +56,6 @@ class ScaleArguments(ModelArguments):
         require(is_free, f"--run_name {self.run_name}: that directory has another use; choose another name")
         resumes = self.from_resume or self.auto_resume
         require(not (self.extend and not resumes), "--extend: needs --from_resume, whose run it makes longer")
-        require(not (self.overwrite and self.from_resume), "--overwrite starts over, --from_resume goes on: choose one")
+        require(not (self.overwrite and self.from_resume), "--overwrite starts over, --from_resume resumes: choose one")
         require(self.timeout_minutes > 0, f"--timeout_minutes {self.timeout_minutes}: must be more than 0")
         super().check()

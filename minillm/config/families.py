@@ -257,7 +257,7 @@ def _experts_of_minimind_2(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quotient(hidden_size, n_heads) -> int | None:
-    """Return the width of a head as transformers rounds it; None where the sizes are wrong, which is said later."""
+    """Return the width of a head as transformers rounds it; None where the sizes are wrong, which is reported later."""
     return hidden_size // n_heads if type(hidden_size) is type(n_heads) is int and n_heads > 0 else None
 
 

@@ -101,7 +101,7 @@ class ModelConfig:
     moe_intermediate_size: int | None = None
     """F of one expert; None, or without experts: intermediate_size."""
     n_shared_experts: int = 0
-    """Experts that every token goes through, beside the routed ones."""
+    """Experts that every token goes through, besides the routed ones."""
     shared_expert_intermediate_size: int | None = None
     """Feed-forward width of all shared experts together; None: n_shared_experts * moe_intermediate_size."""
     shared_expert_gate: bool = False

@@ -59,7 +59,7 @@ class StepBatches:
         rank, world_size: which share of each step is this process's.
         seed: of the order. shuffle: False keeps the rows' own order (validation).
 
-    Raises UserError when global_batch_size is no multiple of batch_size x world_size.
+    Raises UserError when global_batch_size is not a multiple of batch_size x world_size.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class StepBatches:
             raise UserError(f"batch_size {batch_size}, global_batch_size {global_batch_size}: must be at least 1")
         if global_batch_size % (batch_size * world_size):
             raise UserError(
-                f"global_batch_size {global_batch_size} is no multiple of batch_size {batch_size} x "
+                f"global_batch_size {global_batch_size} is not a multiple of batch_size {batch_size} x "
                 f"{world_size} ranks = {batch_size * world_size}: change one of them"
             )
         if not 0 <= rank < world_size:

@@ -1,4 +1,4 @@
-"""Judged answers for KTO, each beside the answer to another question.
+"""Judged answers for KTO, each next to the answer to another question.
 
 KTO's baseline is how far the model has moved from its reference on answers that do not belong to their questions
 (Ethayarajh et al., KTO, 2024, section 4.1): question i meets the answer to another one.

@@ -217,7 +217,7 @@ class PackedRows:
         cache_dir: Path,
         documents_per_record: int = 1,
     ) -> dict:
-        """Return the ``summary``; write the rejected records of every file beside it.
+        """Return the ``summary``; write the rejected records of every file next to it.
 
         Args:
             unit: what a usable record is, for people: "documents", "conversations", "pairs", "replies".

@@ -148,7 +148,7 @@ class PairRows(_ReplyRows):
 
 
 class JudgedRows(_ReplyRows):
-    """Rows of judged replies, for KTO: each row beside another with replies to other prompts in their place.
+    """Rows of judged replies, for KTO: each row next to another with replies to other prompts in their place.
 
     The columns of that other row begin with ``other_``: ``other_input_ids`` and so on. ``labels`` is 1 at every
     position of a good reply, 0 elsewhere. Preferences count as a good reply and a bad one.

@@ -58,7 +58,7 @@ def same_answer(answer: str, expected: str) -> bool:
     """Return whether two answers are equal: as numbers where both are (1,000.0 is 1000, $5 is 5), else as texts.
 
     A comma separates thousands only where it stands between groups of three digits, all of them: 1,234,567. So 3,5 and
-    1,00 are no numbers, and equal nothing but themselves.
+    1,00 are not numbers, and equal nothing but themselves.
     """
     if answer.strip() == expected.strip():
         return True

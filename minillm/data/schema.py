@@ -276,7 +276,7 @@ def _check_no_nul(fields: dict) -> None:
     messages = [message for key in ("messages", "chosen", "rejected") for message in fields.get(key) or ()]
     texts = [message.get(key) or "" for message in messages for key in ("content", "reasoning_content")]
     if any("\x00" in text for text in [*texts, fields.get("text") or ""]):
-        raise UserError("a NUL character in the text: it is no text, or was read in a wrong encoding; take it out")
+        raise UserError("a NUL character in the text: it is not text, or was read in a wrong encoding; take it out")
 
 
 def _check_leftovers(value: dict, used: set[str], messages: list[dict]) -> None:
@@ -309,7 +309,7 @@ def _fits_no_schema(value: dict) -> UserError:
     lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
     answers = _names_of(value, ANSWERS)
     if answers:
-        advice = f"{answers[0]} has no question beside it"
+        advice = f"{answers[0]} has no question next to it"
     elif lists:
         advice = f"{lists[0]} is a list: of turns? (--columns messages={lists[0]}); of records? (save that list alone)"
     else:
@@ -345,7 +345,7 @@ def _chat(value: dict, need_answer: bool) -> tuple[dict, set[str]]:
             name = next(name for name in QUESTIONS if name in value)
             if "text" in value:
                 raise UserError(f"text next to {name}: leave one of them out, or choose with --columns text=text")
-            raise UserError(f"{name} has no answer beside it: name one, e.g. --columns {name}={name},output=THEIRS")
+            raise UserError(f"{name} has no answer next to it: name one, e.g. --columns {name}={name},output=THEIRS")
         if answers:
             reply, more = _answer(value, answers[0])
             messages, sides = _prompt_and_replies(messages, {answers[0]: reply})

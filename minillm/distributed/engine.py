@@ -114,7 +114,7 @@ class Engine:
         return self.scaler.state_dict()
 
     def load_scaler_state(self, state: dict) -> None:
-        """Go on from it. A run that goes on in another dtype begins its scaling anew."""
+        """Go on from it. A run that resumes in another dtype starts its scaling over."""
         if "scale" in state and self.scaler.is_enabled():  # DeepSpeed's has other names
             self.scaler.load_state_dict(state)
 

@@ -34,7 +34,7 @@ class FSDP(Engine):
             fully_shard(block, **settings)
         self.module = fully_shard(model, **settings)
         timeout = datetime.timedelta(minutes=getattr(self.args, "timeout_minutes", 30))
-        self._group = dist.new_group(backend="gloo", timeout=timeout)  # of checkpoints, written beside the training
+        self._group = dist.new_group(backend="gloo", timeout=timeout)  # of checkpoints, written in the background
         return self.module
 
     def set_last(self, is_last: bool) -> None:

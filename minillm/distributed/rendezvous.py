@@ -24,8 +24,8 @@ def meeting_store(rank: int, world_size: int, timeout: datetime.timedelta) -> di
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> int:
     """Return the number of this attempt in the store of torchrun's agents, which outlives the workers. Together.
 
-    Workers that were started anew would else read what the dead ones left there; and no variable tells all of them the
-    same number, since each agent counts its own failures. So rank 0 takes the next number and tells it to everyone who
+    Restarted workers would otherwise read what the dead ones left there; and no variable tells all of them the same
+    number, since each agent counts its own failures. So rank 0 takes the next number and tells it to everyone who
     asks, under a name that only the asking one knows, until all of them are here.
     """
     prefix = "minillm attempt"

@@ -51,7 +51,7 @@ class ZeRO(Engine):
             world_size=world_size,
             grad_clip=self.args.grad_clip,
             dtype=self.dtype,
-            # A frozen model beside the trained one computes by autocast, and both should do so alike.
+            # A frozen model next to the trained one computes by autocast, and both should do so alike.
             short_weights=is_whole and is_alone,
             hidden_size=self.model.config.hidden_size,
             on_cuda=self.device.type == "cuda",
@@ -204,9 +204,9 @@ def read_settings(path: Path) -> dict:
     Raises:
         UserError: it is not there or no JSON object.
     """
-    beside = Path(__file__).parents[2] / path  # a command given in another directory than the library's
+    in_repository = Path(__file__).parents[2] / path  # a command given in another directory than the library's
     try:
-        settings = json.loads((path if path.exists() else beside).read_text(encoding="utf-8"))
+        settings = json.loads((path if path.exists() else in_repository).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--deepspeed_config {path}: no such file; configs/deepspeed/ has one for each stage") from None
     except (OSError, ValueError) as error:
@@ -233,7 +233,7 @@ def fill_in(
     """Return ``settings`` with every "auto" replaced by what follows from the flags, the model and the device.
 
     Args:
-        short_weights: let DeepSpeed keep the model itself in bfloat16 beside its float32 master weights; else, as with
+        short_weights: let DeepSpeed keep the model itself in bfloat16 next to its float32 master weights; else, as with
             an adapter, which stays float32, products alone are short (``torch_autocast``).
 
     Raises:

@@ -133,7 +133,7 @@ def perplexity(
 
     Args:
         texts: strings, or records ``{"text", "kind"?, "log_prob"?}`` as dicts or from ``read_records``: the
-            loss is grouped by ``kind`` (one that is no string by its JSON), and compared with the floor where all of
+            loss is grouped by ``kind`` (one that is not a string by its JSON), and compared with the floor where all of
             a group's records have ``log_prob`` (nats, end included).
         tokenizer: the model's own.
         max_seq_len: longest window T in tokens; None: 1,024, or the model's positions if these are fewer.

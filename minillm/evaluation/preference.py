@@ -90,7 +90,7 @@ def preference_accuracy(model, tokenizer, records: Iterable[Record], *, batch_si
         batch_size: replies per forward pass; it changes nothing but speed and memory.
 
     Raises:
-        UserError: no records; one that is no preference, or that is longer than the model reads.
+        UserError: no records; one that is not a preference, or that is longer than the model reads.
     """
     conversations = []
     for number, record in enumerate(records):

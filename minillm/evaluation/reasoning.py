@@ -156,7 +156,7 @@ def evaluate_reasoning(
     """Return how many answers are right and have the form, with the thinking or without it.
 
     Args:
-        records: as for ``exact_match``, with ``final`` beside them where the last turn is more than the answer.
+        records: as for ``exact_match``, with ``final`` next to them where the last turn is more than the answer.
         batch_size: answers written together; it changes nothing but speed and memory.
         n_samples: answers per record; with several the score has ``majority_accuracy`` and ``pass_at`` too.
         temperature: 0 is greedy, for one answer per record alone.
@@ -166,7 +166,7 @@ def evaluate_reasoning(
         sampling: other options of ``complete``.
 
     Raises:
-        UserError: no records; a record whose last turn is not an assistant's, whose ``final`` is no text, or that
+        UserError: no records; a record whose last turn is not an assistant's, whose ``final`` is not text, or that
             leaves no position for an answer; n_samples below 1, or above 1 at temperature 0.
     """
     if n_samples < 1:
@@ -234,7 +234,7 @@ def final_answer(content: str, extra: dict) -> str:
     """Return the answer that counts: ``final`` of the record, else the one in the last turn's form.
 
     Raises:
-        UserError: ``final`` is no text, or there is none and the turn lacks the form.
+        UserError: ``final`` is not text, or there is none and the turn lacks the form.
     """
     final = extra.get("final")
     if final is None:

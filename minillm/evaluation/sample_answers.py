@@ -114,7 +114,7 @@ def read_problems(path: str, *, columns: str = "") -> list[Record]:
     """Return the problems of a file with ``final`` filled in where it stood in the last turn alone.
 
     Raises:
-        UserError: a record, named by its line, is no conversation or tells no right answer; no record is usable.
+        UserError: a record, named by its line, is not a conversation or tells no right answer; no record is usable.
     """
     problems = []
     for number, record in enumerate(read_records(path, columns=columns)):
@@ -179,7 +179,7 @@ def report_tenths() -> Callable[[int, int], None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name, then rename: the file is whole or not there."""
+    """Write ``text`` under a temporary name, then rename: the file is whole or absent."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_text(text, encoding="utf-8")

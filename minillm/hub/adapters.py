@@ -27,7 +27,7 @@ def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
         try:
             share = float(weight) if colon else 1.0
         except ValueError:
-            raise UserError(f"--lora_name {said}: {weight!r} is no weight; write NAME:0.7,OTHER:0.3") from None
+            raise UserError(f"--lora_name {said}: {weight!r} is not a weight; write NAME:0.7,OTHER:0.3") from None
         suffix = run_name("", hidden_size=model.config.hidden_size, has_experts=bool(model.config.num_experts))
         chosen.append((find_adapter(name, save_dir=save_dir, model_suffix=suffix), share))
     merge_adapters(model, chosen)  # answers then cost what the model alone costs

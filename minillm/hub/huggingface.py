@@ -110,8 +110,8 @@ def save_model(
     Each file appears under its name only when it is whole.
 
     Args:
-        tokenizer: saved beside the model; its end tokens are added to ``generation_config.json``, which otherwise stays
-            what the model came with.
+        tokenizer: saved next to the model; its end tokens are added to ``generation_config.json``, which otherwise
+            stays what the model came with.
         dtype: of the stored weights; default: the model's. The correction biases of routers stay float32 at least.
         max_shard_size: bytes per weight file; so much is copied at a time if the weights are elsewhere or other.
 
@@ -302,7 +302,7 @@ def _open_directory(path: Path, config: ModelConfig) -> Mapping[str, _InFile | _
             file = safe_open(path / name, framework="pt")
         except SafetensorError as error:
             raise UserError(f"{path / name} is damaged, copy it again: {error}") from error
-        stored |= {key: _InFile(file, key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        stored |= {key: _InFile(file, key) for key in file.keys()}  # noqa: SIM118 - it is not a dict
     return stored
 
 

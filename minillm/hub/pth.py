@@ -45,7 +45,7 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """Return the tensors of the file, under their own names without wrappers; rotary tables included.
 
-    A file of MiniMind's that ends in ``_resume.pth`` holds the weights under ``model``, beside the optimizer.
+    A file of MiniMind's that ends in ``_resume.pth`` holds the weights under ``model``, next to the optimizer.
 
     Args:
         shapes_only: the tensors are to be looked at, not kept: they stay in the file where its format allows.
@@ -57,7 +57,7 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
 
 
 def _read(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors as ``read_pth`` does, and the settings beside them, in our names."""
+    """Return the tensors as ``read_pth`` does, and the settings next to them, in our names."""
     settings = {}
     try:
         try:
@@ -283,7 +283,7 @@ def _heads(
     if not widths:
         raise UserError(
             f"{path} does not tell how many heads its {q_dim} query rows are: give num_attention_heads "
-            f"(--num_attention_heads 8 for MiniMind), or lay the model's config.json beside it"
+            f"(--num_attention_heads 8 for MiniMind), or lay the model's config.json next to it"
         )
     width = widths[0]
     if not width or q_dim % width or kv_dim % width:

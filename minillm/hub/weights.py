@@ -31,7 +31,7 @@ def find_tokenizer(args, *, teacher: Path | None = None) -> str:
         return args.tokenizer_path
     weights = weights_of(args, preset_config(args)) if args.from_weight else teacher
     if weights is not None:
-        folder = weights if weights.is_dir() else weights.parent  # a .pth has it beside itself
+        folder = weights if weights.is_dir() else weights.parent  # a .pth has it next to itself
         if (folder / "tokenizer.json").is_file():
             return str(folder)
     return str(Path(args.save_dir) / "tokenizer")
@@ -90,7 +90,7 @@ def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Tran
 
 
 def pth_config(path: Path, args, tokenizer) -> ModelConfig:
-    """Return the shape of the weights in a ``.pth``: a ``config.json`` beside it, else its tensors and the flags.
+    """Return the shape of the weights in a ``.pth``: a ``config.json`` next to it, else its tensors and the flags.
 
     What tensors do not tell comes from the flags, then from ``--preset``; its number of heads only if its width is
     that of the weights, because a wrong number of heads loads without an error and answers nonsense.
@@ -156,7 +156,7 @@ def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
     theirs = load_tokenizer(folder)
     if theirs.content_hash != tokenizer.content_hash:
         raise UserError(
-            f"the tokenizer ({tokenizer.vocab_size} tokens) is not the one that lies beside the weights in {folder}: "
+            f"the tokenizer ({tokenizer.vocab_size} tokens) is not the one that lies next to the weights in {folder}: "
             f"leave --tokenizer_path out, or give it that directory"
         )
     difference = other_format(tokenizer, theirs)

@@ -235,7 +235,7 @@ def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generato
 def uncompiled():
     """Return a context in which compiled modules run as they were written.
 
-    Every length of the cache would be compiled anew, until torch's limit is reached and the same modules are not
+    Every length of the cache would be compiled again, until torch's limit is reached and the same modules are not
     compiled for training any more.
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and asking would load the compiler

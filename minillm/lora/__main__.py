@@ -21,7 +21,7 @@ from minillm.lora.base import BASE
 from minillm.lora.files import CONFIG, read_adapter
 from minillm.lora.merge import merge_adapters
 
-# What a model directory holds beside weights and configuration, and a merged one needs as well.
+# What a model directory holds besides weights and configuration, and a merged one needs as well.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model",
               "generation_config.json")  # fmt: skip
 
@@ -50,7 +50,7 @@ def merge(
     path = find_weights(model, save_dir=save_dir, hidden_size=512, any_width=True, flag="--model")
     merged = load_model(path)
     merged.origin = str(path)
-    folder = path if path.is_dir() else path.parent  # a .pth has its companions beside itself
+    folder = path if path.is_dir() else path.parent  # a .pth has its companions next to itself
     suffix = run_name("", hidden_size=merged.config.hidden_size, has_experts=bool(merged.config.num_experts))
     adapters = [_weighted(said, save_dir=save_dir, model_suffix=suffix) for said in adapter]
     merge_adapters(merged, adapters, any_base=any_base)
@@ -105,7 +105,7 @@ def _weighted(said: str, *, save_dir: str, model_suffix: str) -> tuple[Path, flo
     try:
         share = float(weight)
     except ValueError:
-        raise UserError(f"--adapter {said}: {weight!r} is no weight; write PATH:0.7") from None
+        raise UserError(f"--adapter {said}: {weight!r} is not a weight; write PATH:0.7") from None
     return find_adapter(name, save_dir=save_dir, model_suffix=model_suffix, flag="--adapter"), share
 
 

@@ -1,4 +1,4 @@
-"""Several adapters of one model: which of them is at work, and with what weight.
+"""Several adapters of one model: which of them is active, and with what weight.
 
 Every adapted layer has one slot, its ``LoRA`` module, as wide as the largest adapter. The active adapter's numbers are
 in the slots, where they are trained; the others wait in ``model.lora_adapters``. Switching copies numbers into the same
@@ -25,7 +25,7 @@ from minillm.lora.whole import base_values_shown, fill_parameters, read_paramete
 
 @dataclass
 class Adapter:
-    """An adapter while it is not at work: ``<layer>.A``, ``<layer>.B``, ``<layer>.magnitude``, whole parameters."""
+    """An adapter while it is not active: ``<layer>.A``, ``<layer>.B``, ``<layer>.magnitude``, whole parameters."""
 
     config: LoRAConfig
     names: list[str]
@@ -37,7 +37,7 @@ class Adapters:
     """All adapters of a model.
 
     Attributes:
-        active: names and weights of those at work; one name with weight 1 can be trained.
+        active: names and weights of the active ones; one name with weight 1 can be trained.
         trainable: the parameters that were trainable before.
         base: values of the parameters that some adapter trains whole, as they were before.
         untied: names of parameters that were one with another before.
@@ -50,7 +50,7 @@ class Adapters:
     untied: dict[str, str] = field(default_factory=dict)
 
     def check_new(self, name: str, config: LoRAConfig) -> None:
-        """Raise UserError unless an adapter of this name and kind can come beside those there are."""
+        """Raise UserError unless an adapter of this name and kind can come besides those there are."""
         if not name or any(character in name for character in "./\\"):
             raise UserError(f"adapter_name {name!r}: give a name without dots and slashes")
         if name in self.stored:
@@ -199,12 +199,12 @@ def write_slots(model: nn.Module) -> None:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter that is not at work; UserError for the active one or an unknown name."""
+    """Forget an adapter that is not active; UserError for the active one or an unknown name."""
     adapters = adapters_of(model)
     if name not in adapters.stored:
         raise UserError(f"no adapter {name!r}: there are {adapters.known}")
     if name in adapters.active:
-        raise UserError(f"adapter {name!r} is at work: put another to work first, or remove_lora")
+        raise UserError(f"adapter {name!r} is active: activate another one first, or remove_lora")
     del adapters.stored[name]
 
 

@@ -1,6 +1,6 @@
 """Which model an adapter was made for: on another it would answer nonsense, and nothing else would say so.
 
-``base.json``, beside peft's two files, holds a few weights of that model and its name.
+``base.json``, next to peft's two files, holds a few weights of that model and its name.
 """
 
 import json

@@ -68,7 +68,7 @@ class LoRAConfig:
             try:
                 re.compile(text)
             except re.error as error:
-                raise UserError(f"{text!r} is no regular expression: {error}; e.g. .*q_proj") from None
+                raise UserError(f"{text!r} is not a regular expression: {error}; e.g. .*q_proj") from None
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}: give a number from 0 to below 1")
         if isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save):
@@ -161,7 +161,7 @@ class LoRAConfig:
         if fused:
             if isinstance(targets, str) and targets:
                 raise UserError(
-                    f"target_parameters beside target_modules={targets!r}, an expression, is not built here"
+                    f"target_parameters together with target_modules={targets!r}, an expression, is not built here"
                 )
             targets = [*(targets or ()), *(name.removesuffix("_proj") for name in fused)]
         return cls(

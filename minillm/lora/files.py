@@ -55,16 +55,16 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
     the untouched model. Each file appears whole or not at all.
 
     Args:
-        adapter_name: default: the one at work.
+        adapter_name: default: the active one.
 
     Raises:
-        UserError: no such adapter, or a mixture is at work; it is not finite; the place cannot be written.
+        UserError: no such adapter, or a mixture is active; it is not finite; the place cannot be written.
     """
     adapters = adapters_of(model)
     write_slots(model)
     if adapter_name is None:
         if list(adapters.active.values()) != [1.0]:
-            raise UserError(f"several adapters are at work ({', '.join(adapters.active)}): say which (adapter_name)")
+            raise UserError(f"several adapters are active ({', '.join(adapters.active)}): say which (adapter_name)")
         (adapter_name,) = adapters.active
     if adapter_name not in adapters.stored:
         raise UserError(f"no adapter {adapter_name!r}: there are {adapters.known}")
@@ -230,7 +230,7 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file leads torch into; with weights_only no code of it runs
         first = str(error).partition("\n")[0]
-        raise UserError(f"{path} is no adapter: it is damaged, or holds code, which is not run ({first})") from None
+        raise UserError(f"{path} is not an adapter: it is damaged, or holds code, which is not run ({first})") from None
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds {type(stored).__name__}, no adapter")
     said = stored.pop("lora_config", None)
@@ -239,10 +239,10 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         match = _FLAT.fullmatch(str(name))
         tensors[f"{match[1]}.{match[2] or match[3]}" if match else str(name)] = tensor
     if not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors.values()):
-        raise UserError(f"{path} is no adapter: it holds something else than tensors")
+        raise UserError(f"{path} is not an adapter: it holds something else than tensors")
     ranks = {name.removesuffix(".A"): len(tensor) for name, tensor in tensors.items() if name.endswith(".A")}
     if not ranks:
-        raise UserError(f"{path} is no adapter: it has no <layer>.lora.A.weight; a model is given to --from_weight")
+        raise UserError(f"{path} is not an adapter: it has no <layer>.lora.A.weight; a model is given to --from_weight")
     if said is None:  # without its settings the scaling is 1
         patterns = {re.escape(name): rank for name, rank in ranks.items()}
         said = {"rank": max(ranks.values()), "alpha": max(ranks.values()), "target_modules": tuple(ranks)}
@@ -303,7 +303,7 @@ def _own_names(adapter: Adapter) -> set[str]:
 
 
 def _drop_base(model: nn.Module, tensors: dict[str, Tensor], own: set[str], path: Path) -> None:
-    """Take weights of the model itself out of ``tensors``, which peft saves beside the adapter of an embedding."""
+    """Take weights of the model itself out of ``tensors``, which peft saves next to the adapter of an embedding."""
     for name in tensors.keys() - own:
         here, there = model.lora_adapters.base.get(name), tensors.pop(name)
         here = model.get_parameter(name).detach() if here is None else here

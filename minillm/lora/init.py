@@ -1,6 +1,6 @@
 """What A and B begin with.
 
-Where B A = 0 at the start (``kaiming``, ``gaussian``) the model begins as it was. ``orthogonal`` begins a little beside
+Where B A = 0 at the start (``kaiming``, ``gaussian``) the model begins as it was. ``orthogonal`` begins slightly off
 it. ``pissa`` (Meng et al., 2024, section 3) and ``olora`` (Büyükakyüz, 2024, section 3) begin with the directions in
 which the weight itself is largest, and take them out of the frozen weight, so that the sum is the old weight.
 

@@ -17,7 +17,7 @@ from minillm.lora.whole import narrow_parameters, untie
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
-    """Add what is at work to the weights: ``W + s·B A``; the forward pass is then the layers' own, at no extra cost.
+    """Add the active adapters to the weights: ``W + s·B A``; the forward pass then costs nothing extra.
 
     Args:
         keep_base: keep the adapter, and the old weights on the CPU, so that ``unmerge_lora`` gives them back bit for
@@ -87,8 +87,8 @@ def merge_adapters(model: nn.Module, chosen: Sequence[tuple[Path, float]], *, an
     """Add the adapters at these places, each with its weight, to the weights of ``model`` for good.
 
     Raises:
-        UserError: none is named, or one twice; a weight that is no number; whatever ``load_lora`` and ``set_adapter``
-            refuse.
+        UserError: none is named, or one twice; a weight that is not a number; whatever ``load_lora`` and
+            ``set_adapter`` refuse.
     """
     if not chosen:
         raise UserError("no adapter is named: give at least one")

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from minillm.lora.layer import DoRA, adapted_layers
 
-STEPS_WITHOUT_GRADIENT = 50  # of A or B, before it is said
-LARGE_UPDATE = 1e-2  # of the weight in one step, in three looks on end
+STEPS_WITHOUT_GRADIENT = 50  # of A or B, before it is reported
+LARGE_UPDATE = 1e-2  # of the weight in one step, in three consecutive checks
 LARGE_RATIO = 1000.0  # of B's gradient to A's, for as long as above
 LARGE_DELTA = 0.5  # of the weight altogether
 SMALL_DELTA = 1e-4  # at the end
@@ -34,7 +34,7 @@ TIMES_ON_END = 3
 
 
 class Monitor:
-    """Watches the adapter at work in ``model``.
+    """Watches the active adapter in ``model``.
 
     Args:
         interval: steps between looks; the first step is always looked at.

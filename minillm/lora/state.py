@@ -1,4 +1,4 @@
-"""All that training changes in an adapted model, number by number, so that an interrupted run goes on exactly.
+"""All that training changes in an adapted model, number by number, so that an interrupted run resumes exactly.
 
 ``save_lora`` writes what others load; this is for oneself: A and B in the form in which they are trained, also after
 PiSSA and OLoRA, whose files for others hold a difference of twice the rank.
@@ -41,7 +41,7 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             parameters[name].copy_(tensor)
     for name, layer in adapted_layers(model).items():
         lora = layer.lora
-        if lora.initial is not None:  # computed anew by another machine they may differ in the last digit
+        if lora.initial is not None:  # recomputed by another machine they may differ in the last digit
             layer.weight.copy_(lora.base_weight)
             a, b = (state[f"{name}.initial.{key}"].to(lora.scaling) for key in "AB")
             take_out(layer, a, b, float(lora.scaling))

@@ -1,4 +1,4 @@
-"""Parameters that an adapter trains whole: ``modules_to_save`` and biases. Their old values are kept beside them.
+"""Parameters that an adapter trains whole: ``modules_to_save`` and biases. Their old values are kept next to them.
 
 Where two layers share one parameter (the embedding and the output layer) and only one of them is trained, it gets a
 parameter of its own; ``untie`` does that, and the model's configuration says so from then on.

@@ -3,7 +3,7 @@
 A text says which token came next; a teacher says how likely every token was, which is far more per position. Hinton et
 al., Distilling the Knowledge in a Neural Network (2015), section 2: both distributions are softened by a temperature,
 p = softmax(teacher / T) and q = softmax(student / T), and the divergence is multiplied by T², so that its gradient
-stays as large as that of the cross-entropy beside it:
+stays as large as that of the cross-entropy next to it:
 
     α · CE(student, target) + (1 - α) · T² · D(p, q)
 

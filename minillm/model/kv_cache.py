@@ -82,7 +82,7 @@ class KVCache:
             queries = self.position_ids[..., None]  # (B, T, 1)
             seen = slots <= queries  # (B, T, S)
             if self.window is not None:
-                # Padding may stand beyond the last slot; it sees the window there, lest it see nothing: 0 / 0.
+                # Padding may stand beyond the last slot; it sees the window there: with nothing to see, 0 / 0.
                 seen &= slots > queries.clamp(max=self._end - 1) - self.window
             self.mask = seen[:, None]
 

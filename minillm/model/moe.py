@@ -89,7 +89,7 @@ class Router(nn.Module):
 
 
 class ExpertProduct(nn.Module):
-    """One fused parameter (E, O, I) at work: each row of x (n, I) times the transpose of its expert's weight (n, O).
+    """One fused parameter (E, O, I) in use: each row of x (n, I) times the transpose of its expert's weight (n, O).
 
     It has no parameters of its own; a layer like any other, it can be adapted, hooked and replaced.
     """
@@ -221,7 +221,7 @@ def update_router_bias(model: nn.Module, counts: Tensor, speed: float) -> None:
             bias += speed * torch.sign(count.mean() - count).to(bias)
 
 
-@_disable_dynamo  # the ends of the blocks are other numbers in every batch: each would be compiled anew
+@_disable_dynamo  # the ends of the blocks are other numbers in every batch: each would be compiled again
 def _in_blocks(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _BlockProduct.apply(x, weight, ends.tolist())
 

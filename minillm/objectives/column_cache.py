@@ -35,7 +35,7 @@ GIB = 2**30
 
 
 class WithColumns:
-    """Rows with the columns of a cache beside their own; everything else is that of ``rows``."""
+    """Rows with the columns of a cache next to their own; everything else is that of ``rows``."""
 
     def __init__(self, rows, cache: Path):
         self.rows, self.cache = rows, cache
@@ -56,7 +56,7 @@ class WithColumns:
             row[name] = self._maps[name][start:end].reshape(-1, *column["shape"])
         return row
 
-    def __getstate__(self) -> dict:  # worker processes map the files anew
+    def __getstate__(self) -> dict:  # worker processes map the files again
         return {"rows": self.rows, "cache": self.cache, "columns": self.columns}
 
     @cached_property

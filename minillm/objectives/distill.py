@@ -28,7 +28,7 @@ class DistillLoss:
         self.run, self.teacher = run, teacher
 
     def settings(self) -> dict:
-        """Return what must be the same for a run to be gone on with."""
+        """Return what must match to resume."""
         names = ("teacher", "alpha", "temperature", "divergence", "top_k", "hidden_weight", "on_policy", "from_weight")
         return {name: getattr(self.run.args, name) for name in names} | {"teacher's weights": self.teacher.hash}
 

@@ -46,7 +46,7 @@ class PreferenceLoss:
         self._has_fallen = False
 
     def settings(self) -> dict:
-        """Return what must be the same for a run to be gone on with."""
+        """Return what must match to resume."""
         names = ("loss_type", "beta", "label_smoothing", "gamma", "sft_weight", "desirable_weight",
                  "undesirable_weight", "from_weight")  # fmt: skip
         weights = self.reference.hash if self.reference else ""

@@ -7,7 +7,7 @@ what the gradient of its weight or of its input needs. The sums here are those o
 * attention: the normalised input once for three projections, queries, keys, values, the mixed values for the output
   projection. RoPE keeps angles alone, once for all blocks. On a CPU up to 1,024 positions the probabilities of the
   blocks of 64 queries that are computed; else torch's kernel keeps a log-sum per query and, since rows hold
-  documents, the mask as numbers (B, T, T), made anew by every block;
+  documents, the mask as numbers (B, T, T), rebuilt by every block;
 * SwiGLU: the normalised input, gate, up and their product, 3·F numbers per position. With an adapter the product is
   made again;
 * experts: the same for the k copies of each token, the copies themselves, what comes back, and the router's numbers.
@@ -42,7 +42,7 @@ class Step:
     lora_rank: int = 0
     """R of an adapter on all linear layers, the rest frozen; 0: everything is trained."""
     base_dtype: str = "float32"
-    """Of the frozen weights beside an adapter."""
+    """Of the frozen weights next to an adapter."""
     on_gpu: bool = False
     """torch's kernels for CUDA instead of ours for the CPU."""
     short_weights: bool = False
@@ -127,7 +127,7 @@ def _attention(step: Step) -> int:
         size += (q + kv) * (4 if step.on_gpu else c) + 4 * n * (n_heads + n_groups)
     size += 2 * q * c  # queries, mixed values
     if uses_blocks(step.seq_len, on_gpu=step.on_gpu):
-        kept = 0 if step.lora_rank else visible_pairs(step.seq_len)  # beside an adapter they are computed again
+        kept = 0 if step.lora_rank else visible_pairs(step.seq_len)  # next to an adapter they are computed again
         size += 2 * kv * c + step.batch_size * n_heads * kept * c
     else:
         # With a mask the fast kernels on a GPU take no grouped heads: keys and values are repeated.

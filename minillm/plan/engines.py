@@ -71,9 +71,9 @@ def _whole(step: Step, parameters: Parameters, ranks: int) -> Layout:
 def _fsdp(step: Step, parameters: Parameters, ranks: int) -> Layout:
     """Blocks and, as one group, all that is outside of them are gathered in the dtype of products.
 
-    The group outside stays gathered from the forward to the backward pass; of the blocks, the one at work and the one
-    that is fetched ahead. Gradients of the block at work are whole, in that dtype and, to be reduced, in float32.
-    Beside an adapter nothing is cast on the way (``minillm/distributed/fsdp.py``).
+    The group outside stays gathered from the forward to the backward pass; of the blocks, the one being computed and
+    the one that is fetched ahead. Gradients of the block being computed are whole, in that dtype and, to be reduced, in
+    float32. Next to an adapter nothing is cast on the way (``minillm/distributed/fsdp.py``).
     """
     is_short = step.product_bytes < 4 and not step.lora_rank
     gathered = step.product_bytes if is_short else step.weight_bytes
@@ -91,7 +91,7 @@ def _fsdp(step: Step, parameters: Parameters, ranks: int) -> Layout:
 
 def _zero(engine: str, step: Step, parameters: Parameters, ranks: int) -> Layout:
     stage, offload = int(engine[4]), engine.endswith("offload")
-    # An adapter is float32 beside frozen weights of any dtype: DeepSpeed then casts products alone.
+    # An adapter is float32 next to frozen weights of any dtype: DeepSpeed then casts products alone.
     is_short = step.product_bytes < 4 and not step.lora_rank
     number = step.product_bytes if is_short else 4
     has_master = is_short or stage < 3 or offload

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from minillm import hardware
 from minillm.errors import UserError
 
-# What a process holds on a GPU beside tensors: a CUDA context with its kernels, the workspace of the matrix products,
+# What a process holds on a GPU besides tensors: a CUDA context with its kernels, the workspace of the matrix products,
 # with several ranks NCCL's channels. An assumption, not a measurement.
 CONTEXT = 1.0 * 2**30
 # What the allocator loses in gaps between tensors, as a part of them. An assumption too.

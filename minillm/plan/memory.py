@@ -90,13 +90,13 @@ def moments(step: Step, parameters: Parameters, layout: Layout) -> dict[str, Mom
     # From the second micro-batch on, the gradients of those before are there.
     waiting = 4.0 * parameters.trained if layout.keeps_whole_gradients else layout.gradients
     waiting = waiting if step.accumulation_steps > 1 else 0.0
-    logits, beside = _loss(step)
+    logits, extra = _loss(step)
     is_tied = step.config.tie_word_embeddings
     output_grad = 0 if step.lora_rank else parameters.embedding * step.weight_bytes
     batch, mask = _batch(step)
     whole, hidden = sum(kept.values()) + batch, step.n_positions * step.config.hidden_size
     casts_loss = cached if step.gradient_checkpointing else sum(casts)
-    loss = at("loss", gradients=waiting, casts=casts_loss, activations=whole + mask, logits=logits, transient=beside)
+    loss = at("loss", gradients=waiting, casts=casts_loss, activations=whole + mask, logits=logits, transient=extra)
 
     # The loss hands out the gradients that it has kept, multiplied; then the last norm's gradient is made.
     begun = max(2 * hidden * step.product_bytes + output_grad, _norm(step))
@@ -106,7 +106,7 @@ def moments(step: Step, parameters: Parameters, layout: Layout) -> dict[str, Mom
     ]
     per_number = layout.gradients / max(parameters.trained, 1)
     for layer in reversed(range(n_layers)):
-        if step.gradient_checkpointing:  # the inputs of the blocks up to this one, and what this one has made anew
+        if step.gradient_checkpointing:  # the inputs of the blocks up to this one, and what this one has recomputed
             activations = layer * step.stream + sum(blocks[layer].values())
         else:
             activations = sum(sum(block.values()) for block in blocks[: layer + 1])
@@ -148,7 +148,7 @@ def _batch(step: Step) -> tuple[int, int]:
 
 
 def _loss(step: Step) -> tuple[int, int]:
-    """Return the most bytes that the chunked loss holds: (of logits, of what lies beside them).
+    """Return the most bytes that the chunked loss holds: (of logits, of what lies next to them).
 
     ``minillm/losses/cross_entropy.py``: a chunk of n positions has logits (n, V), and a second tensor of that size
     while the softmax is taken, both at least float32. From the second chunk on, the last one's gradient is still there.
@@ -159,7 +159,7 @@ def _loss(step: Step) -> tuple[int, int]:
     second = min(chunk, n_positions - chunk)
     weight, is_trained = vocab * dim, not step.lora_rank
     # Hidden states and their gradient; the output weight in the dtype of products; its gradient so far, in float32.
-    beside = 2 * n_positions * dim * c + weight * c * step.is_mixed
+    extra = 2 * n_positions * dim * c + weight * c * step.is_mixed
     so_far = weight * 4 * is_trained * (second > 0)
     last_product = so_far * (n_positions > 2 * chunk)  # of the chunk before, which has been added
     short = c if c < 4 else 0  # the gradient of the logits has a copy of its own in a shorter dtype
@@ -172,7 +172,7 @@ def _loss(step: Step) -> tuple[int, int]:
     product = weight * is_trained * (c + (4 if c < 4 else 0)) + chunk * dim * c
     gradient = [(4 + short) * chunk * vocab, so_far + product]
     logits, more = max(softmax, gradient, key=sum)
-    return logits, beside + more
+    return logits, extra + more
 
 
 def _norm(step: Step) -> int:
@@ -183,7 +183,7 @@ def _norm(step: Step) -> int:
 
 
 def _feed_forward(step: Step, layer: int) -> int:
-    """Return what the gradient of a feed-forward layer holds beside all activations and finished gradients.
+    """Return what the gradient of a feed-forward layer holds besides all activations and finished gradients.
 
     The widest instant is SwiGLU's: gradients of the product and of gate, and one of up or a factor of it, F numbers per
     position each, less the product itself, which is no longer needed. Beside them lie the gradients of the stream and

@@ -71,7 +71,7 @@ def count_parameters(model: Transformer) -> Parameters:
 def _linear(block: nn.Module) -> int:
     """Return the numbers of the linear layers without an adapter, which keep the short copy of their weight.
 
-    The gradient of their input needs it. An adapted layer makes it anew; a router computes in float32.
+    The gradient of their input needs it. An adapted layer rebuilds it; a router computes in float32.
     """
     layers = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     own = (m for name, m in layers.items() if "lora" not in m._modules and ".lora." not in name)

@@ -124,7 +124,7 @@ def _gpus(plan: dict) -> str:
         f"{format_table(rows)}\n"
         f"  In brackets: --batch_size {args['batch_size']} does not fit, so many rows do. no: not even one row.\n"
         f"  Assumed: MFU {args['mfu']:.0%} of the data sheet's peak (--mfu); {USABLE:.0%} of the memory can be used; "
-        f"beside the tensors\n  {CONTEXT / GIB:.0f} GiB for CUDA and {GAPS:.0%} for gaps. Hours leave out "
+        f"besides the tensors\n  {CONTEXT / GIB:.0f} GiB for CUDA and {GAPS:.0%} for gaps. Hours leave out "
         f"communication, validation and saving."
     )
 

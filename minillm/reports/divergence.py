@@ -24,7 +24,7 @@ class LossAlarm:
 
     Args:
         vocab_size: V of the model. from_scratch: its weights are random.
-        unit: what the loss counts: "token", or "pair" and "reply", whose validation loss is no cross-entropy.
+        unit: what the loss counts: "token", or "pair" and "reply", whose validation loss is not a cross-entropy.
         is_cross_entropy: whether the training loss is that of tokens; it is not in distillation.
         advice: what to try, for people.
 

@@ -1,4 +1,4 @@
-"""Figures that a loss writes down beside itself: rewards and margins of preference tuning, for the rows of metrics."""
+"""Figures that a loss records besides its value: rewards and margins of preference tuning, for the rows of metrics."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ class Measures:
         self._sums = new if self._sums is None else self._sums.to(new) + new
 
     def row(self, ranks) -> dict[str, float]:
-        """Return the means since the last call over all ranks, and begin anew; empty without figures."""
+        """Return the means since the last call over all ranks, and start over; empty without figures."""
         if not self.names:
             return {}
         if self._sums is None:

@@ -41,7 +41,7 @@ class Tracker:
             truncate_metrics(self.path, after_step=after_step, without_validation=without_validation)
 
     def start_wandb(self, *, project: str, config: dict, run_id: str | None) -> None:
-        """Begin (or, with ``run_id``, go on with) a run at Weights & Biases.
+        """Begin (or, with ``run_id``, continue) a run at Weights & Biases.
 
         Raises:
             UserError: wandb is not installed, or cannot start (not logged in, say).
@@ -73,7 +73,7 @@ class Tracker:
     def log(self, row: dict) -> None:
         """Append one row to ``metrics.jsonl`` (flushed) and send it on.
 
-        A run that goes on from a checkpoint makes some rows again. The file has lost them, wandb has not: what an
+        A run that resumes from a checkpoint makes some rows again. The file has lost them, wandb has not: what an
         earlier process has sent is not sent twice.
 
         Raises:
@@ -86,7 +86,7 @@ class Tracker:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path}: {error.strerror}; make room there and go on with --from_resume"
+                f"cannot write {self.path}: {error.strerror}; make room there and resume with --from_resume"
             ) from error
         if self.wandb is not None and row["step"] > self._sent.get(row["split"], -1):
             prefix = row["split"]

@@ -8,7 +8,7 @@ import numpy as np
 from minillm.lora.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
 from minillm.reports.tracking import read_metrics, truncate_metrics
 
-SPECIAL_SHARE, ONE_TOKEN_SHARE = 0.25, 0.30  # of the targets, above which it is said
+SPECIAL_SHARE, ONE_TOKEN_SHARE = 0.25, 0.30  # of the targets, above which it is reported
 COLORS = ("#2f5fa8", "#c2571a", "#3b7d3b", "#8a5a9e", "#b3402a", "#5f6b73", "#b8901f", "#1f8f8f", "#d16ba5", "#7a5c3e")
 
 
@@ -36,7 +36,7 @@ class Watch:
         row = self.monitor.after_update(step, optimizer)
         if row is None:
             return
-        if not self._is_open:  # rows behind the checkpoint that the run went on from are written anew
+        if not self._is_open:  # rows behind the checkpoint that the run resumed from are rewritten
             truncate_metrics(self.path, after_step=last_look)
             self._is_open = True
         if not last_look:

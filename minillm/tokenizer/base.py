@@ -94,7 +94,7 @@ class Tokenizer:
     # ---- ids to text ----
 
     def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
-        """Text of ``ids``; bytes that are no whole character become U+FFFD, never an error.
+        """Text of ``ids``; bytes that are not a whole character become U+FFFD, never an error.
 
         ``skip_special_tokens`` leaves out control and spare tokens; tags such as ``<think>`` are shown. Ids above the
         vocabulary say nothing: embeddings are often padded to a round number, and a model may draw one of those.
@@ -159,7 +159,7 @@ class Tokenizer:
     def eos_token_id(self) -> int:
         """The token that a document ends with.
 
-        Where the directory names a bos_token, the eos_token beside it is meant: MiniMind, Llama, Mistral and DeepSeek
+        Where the directory names a bos_token, the eos_token next to it is meant: MiniMind, Llama, Mistral and DeepSeek
         write ``bos text eos``. Where it names none, as Qwen's, or both are one token, as in ours, documents stand
         between two ``<|endoftext|>``; the eos_token of Qwen's chat models ends a turn there, not a document.
         """

@@ -52,7 +52,7 @@ class BytePairEncoding:
         self.rank = {pair: rank for rank, pair in enumerate(merges)}  # the earlier learned, the earlier applied
         self.byte_ids = {token[0]: i for i, token in enumerate(tokens) if len(token) == 1}
         if len(self.byte_ids) != 256:
-            raise UserError(f"only {len(self.byte_ids)} of 256 bytes are tokens: this is no byte-level vocabulary")
+            raise UserError(f"only {len(self.byte_ids)} of 256 bytes are tokens: this is not a byte-level vocabulary")
         self._known: dict[bytes, list[int]] = {}  # words repeat: most pieces of a text were encoded before
 
     def encode(self, text: str) -> list[int]:
@@ -94,7 +94,7 @@ class BytePairEncoding:
         return [i for i in ids if i is not None]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; bytes that are no whole character become U+FFFD."""
+        """Text of ``ids``; bytes that are not a whole character become U+FFFD."""
         return b"".join(self.tokens[i] for i in ids).decode("utf-8", errors="replace")
 
     @classmethod
@@ -132,7 +132,7 @@ class BytePairEncoding:
         try:
             ids = {(vocab[a], vocab[b]): vocab[a + b] for a, b in merges}
         except KeyError as error:
-            message = f"a merge needs {error}, which is no token: vocabulary and merges do not belong together"
+            message = f"a merge needs {error}, which is not a token: vocabulary and merges do not belong together"
             raise UserError(message) from None
         return cls(tokens, ids, pattern=pattern)
 

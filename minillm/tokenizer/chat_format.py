@@ -50,7 +50,7 @@ def chat_format(tokenizer) -> ChatFormat:
     if source is None and missing:
         raise UserError(
             f"{tokenizer.origin} has no chat template, and for plain ChatML it lacks {missing}: put the "
-            "chat_template.jinja of the model's chat version beside tokenizer.json, or take the chat version itself"
+            "chat_template.jinja of the model's chat version next to tokenizer.json, or take the chat version itself"
         )
     ours = resources.files("minillm.tokenizer").joinpath(FILE).read_text(encoding="utf-8")
     name, text = source or ("plain ChatML", ours)

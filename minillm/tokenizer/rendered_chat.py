@@ -257,7 +257,7 @@ class _Reader:
         return (
             f"the chat template ends the answer in message {place} "
             + (f"with {after!r}, and no end token of the model" if after else "with no end token")
-            + f" ({', '.join(self._ends)}): name the token in eos_token_id of generation_config.json beside the "
+            + f" ({', '.join(self._ends)}): name the token in eos_token_id of generation_config.json next to the "
             "tokenizer, or mend the template"
         )
 

@@ -32,11 +32,11 @@ def template_source(files: Mapping[str, str], origin: str) -> tuple[str, str] | 
             names = ", ".join(map(str, template)) or "none"
             raise UserError(
                 f"{origin}/{SETTINGS} has the chat templates {names} and no 'default': write the one to use into "
-                f"{FILE} beside it"
+                f"{FILE} next to it"
             )
         template = template["default"]
     if template is not None and not isinstance(template, str):
-        raise UserError(f"chat_template in {origin}/{SETTINGS} is {type(template).__name__}, not a text: write it anew")
+        raise UserError(f"chat_template in {origin}/{SETTINGS} is {type(template).__name__}, not a text: rewrite it")
     return (f"{origin}/{SETTINGS}", template) if template else None
 
 

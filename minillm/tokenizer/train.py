@@ -140,7 +140,7 @@ def special_tokens(vocab_size: int) -> list[str]:
 
 
 def directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[str, str]:
-    """tokenizer.json and what transformers expects beside it."""
+    """tokenizer.json and what transformers expects next to it."""
     spec = json.loads(backend.to_str())
     for token in spec["added_tokens"]:
         # Tags (<think> ...) are output that a reader wants to see: only control and spare tokens are
@@ -168,7 +168,7 @@ def directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[
 
 
 class CountedTexts:
-    """Iterate once, count characters, cut what is too long, and refuse what is no text before Rust says it in its way.
+    """Iterate once, count characters, cut what is too long, and refuse what is not text before Rust says it in its way.
 
     Args:
         pattern: of the pieces; those longer than ``MAX_PIECE_LEN`` are cut. None: nothing is cut.

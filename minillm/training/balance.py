@@ -89,12 +89,12 @@ class Balance:
         return row | {"dropped": 0}
 
     def settings(self) -> dict:
-        """Return what must be the same for a checkpoint to be gone on with."""
+        """Return what must match to resume."""
         names = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_speed")
         return {} if self.stats is None else dict(zip(names, (*self.coefs, self.speed), strict=True))
 
     def state(self) -> tuple[Tensor, Tensor] | None:
-        """Return what a checkpoint needs beside the model, on the CPU: the numbers since the last row of metrics."""
+        """Return what a checkpoint needs besides the model, on the CPU: the numbers since the last row of metrics."""
         if self.stats is None or self._window is None:
             return None
         return self._window[0].cpu(), self._window[1].cpu()

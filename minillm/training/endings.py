@@ -18,7 +18,7 @@ def stop(run, signal_number: int) -> NoReturn:
     if run.ranks.is_main:
         run.tracker.close()
         print(f"{ended.signal_name}: saved after step {run.step} of {run.total_steps}", file=sys.stderr)
-        print(f"go on with: {resume_command()}", file=sys.stderr)
+        print(f"resume with: {resume_command()}", file=sys.stderr)
     run.ranks.barrier()  # no rank leaves while another still writes: a launcher would end that one
     raise ended
 
@@ -32,7 +32,7 @@ def explain(error: BaseException, run) -> None:
     """
     if isinstance(error, KeyboardInterrupt):
         if run.ranks.is_main:
-            how = f"; go on with: {resume_command()}" if run._save_step >= 0 else ", before its first checkpoint"
+            how = f"; resume with: {resume_command()}" if run._save_step >= 0 else ", before its first checkpoint"
             print(f"interrupted after step {run.step}{how}", file=sys.stderr)
         raise Interrupted(signal.SIGINT) from None
     is_of_ranks = isinstance(error, dist.DistError) or (

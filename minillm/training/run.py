@@ -216,9 +216,9 @@ class Run:
             watch: watches an adapter while it is trained (``minillm.reports.watch.Watch``); the main rank's is used.
             prepare: called with the micro-batches of a step and whether they are trained on, before their targets are
                 counted; returns those to use, with columns that depend on models.
-            measures: what the loss writes down beside itself, for the rows of metrics.
+            measures: what the loss records besides its value, for the rows of metrics.
             unit: what the loss counts, for people.
-            settings: of the loss; a checkpoint made with others is not gone on with.
+            settings: of the loss; a checkpoint made with others is not resumed.
             is_cross_entropy: False where the loop's loss of tokens is another one, which ln V says nothing about.
 
         Raises:
@@ -401,7 +401,7 @@ class Run:
     def validate(self) -> None:
         """Measure the validation loss, log it, and keep the best weights under ``best/``.
 
-        A signal that comes meanwhile ends the run: it is saved as it was before, and validates when it goes on.
+        A signal that comes meanwhile ends the run: it is saved as it was before, and validates when it resumes.
         """
         result = evaluate_loss(self.engine.module, self.valid_loader, self)
         if result is None:
@@ -442,7 +442,7 @@ class Run:
         return None
 
     def _begin(self) -> None:
-        """Take the directory: move an earlier run out of the way, or cut the metrics to where this one goes on."""
+        """Take the directory: move an earlier run out of the way, or cut the metrics to where this one resumes."""
         if not self._has_begun:
             self._has_begun = True
             self.ranks.main_alone(self._take_directory)

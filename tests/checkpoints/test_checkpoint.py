@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, whatever happens while they are written."""
+"""Checkpoints are whole or absent, whatever happens while they are written."""
 
 import errno
 import json

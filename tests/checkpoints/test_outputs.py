@@ -105,14 +105,14 @@ def test_what_is_not_there_is_said(tmp_path):
     save_lora(with_adapter(1), tmp_path / "lora" / "cooking_16")
     with pytest.raises(UserError, match=r"no adapter 'medical'.*lora/ there are: cooking_16"):
         add_adapters(tiny_model(), "medical", save_dir=str(tmp_path))
-    with pytest.raises(UserError, match="'much' is no weight"):
+    with pytest.raises(UserError, match="'much' is not a weight"):
         add_adapters(tiny_model(), "cooking:much", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="no adapter is named"):
         add_adapters(tiny_model(), " , ", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="named twice: name it once, with the sum"):
         add_adapters(tiny_model(), f"cooking:0.7,{tmp_path}/lora/cooking_16:0.3", save_dir=str(tmp_path))
     (tmp_path / "weights.pth").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is not an adapter"):
         add_adapters(tiny_model(), str(tmp_path / "weights.pth"), save_dir=str(tmp_path))
 
 

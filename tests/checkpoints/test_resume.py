@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what is compared when a run goes on; the exactness itself is in tests/contracts."""
+"""What a checkpoint holds and what is compared when a run resumes; the exactness itself is in tests/contracts."""
 
 import pytest
 

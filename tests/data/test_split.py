@@ -130,7 +130,7 @@ def test_an_empty_side_is_one_clear_error(write, tokenizer, tmp_path):
 
 
 def test_bad_lines_of_both_sides_are_kept(write, tokenizer, tmp_path):
-    """A line that is no record is reported by the training side; the other one has a file of its own."""
+    """A line that is not a record is reported by the training side; the other one has a file of its own."""
     lone = {"text": "\ud800"}
     path = write("a.jsonl", [*TEXTS, "{", json.dumps(lone)])
     (bad,) = [record for record in read_records(path, on_reject=lambda *bad: None) if record.text == lone["text"]]

@@ -58,7 +58,8 @@ def test_stop_waits_for_the_checkpoint_and_for_the_others(run, capsys, is_main):
     shown = capsys.readouterr()
     assert shown.out == ""
     expected = (
-        "SIGTERM: saved after step 5 of 9\ngo on with: python train_pretrain.py --data_path 'a b.jsonl' --from_resume\n"
+        "SIGTERM: saved after step 5 of 9\n"
+        "resume with: python train_pretrain.py --data_path 'a b.jsonl' --from_resume\n"
     )
     assert shown.err == (expected if is_main else "")
 
@@ -112,7 +113,7 @@ def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_from(run, capsy
     assert ended.value.code == 130
     shown = capsys.readouterr().err
     says = is_main and save_step >= 0
-    assert ("interrupted after step 5; go on with: python train_pretrain.py" in shown) == says
+    assert ("interrupted after step 5; resume with: python train_pretrain.py" in shown) == says
     assert ("interrupted after step 5, before its first checkpoint" in shown) == (is_main and not says)
     assert bool(shown) == is_main
 

@@ -1,4 +1,4 @@
-"""Ranks that were started anew meet under one number, whatever the dead ones left in the agents' store."""
+"""Ranks that were restarted meet under one number, whatever the dead ones left in the agents' store."""
 
 import datetime
 import socket

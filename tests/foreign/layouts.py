@@ -1,7 +1,7 @@
 """Tokenizer directories in the layouts of published models, made here in a second and without a download.
 
 Each layout keeps what matters of the original: how text is cut, which tokens begin, end and pad, and what the chat
-template does. The vocabularies are small and the templates are written anew, so no file of a release is needed.
+template does. The vocabularies are small and the templates are rewritten, so no file of a release is needed.
 
     from tests.foreign.layouts import LAYOUTS, make_tokenizer
     directory = make_tokenizer("llama2", tmp_path / "llama2")

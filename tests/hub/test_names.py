@@ -116,7 +116,7 @@ def test_files_of_tensors_say_which_they_are(tmp_path):
     torch.save({"model.embed_tokens.weight": torch.ones(1, 2)}, tmp_path / "model.pth")
     with pytest.raises(UserError, match=r"adapter.pth is an adapter, not a model: .* --lora_name"):
         infer_config(tmp_path / "adapter.pth")
-    with pytest.raises(UserError, match=r"model.pth is no adapter.*a model is given to --from_weight"):
+    with pytest.raises(UserError, match=r"model.pth is not an adapter.*a model is given to --from_weight"):
         read_adapter(tmp_path / "model.pth")
 
 

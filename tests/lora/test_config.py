@@ -75,7 +75,7 @@ def test_scaling():
         ({"alpha": math.inf}, "alpha is inf"),
         ({"alpha": 10**400}, "alpha is 10+: give a number above 0"),
         ({"target_modules": (["q_proj"],)}, "target_modules is .*: give all-linear, or names of layers"),
-        ({"rank_pattern": {"(": 3}}, r"'\(' is no regular expression"),
+        ({"rank_pattern": {"(": 3}}, r"'\(' is not a regular expression"),
         ({"alpha": "16"}, "alpha is '16'"),
         ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern 'q_proj' is -1"),
         ({"dropout": 1.0}, "dropout is 1.0: give a number from 0 to below 1"),

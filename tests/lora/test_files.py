@@ -119,7 +119,7 @@ def test_several_are_saved_one_by_one(tools, tmp_path):
     set_adapter(other, "b")
     torch.testing.assert_close(tools.logits(other), second, rtol=0, atol=1e-12)
     set_adapter(other, {"a": 0.5, "b": 0.5})
-    with pytest.raises(UserError, match="several adapters are at work \\(a, b\\): say which"):
+    with pytest.raises(UserError, match="several adapters are active \\(a, b\\): say which"):
         save_lora(other, tmp_path / "c")
     with pytest.raises(UserError, match="no adapter 'c': there are b, a"):
         save_lora(other, tmp_path / "c", adapter_name="c")
@@ -248,7 +248,7 @@ class Code:
         ({f"{Q}.lora.A.weight": 3}, "holds something else than tensors"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": "abc"}, "x.pth: its lora_config"),
         ({"model.norm.weight": torch.ones(24)}, "it has no <layer>.lora.A.weight"),
-        ({f"{Q}.lora.A.weight": torch.ones(2, 24), "x": 3}, "is no adapter"),
+        ({f"{Q}.lora.A.weight": torch.ones(2, 24), "x": 3}, "is not an adapter"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24)}, f"{Q}.B is missing"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": {"r": 2}}, "x.pth: its lora_config .*'r'"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": {"rank": 0}}, "x.pth: rank is 0"),

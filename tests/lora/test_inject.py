@@ -194,7 +194,7 @@ def test_a_generator_draws_the_same_again_and_nothing_else_draws(tools):
         ({"rank_pattern": {"what": 3}}, "the pattern 'what' matches no adapted layer: there are down_proj, gate_proj"),
         ({"target_modules": ""}, "target_modules is '': give all-linear, or names"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head': give names as a tuple"),
-        ({"target_modules": "*q_proj"}, r"'\*q_proj' is no regular expression"),
+        ({"target_modules": "*q_proj"}, r"'\*q_proj' is not a regular expression"),
         ({"modules_to_save": ("score",)}, "modules_to_save: no layer is called score: there are .*lm_head"),
         ({"rank": 25, "init": "pissa"}, "rank 25: init 'pissa' needs at most 24"),
         ({"target_modules": "embed_tokens", "use_dora": True}, "use_dora: .*embed_tokens is an embedding"),

@@ -107,7 +107,7 @@ def test_the_dtype_is_that_of_the_model_under_either_name(world, capsys, said, w
     [
         (lambda argv: [*argv[:-1], argv[2]], "there is something already; choose a new directory"),
         (lambda argv: [*argv[:4], "nowhere", *argv[5:]], "no adapter 'nowhere'"),
-        (lambda argv: [*argv[:4], f"{argv[4]}:much", *argv[5:]], "'much' is no weight; write PATH:0.7"),
+        (lambda argv: [*argv[:4], f"{argv[4]}:much", *argv[5:]], "'much' is not a weight; write PATH:0.7"),
         (lambda argv: [*argv[:4], f"{argv[4]}:nan", *argv[5:]], "one has the weight nan: give a number"),
         (lambda argv: [*argv[:4], *argv[5:]], "no adapter is named"),
         (lambda argv: [*argv[:5], argv[4] + ":0.5", *argv[5:]], "an adapter is named twice"),

@@ -174,8 +174,8 @@ def test_a_signal_ends_a_run_that_says_how_to_go_on(started, whole, tmp_path, nu
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    (line,) = [line for line in err.splitlines() if line.startswith("go on with: ")]
-    words = shlex.split(line.removeprefix("go on with: "))
+    (line,) = [line for line in err.splitlines() if line.startswith("resume with: ")]
+    words = shlex.split(line.removeprefix("resume with: "))
     assert [*words[:2], words[-1]] == ["python", str(SCRIPT), "--from_resume"]
     newest = list_checkpoints(started.run / "checkpoints")[0]
     assert find_damage(newest) is None
@@ -390,10 +390,10 @@ def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     one = start("--from_resume", out=tmp_path / "one")
     assert one.code == 0
-    assert "ranks: 2 then, 1 now" in one.out  # other surroundings, so the last digits may differ
+    assert "ranks: 2 then, 1 now" in one.out  # another environment, so the last digits may differ
     output = torchrun(2, str(SCRIPT), *argv, "--from_resume")
     assert "step 4 of 12" in output
-    assert "other surroundings" not in output
+    assert "another environment" not in output
     for name in ("one", "two"):
         assert list_checkpoints(tmp_path / name / "pretrain_32" / "checkpoints")[0].name == "step-00000012"
         rows = [json.loads(line) for line in (tmp_path / name / "pretrain_32" / "metrics.jsonl").open()]

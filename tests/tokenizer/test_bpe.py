@@ -217,7 +217,7 @@ def test_bad_text_and_vocabularies(tokenizer):
         bpe.encode(3)
     with pytest.raises(UserError, match="only 1 of 256 bytes are tokens"):
         BytePairEncoding.from_strings({"a": 0}, [], pattern=".+")
-    with pytest.raises(UserError, match="a merge needs 'ac', which is no token"):
+    with pytest.raises(UserError, match="a merge needs 'ac', which is not a token"):
         BytePairEncoding.from_strings({"a": 0, "c": 1}, [("a", "c")], pattern=".+")
 
 

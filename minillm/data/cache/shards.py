@@ -58,7 +58,7 @@ STAGES = {
 
 class Shard:
     """One tokenised file, memory-mapped. Arrays: ``tokens``, ``mask`` (or None), ``offsets``, ``lines``,
-    ``bytes``, ``log_prob``. It pickles as its path, so that worker processes map it anew."""
+    ``bytes``, ``log_prob``. It pickles as its path, so that worker processes map it again."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -231,7 +231,7 @@ def _write(
                     counts["n_other_side"] += 1
 
         where = f"{path}, {source.side} side of --valid_ratio {source.valid_ratio}" if source.valid_ratio else str(path)
-        # A line that is no record has no side: the training side reports it.
+        # A line that is not a record has no side: the training side reports it.
         on_reject = (lambda *bad: None) if source.valid_ratio and source.side == "valid" else reject
         records = one_side(read_records(path, strict=strict, on_reject=on_reject, columns=source.columns))
         for chunk in _chunks(_only(kind, records, reject, where)):
@@ -367,7 +367,7 @@ class TokenStore:
         self.has_mask = shards[0].meta["kind"] != "text"
         self.document_bases = np.cumsum([0] + [shard.n_documents for shard in shards])
 
-    def __getstate__(self):  # offsets may be large or mapped: workers make them anew
+    def __getstate__(self):  # offsets may be large or mapped: workers rebuild them
         return {name: value for name, value in self.__dict__.items() if name != "offsets"}
 
     @cached_property

@@ -33,7 +33,7 @@ from minillm.errors import UserError, missing_package
 SUFFIXES = (
     ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".txt", ".txt.gz",
 )  # fmt: skip
-NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what stands beside data
+NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what stands next to data
 TXT_DOCUMENT_LEN = 4096  # characters after which the next blank line ends a document
 TXT_DOCUMENT_MAX = 65536  # characters after which any line end does (and no line is read beyond that at once)
 JSON_CHUNK = 1 << 16  # characters read at once from a .json file
@@ -322,7 +322,7 @@ class _JsonText:
         return bool(more)
 
     def peek(self) -> str:
-        """Return the next character that is no blank, "" at the end of the file; it stays to be read."""
+        """Return the next character that is not a blank, "" at the end of the file; it stays to be read."""
         while True:
             rest = re.compile(r"[ \t\r\n]*").match(self.text, self.place)
             self.place = rest.end()

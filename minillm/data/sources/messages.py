@@ -36,7 +36,7 @@ def normal_messages(items, name: str = "the conversation") -> list[dict]:
     """Return turns as role/content messages; ``check_messages`` says whether they are a conversation.
 
     Raises:
-        UserError: it is no list, or a turn has an unknown role, a key that would be lost, or parts that are not text.
+        UserError: it is not a list, or a turn has an unknown role, a key that would be lost, or parts other than text.
     """
     messages: list[dict] = []
     for place, item in enumerate(as_list(items, name)):

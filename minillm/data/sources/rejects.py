@@ -1,4 +1,4 @@
-"""Bad lines never vanish: they are kept beside their file, with line number and reason, and counted by reason."""
+"""Bad lines never vanish: they are kept next to their file, with line number and reason, and counted by reason."""
 
 import contextlib
 import json
