@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.config import ModelConfig
-from minillm.kernels.block_attention import MAX_SEQ_LEN, Blocks, plan_blocks
-from minillm.model.attention import Attention, document_mask, document_positions, window_mask
+from minillm.model.attention import Attention
+from minillm.model.attention_plan import AttentionPlan, document_positions, plan_attention
 from minillm.model.kv_cache import KVCache
 from minillm.model.mlp import MLP
 from minillm.model.moe import MoE, Routing
@@ -38,11 +38,11 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | Blocks | None,
+        plan: AttentionPlan,
         cache: KVCache | None,
         routing: Routing,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, plan, cache)
         return x + self.mlp(self.post_attention_layernorm(x), routing)  # (B, T, D)
 
 
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | Blocks | None,
+        plan: AttentionPlan,
         cache: KVCache | None,
         routing: Routing,
         recompute: bool,
@@ -69,9 +69,9 @@ class Decoder(nn.Module):
             if recompute:
                 # Only the block's input is kept. The generators' state is kept too: dropout must draw the
                 # same mask in the recomputation, or the gradients belong to another network.
-                x = checkpoint(block, x, rope, mask, cache, routing, use_reentrant=False, preserve_rng_state=True)
+                x = checkpoint(block, x, rope, plan, cache, routing, use_reentrant=False, preserve_rng_state=True)
             else:
-                x = block(x, rope, mask, cache, routing)
+                x = block(x, rope, plan, cache, routing)
         return self.norm(x)
 
 
@@ -140,33 +140,38 @@ class Transformer(nn.Module):
                 see its use of the weight.
             router_stats: collects what the routers of a mixture of experts do; a dense model leaves it untouched.
         """
-        mask, window = None, self.config.sliding_window
+        weight = self.model.embed_tokens.weight
         if cache is not None:
             cache.begin(input_ids.shape[1], document_ids)
-            mask = cache.mask
-            position_ids = cache.position_ids if position_ids is None else position_ids
-        elif document_ids is not None:
-            mask = document_mask(document_ids, window)
-            position_ids = document_positions(document_ids) if position_ids is None else position_ids
-        else:
-            if window is not None and window < input_ids.shape[1]:
-                mask = window_mask(input_ids.shape[1], window, device=input_ids.device)
-            if position_ids is None:
-                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        weight = self.model.embed_tokens.weight
-        if cache is None and self._trains_in_blocks(input_ids):
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-            keep = self.model.layers[0].self_attn.q_proj.weight.requires_grad  # false: an adapter is trained
-            mask = plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device, keep=keep)
+        plan = plan_attention(
+            input_ids,
+            document_ids=document_ids,
+            cache=cache,
+            window=self.config.sliding_window,
+            weight=weight,
+            # Without gradients too: a frozen copy of a model that is trained must give the same bits as the model.
+            in_blocks=self.block_attention and self.training,
+            is_frozen=not self.model.layers[0].self_attn.q_proj.weight.requires_grad,
+        )
+        if position_ids is None:
+            position_ids = self._positions(input_ids, document_ids, cache)
         rope = rope_tables(position_ids, self.config, dtype=weight.dtype)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         routing = Routing(None if document_ids is None else document_ids >= 0, router_stats)
-        hidden = self.model(input_ids, rope, mask, cache, routing, recompute)
+        hidden = self.model(input_ids, rope, plan, cache, routing, recompute)
         if cache is not None:
             cache.end()
         if head is not None:
             return head(hidden, self.lm_head.weight) if self._head_is_plain() else head(self.lm_head(hidden), None)
         return self.lm_head(hidden)
+
+    def _positions(self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Return (B or 1, T): from 0 in each row or document, or after what the cache holds."""
+        if cache is not None:
+            return cache.position_ids
+        if document_ids is not None:
+            return document_positions(document_ids)
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
 
     def _head_is_plain(self) -> bool:
         """Return whether the output layer is its weight alone, so that the logits need not exist as a whole.
@@ -184,10 +189,3 @@ class Transformer(nn.Module):
             stacklevel=3,
         )
         return False
-
-    def _trains_in_blocks(self, input_ids: Tensor) -> bool:
-        # Without gradients too: a frozen copy of a model that is trained must give the same bits as the model.
-        wanted = self.block_attention and self.training and input_ids.device.type == "cpu"
-        # The plan reads numbers out of the mask, which an exported graph or a tensor without data has not.
-        has_data = not torch.compiler.is_compiling() and type(input_ids) is Tensor
-        return wanted and has_data and 1 < input_ids.shape[1] <= MAX_SEQ_LEN

@@ -13,7 +13,7 @@ from torch import nn
 from minillm.checkpoints import checkpoint
 from minillm.data.cache.shards import TokenStore
 from minillm.distributed.engine import Engine
-from minillm.model import KVCache, transformer
+from minillm.model import KVCache, attention_plan
 from minillm.training import optim
 from minillm.training.run import Run
 from minillm.training.step import Step
@@ -84,7 +84,7 @@ BUGS = {
     "RNG not restored": (checks.resume_is_exact, checkpoint, "set_rng_state", lambda state: None),
     "off-by-one resume": (checks.resume_is_exact, Run, "_resume", resume_one_batch_late),
     "cache position": (checks.cache_equals_full, KVCache, "begin", position_of_the_longest),
-    "mask leak between documents": (checks.documents_are_apart, transformer, "document_mask", causal_only),
+    "mask leak between documents": (checks.documents_are_apart, attention_plan, "document_mask", causal_only),
     "decay on norms": (checks.norms_do_not_decay, optim, "adamw", decay_everything),
     "clip before unscale": (checks.loss_scale_changes_nothing, Engine, "clip", clip_before_unscale),
 }

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.kernels.block_attention import BLOCK_LEN, MAX_SEQ_LEN, block_attention, plan_blocks
-from minillm.model.attention import document_mask, window_mask
+from minillm.model.attention_plan import document_mask, window_mask
 
 
 def qkv(seq_len, n_heads=6, n_groups=2, head_dim=10, n_rows=2, dtype=torch.float64):
@@ -98,7 +98,7 @@ def test_bfloat16_is_as_close_as_a_product_of_that_dtype():
 def test_where_it_is_used(tools, monkeypatch, seq_len, expected):
     """In training on a CPU, up to a length, with gradients and without; never in eval mode or when switched off."""
     calls = []
-    module = "minillm.model.attention.block_attention"
+    module = "minillm.model.attention_plan.block_attention"
     monkeypatch.setattr(module, lambda *args: calls.append(1) or block_attention(*args))
     model = tools.model(tools.config(max_position_embeddings=2048))
     tokens = tools.tokens(1, seq_len)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from minillm.model.attention import Attention, document_mask, document_positions, window_mask
+from minillm.model.attention import Attention
+from minillm.model.attention_plan import AttentionPlan, document_mask, document_positions, window_mask
 from minillm.model.rope import rope_tables
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0], [3, 3, 1, 1, 1, -1, -1, -1]])
@@ -81,7 +82,7 @@ def test_against_loops(tools, shape, family, packed):
     documents = DOCUMENTS if packed else torch.zeros(3, 8, dtype=torch.long)
     rope = rope_tables(document_positions(documents), config, dtype=torch.float64)
     mask = document_mask(documents, config.sliding_window) if packed or config.sliding_window else None
-    ours = attention(x, rope, mask, None)
+    ours = attention(x, rope, AttentionPlan(mask=mask, is_causal=mask is None), None)
     wanted = slow(attention, x, rope, documents, config.sliding_window)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
     leaves = {"x": x, **dict(attention.named_parameters())}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from minillm.config import ModelConfig
 from minillm.losses import linear_cross_entropy
-from minillm.model import Transformer, transformer
+from minillm.model import Transformer, attention_plan
 from minillm.model.moe import Router
 
 
@@ -292,8 +292,13 @@ def test_under_autocast_close_to_float32(tools, family, monkeypatch):
 
 def test_a_frozen_model_computes_attention_again_instead_of_keeping_it(tools, monkeypatch):
     kept, model = [], tools.model(tools.config())
-    plan = transformer.plan_blocks
-    monkeypatch.setattr(transformer, "plan_blocks", lambda *a, keep, **k: kept.append(keep) or plan(*a, keep=keep, **k))
+    plan = attention_plan.plan_blocks
+
+    def noting(*args, keep, **options):
+        kept.append(keep)
+        return plan(*args, keep=keep, **options)
+
+    monkeypatch.setattr(attention_plan, "plan_blocks", noting)
     model.train()
     model(tools.tokens(2, 9))
     model.requires_grad_(False)

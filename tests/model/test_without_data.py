@@ -11,7 +11,7 @@ from minillm.config import ModelConfig
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.model.attention import document_positions, needs_equal_heads
+from minillm.model.attention_plan import document_positions, needs_equal_heads
 from minillm.model.norm import RMSNorm
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -87,10 +87,10 @@ def test_positions_start_over_with_each_document():
 
 
 def test_heads_are_shared_only_where_the_kernel_can(monkeypatch):
-    monkeypatch.setattr("minillm.model.attention.SHARES_HEADS_ON_MPS", False)
+    monkeypatch.setattr("minillm.model.attention_plan.SHARES_HEADS_ON_MPS", False)
     needs = {(d, m): needs_equal_heads(d, masked=m) for d in ("cpu", "cuda", "mps") for m in (False, True)}
     assert [key for key, value in needs.items() if value] == [("cuda", True), ("mps", False), ("mps", True)]
-    monkeypatch.setattr("minillm.model.attention.SHARES_HEADS_ON_MPS", True)
+    monkeypatch.setattr("minillm.model.attention_plan.SHARES_HEADS_ON_MPS", True)
     assert not needs_equal_heads("mps", masked=True)
 
 
@@ -100,5 +100,5 @@ def test_repeated_heads_give_the_same(monkeypatch):
     model = Transformer(ModelConfig(**SHAPE)).eval()
     ids = torch.randint(64, (2, 9))
     wanted = model(ids, document_ids=ids // 60)
-    monkeypatch.setattr("minillm.model.attention.needs_equal_heads", lambda device, masked: True)
+    monkeypatch.setattr("minillm.model.attention_plan.needs_equal_heads", lambda device, masked: True)
     assert torch.allclose(model(ids, document_ids=ids // 60), wanted, atol=1e-6)
