@@ -1,14 +1,12 @@
 """RMSNorm: scale each vector to a mean square of one.
 
 Zhang & Sennrich, Root Mean Square Layer Normalization (2019), equation 4.
-
-Legend: N vectors, D numbers each.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from minillm.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -30,41 +28,4 @@ class RMSNorm(nn.Module):
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
         out_dtype = torch.get_autocast_dtype(device) if autocast and x.dtype == torch.float32 else x.dtype
-        # On CUDA it is one kernel, and the compiler makes one; elsewhere torch makes ten passes of its gradient.
-        if device == "cuda" or torch.compiler.is_compiling():
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(out_dtype)
-        return _RMSNorm.apply(x, self.weight, self.eps, out_dtype)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """The formula and its gradient in few passes over memory: that is what a norm costs.
-
-    With r = 1 / sqrt(mean(x²) + eps) and the upstream gradient g, per vector:
-
-        dx = r·(g·w) − x · r³/D · Σ(g·w·x)        dw = Σ over vectors of g·x·r
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, out_dtype):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, D)
-        mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # (N, 1)
-        scale = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return torch.mul(flat, scale).mul_(weight).to(out_dtype).view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        dim = x.shape[-1]
-        flat = x.reshape(-1, dim).to(scale.dtype)
-        grad = grad.reshape(-1, dim).to(scale.dtype)
-        wide_weight = weight.to(scale.dtype)
-        product = grad * flat  # (N, D); both sums are products of a matrix and a vector
-        along = torch.mv(product, wide_weight)[:, None]  # (N, 1): Σ g·w·x
-        grad_weight = torch.mv(product.T, scale[:, 0]).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        along.mul_(scale.pow(3)).div_(-dim)
-        grad_x = torch.mul(grad, wide_weight).mul_(scale).addcmul_(flat, along)
-        return grad_x.view(x.shape).to(x.dtype), grad_weight, None, None
+        return rms_norm(x, self.weight, self.eps, out_dtype)

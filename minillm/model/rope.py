@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minillm.config import ModelConfig
+from minillm.kernels.rotation import rotate
 
 
 def rope_tables(position_ids: Tensor, config: ModelConfig, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -155,36 +156,4 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Number i is paired with number i + R/2 (the layout of Hugging Face's weights; the paper pairs neighbours,
     which is the same up to a permutation of the weights). The last K − R numbers stay as they are (GLM).
     """
-    return _Rotation.apply(x, cos, sin)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]  # 2 × (B, T, H, R/2)
-    if torch.compiler.is_compiling():  # the compiler cannot trace a result written into a slice, and needs no help
-        wide = (first.to(cos.dtype), second.to(cos.dtype))
-        parts = [wide[0] * cos - wide[1] * sin, wide[1] * cos + wide[0] * sin, x[..., 2 * half :].to(cos.dtype)]
-        return torch.cat(parts, dim=-1).to(x.dtype)
-    turned = torch.empty_like(x, dtype=cos.dtype)  # (B, T, H, K)
-    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second.to(cos.dtype), sin, value=-1)
-    torch.mul(second, cos, out=turned[..., half : 2 * half]).addcmul_(first.to(cos.dtype), sin)
-    if 2 * half < x.shape[-1]:
-        turned[..., 2 * half :] = x[..., 2 * half :]
-    return turned.to(x.dtype)
-
-
-class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back, so nothing but the angles is kept for it.
-
-    That holds with an attention factor too: it multiplies the rotation and its transpose alike.
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+    return rotate(x, cos, sin)

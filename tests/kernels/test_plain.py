@@ -1,0 +1,30 @@
+"""Each fast body next to its plain expression: values and gradients in float64."""
+
+import pytest
+import torch
+
+from minillm.kernels import rms_norm, rotation, swiglu
+
+
+def tensors(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in shapes]
+
+
+ANGLES = torch.arange(2 * 5 * 3, dtype=torch.float64).view(2, 5, 1, 3)
+CASES = {
+    "rms_norm": (rms_norm.rms_norm, rms_norm.plain, tensors((3, 5, 7), (7,)), (1e-5, torch.float64)),
+    "swiglu": (swiglu.swiglu, swiglu.plain, tensors((3, 5, 7), (3, 5, 7)), ()),
+    "rotation": (rotation.rotate, rotation.plain, tensors((2, 5, 4, 6)), (ANGLES.cos(), ANGLES.sin())),
+    "rotation of a part": (rotation.rotate, rotation.plain, tensors((2, 5, 4, 9)), (ANGLES.cos(), ANGLES.sin())),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fast_body_is_the_plain_expression(name):
+    fast, plain, inputs, rest = CASES[name]
+    ours, wanted = fast(*inputs, *rest), plain(*inputs, *rest)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for ours, wanted in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (ours, wanted)), strict=True):
+        assert float((ours - wanted).norm() / wanted.norm()) <= 1e-12
