@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.errors import UserError
-from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA, times
+from minillm.kernels.low_rank_linear import times
+from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA
 from minillm.model.moe import ExpertProduct, expert_product
 
 ADAPTABLE = (nn.Linear, nn.Embedding, ExpertProduct)

@@ -20,7 +20,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but the co
 from torch.autograd.function import once_differentiable
 
 from minillm.config import ModelConfig
-from minillm.model.mlp import MLP, swiglu
+from minillm.kernels.swiglu import swiglu
+from minillm.model.mlp import MLP
 from minillm.model.router_stats import RouterStats
 
 # All experts in one kernel, block ends read on the device. Absent before torch 2.10 (its private forerunner knew one

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minillm.kernels import rms_norm, rotation, swiglu
+from minillm.kernels import low_rank_linear, rms_norm, rotation, swiglu
 
 
 def tensors(*shapes):
@@ -15,6 +15,12 @@ ANGLES = torch.arange(2 * 5 * 3, dtype=torch.float64).view(2, 5, 1, 3)
 CASES = {
     "rms_norm": (rms_norm.rms_norm, rms_norm.plain, tensors((3, 5, 7), (7,)), (1e-5, torch.float64)),
     "swiglu": (swiglu.swiglu, swiglu.plain, tensors((3, 5, 7), (3, 5, 7)), ()),
+    "low_rank_linear": (
+        low_rank_linear.low_rank_linear,
+        low_rank_linear.plain,
+        tensors((3, 5, 7), (6, 7), (6,), (2, 7), (6, 2)),
+        (torch.tensor(0.7, dtype=torch.float64),),
+    ),
     "rotation": (rotation.rotate, rotation.plain, tensors((2, 5, 4, 6)), (ANGLES.cos(), ANGLES.sin())),
     "rotation of a part": (rotation.rotate, rotation.plain, tensors((2, 5, 4, 9)), (ANGLES.cos(), ANGLES.sin())),
 }

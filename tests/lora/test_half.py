@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from minillm.kernels.low_rank_linear import low_rank_linear
 from minillm.lora import apply_lora
-from minillm.lora.layer import LoRA, adapted_layers, bind, low_rank_linear
+from minillm.lora.layer import LoRA, adapted_layers, bind
 from tests.foreign.models import make_model
 
 HALF = [torch.bfloat16, torch.float16]

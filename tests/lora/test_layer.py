@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minillm.kernels.low_rank_linear import low_rank_linear
+from minillm.kernels.swiglu import swiglu
 from minillm.lora import add_adapter, apply_lora, load_lora, merge_lora, remove_lora, save_lora, set_adapter
-from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA, adapted_layers, bind, low_rank_linear, unbind
-from minillm.model.mlp import swiglu
+from minillm.lora.layer import DoRA, EmbeddingLoRA, LoRA, adapted_layers, bind, unbind
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "embedding": {"target_modules": "embed_tokens,q_proj"},
          "pissa": {"init": "pissa"}, "whole": {"modules_to_save": ("lm_head",), "bias": "all"}}  # fmt: skip

@@ -3,7 +3,8 @@
 import torch
 
 from minillm.config import ModelConfig
-from minillm.model.mlp import MLP, swiglu
+from minillm.kernels.swiglu import swiglu
+from minillm.model.mlp import MLP
 
 
 def test_formula_and_gradients():
