@@ -1,5 +1,6 @@
 # make demo: installs into .venv, makes the demo world, trains every stage, evaluates, lets you chat.
 # make test: installs into .venv and runs the tests.
+# make test-report: the same with line coverage and the 20 slowest tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,9 +10,9 @@ RESULTS = $(DEMO)/results
 EVAL = python eval_model.py --save_dir $(DEMO) --preset demo --max_new_tokens 96
 STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 400 --learning_rate 5e-3  # as in configs/demo/distill.yaml
 
-.PHONY: demo demo-run test lint bench clean
+.PHONY: demo demo-run test test-report lint bench clean
 
-$(VENV)/.installed: requirements.txt setup.py
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -70,6 +71,9 @@ demo-run:
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-report: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=minillm --cov-report=term:skip-covered --durations=20
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
