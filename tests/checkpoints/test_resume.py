@@ -6,8 +6,7 @@ from minillm.checkpoints.interrupt import Interrupted
 from minillm.checkpoints.resume import COUNTERS, identity_of, state_of
 from minillm.errors import UserError
 from minillm.reports.tracking import read_metrics
-
-from .pair_runs import arguments, train
+from tests.contracts.pair_runs import arguments, train
 
 
 def test_the_loss_is_part_of_what_must_be_the_same(tmp_path):

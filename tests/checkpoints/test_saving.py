@@ -19,10 +19,9 @@ from minillm.hub.huggingface import load_model
 from minillm.lora import apply_lora
 from minillm.lora.state import trained_state
 from minillm.objectives.distill import add_projection
+from tests.contracts import pair_runs
 from tests.contracts.harness import CONFIG, LORA, MOE_CONFIG, arguments, tiny_model, train
 from tests.contracts.test_resume import assert_same
-
-from . import pair_runs
 
 # ---- the copy ----------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tests.contracts import distill_runs, pair_runs
 from tests.contracts.harness import CONFIG, MOE_CONFIG, arguments, train
-from tests.training import distill_runs, pair_runs
 
 ROWS = 16
 SAME_WEIGHTS = {"global_batch_size": ROWS, "learning_rate": 1e-30, "weight_decay": 0.0}  # at every step

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.contracts import checks
+from tests.contracts.distill_runs import make_teacher, make_tokenizer
 from tests.contracts.harness import CONFIG, MOE_CONFIG, largest_difference
 from tests.contracts.partitions import BATCH_SIZES, CASES, ROWS, gradients
-from tests.training.distill_runs import make_teacher, make_tokenizer
 
 N_RANKS = (1, 2, 4)
 

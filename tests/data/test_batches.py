@@ -133,8 +133,8 @@ def test_errors():
     rows = FakeRows(4)
     for settings, reason in [
         ({"batch_size": 0, "global_batch_size": 4}, "at least 1"),
-        ({"batch_size": 3, "global_batch_size": 4}, "no multiple of batch_size 3 x 1 ranks"),
-        ({"batch_size": 2, "global_batch_size": 2, "world_size": 2}, "no multiple of batch_size 2 x 2 ranks"),
+        ({"batch_size": 3, "global_batch_size": 4}, "not a multiple of batch_size 3 x 1 ranks"),
+        ({"batch_size": 2, "global_batch_size": 2, "world_size": 2}, "not a multiple of batch_size 2 x 2 ranks"),
         ({"batch_size": 1, "global_batch_size": 2, "world_size": 2, "rank": 2}, "rank 2"),
     ]:
         with pytest.raises(UserError, match=reason):

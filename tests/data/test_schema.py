@@ -347,7 +347,7 @@ TALK = [USER, ANSWER]
         ({"messages": TALK, "label": True, "kto_tag": False}, "label and kto_tag differ"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "label": True}, "label next to chosen and rejected"),
         ({"prompt": "q", "chosen": "a"}, "chosen without rejected"),
-        ({"question": "q"}, "question has no answer beside it"),
+        ({"question": "q"}, "question has no answer next to it"),
         ({"answer": "a"}, "the keys fit no schema"),
         ({"messages": "[{'role': 'user'}]"}, "messages must be a list, not text"),
         (

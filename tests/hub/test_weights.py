@@ -163,7 +163,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     weights = tmp_path / "weights"
     save_model(create_model(arguments(tmp_path), one), weights, tokenizer=one)
     create_model(arguments(tmp_path, from_weight=str(weights)), one)
-    with pytest.raises(UserError, match="not the one that lies beside"):
+    with pytest.raises(UserError, match="not the one that lies next to"):
         create_model(arguments(tmp_path, from_weight=str(weights)), other)
 
 

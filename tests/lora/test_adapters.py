@@ -142,7 +142,7 @@ def test_an_adapter_is_forgotten(tools, both):
     assert list(adapters_of(both).stored) == ["second"]
     with pytest.raises(UserError, match="no adapter 'first': there are second"):
         set_adapter(both, "first")
-    with pytest.raises(UserError, match="'second' is at work"):
+    with pytest.raises(UserError, match="'second' is active"):
         delete_adapter(both, "second")
     with pytest.raises(UserError, match="no adapter 'third'"):
         delete_adapter(both, "third")

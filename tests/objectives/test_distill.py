@@ -12,9 +12,8 @@ from minillm.objectives.distill import PROJECTION, DistillLoss
 from minillm.objectives.teacher import Teacher
 from minillm.reports.tracking import read_metrics
 from minillm.training.run import Run
+from tests.contracts.distill_runs import V, arguments, make_teacher, make_tokenizer, student, train
 from tests.contracts.harness import RaggedRows, largest_difference
-
-from .distill_runs import V, arguments, make_teacher, make_tokenizer, student, train
 
 
 @pytest.fixture(scope="module")

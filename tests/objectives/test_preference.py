@@ -13,8 +13,7 @@ from minillm.objectives.reference import Reference
 from minillm.reports.tracking import read_metrics
 from minillm.training.run import Run
 from tests.contracts.harness import MOE_CONFIG, largest_difference, tiny_model
-
-from .pair_runs import RaggedPairs, arguments, train
+from tests.contracts.pair_runs import RaggedPairs, arguments, train
 
 LOSSES = {
     "sigmoid": {},

@@ -13,8 +13,7 @@ from minillm.objectives.reference import reply_log_probs
 from minillm.reports.tracking import read_metrics
 from minillm.training.validation import evaluate_loss
 from tests.contracts.harness import CONFIG, MOE_CONFIG, tiny_model
-
-from .pair_runs import RaggedPairs, arguments, train
+from tests.contracts.pair_runs import RaggedPairs, arguments, train
 
 KINDS = {
     "copy": {"reference": "copy"},

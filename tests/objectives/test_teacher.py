@@ -10,9 +10,8 @@ from minillm.model import Transformer
 from minillm.objectives.teacher import Teacher
 from minillm.tokenizer import train_bpe
 from minillm.training.run import Run
+from tests.contracts.distill_runs import V, arguments, make_teacher, make_tokenizer, shape
 from tests.contracts.harness import RaggedRows
-
-from .distill_runs import V, arguments, make_teacher, make_tokenizer, shape
 
 
 @pytest.fixture(scope="module")

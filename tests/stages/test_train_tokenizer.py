@@ -134,7 +134,7 @@ def test_bad_inputs_leave_nothing_behind(capsys, data, tmp_path):
     assert "valid_path" in refuse(capsys, "--data_path", data, "--valid_path", "nowhere.txt", *where)
     assert not save_dir.exists()
     for bad in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        assert "no writable directory" in refuse(capsys, "--data_path", data, "--save_dir", bad)
+        assert "not a writable directory" in refuse(capsys, "--data_path", data, "--save_dir", bad)
 
 
 def test_sentencepiece_reports_and_saves(capsys, data, tmp_path):
@@ -196,7 +196,7 @@ def test_training_with_a_sentencepiece_tokenizer(world, call, capsys):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_directory_without_permission(capsys, data, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert "no writable directory" in refuse(capsys, "--data_path", data, "--save_dir", tmp_path / "locked")
+    assert "not a writable directory" in refuse(capsys, "--data_path", data, "--save_dir", tmp_path / "locked")
 
 
 def test_as_a_program(data, tmp_path):
