@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of a parent have no place in a forked child
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import torch._dynamo  # the first optimizer imports it

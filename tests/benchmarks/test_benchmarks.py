@@ -177,7 +177,7 @@ def test_hf_parity_counts_what_is_equal_and_fails_on_a_difference(chats, tmp_pat
 
 def test_allocator_measures_each_setting_in_its_own_process(tmp_path, capsys):
     output = tmp_path / "allocator.json"
-    allocator.main(["--rounds", "2", "--steps", "1", "--peers", "", "--output", str(output)])
+    allocator.main(["--rounds", "1", "--steps", "1", "--peers", "", "--output", str(output)])
     assert re.search(r"kept .*\d\.\d\dx", capsys.readouterr().out)
     faults = json.loads(output.read_text())["faults"]
     assert min(faults["ours:kept"]) < max(faults["ours:default"])  # a busy machine adds faults to some rounds
