@@ -30,7 +30,7 @@ class GPU:
     memory: float
     """Bytes that a program finds."""
     half_peak: float
-    """FLOP/s of dense 16-bit products (data sheet, ``minillm/reports/hardware.py``)."""
+    """FLOP/s of dense 16-bit products (data sheet, ``minillm/hardware.py``)."""
     single_peak: float
     """FLOP/s of float32 products, TF32 off."""
     has_bfloat16: bool
