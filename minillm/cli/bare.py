@@ -19,6 +19,7 @@ from minillm.data.sources.known_names import DEMO_DATA, find_known_data
 from minillm.errors import UserError
 from minillm.hub.names import (
     DEMO,
+    DEMO_WIDTH,
     STARTS_FROM,
     describe_unfinished,
     how_to_make,
@@ -105,7 +106,7 @@ def _weights(name, stage: str, *, save_dir: str | None, hidden_size, flag: str) 
         if is_model(Path(directory, name or stage)):
             return Path(directory, name or stage)
         runs = {path.name: path for path in runs_of(name or stage, save_dir=directory)}
-        widths = [hidden_size, 128 if directory == DEMO else 512]
+        widths = [hidden_size, DEMO_WIDTH if directory == DEMO else 512]
         usual = [runs[key] for width in widths for key in (f"{name or stage}_{width}",) if key in runs]
         if usual or runs:
             return (usual or list(runs.values()))[0]

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from minillm.config import PRESETS
 from minillm.errors import UserError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -19,7 +20,7 @@ MAKES = {
     "distill": "train_distill.py",
 }  # fmt: skip
 DEMO = "out/demo"  # where `make demo` puts its runs
-DEMO_WIDTH = 128  # of its models; there is a smaller one to compare with
+DEMO_WIDTH = PRESETS["demo"]["hidden_size"]  # of its models; there is a smaller one to compare with
 OTHER_FORMATS = {".gguf": "GGUF", ".onnx": "ONNX"}
 ADAPTER = "adapter_config.json"
 
@@ -213,6 +214,13 @@ def find_adapter(name: str, *, save_dir: str, model_suffix: str = "", flag: str 
         f"no adapter '{name}': neither {name} nor {candidates[-1]} holds one; in {directory}/ there are: "
         f"{', '.join(adapters) or 'none'} (train_lora.py makes one)"
     )
+
+
+def adapters_called(name: str, *, save_dir: str) -> list[Path]:
+    """Return the adapters that ``name`` may mean: a path, or those of SAVE_DIR/lora, with their width or without."""
+    directory = Path(save_dir, "lora")
+    widths = [path for path in sorted(directory.glob("*")) if _is_run_of(name, path)]
+    return [path for path in (Path(name), directory / name, *widths) if is_adapter(path)]
 
 
 # ---- hubs --------------------------------------------------------------------------------------------------------

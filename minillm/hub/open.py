@@ -1,17 +1,24 @@
 """The model that the command line names, ready to answer: weights, tokenizer, adapters, positions."""
 
 import json
-import re
 from pathlib import Path
 
 import torch
 
-from minillm.config import PRESETS
 from minillm.errors import UserError
 from minillm.hardware import keep_freed_memory
 from minillm.hub.adapters import add_adapters
 from minillm.hub.huggingface import load_model
-from minillm.hub.names import DEMO, describe_unfinished, find_weights, has_run, how_to_make, is_adapter, is_model
+from minillm.hub.names import (
+    DEMO,
+    DEMO_WIDTH,
+    adapters_called,
+    describe_unfinished,
+    find_weights,
+    has_run,
+    how_to_make,
+    is_model,
+)
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
 from minillm.lora.base import BASE
 from minillm.model.sizes import describe_parameters
@@ -54,10 +61,8 @@ def open_model(args):
 
 def _base_of_adapter(args) -> str:
     """Return the model for which the one adapter of ``--lora_name`` was made, if it is there; else an empty text."""
-    name, directory = args.lora_name, Path(args.save_dir, "lora")
-    widths = [path for path in directory.glob("*") if re.fullmatch(re.escape(name) + r"_\d+(_moe)?", path.name)]
-    paths = [path for path in (Path(name), directory / name, *widths) if is_adapter(path)]
-    if not name or len(paths) != 1 or not (paths[0] / BASE).is_file():
+    paths = adapters_called(args.lora_name, save_dir=args.save_dir) if args.lora_name else []
+    if len(paths) != 1 or not (paths[0] / BASE).is_file():
         return ""
     try:
         base = str(json.loads((paths[0] / BASE).read_text(encoding="utf-8"))["base"])
@@ -79,7 +84,7 @@ def _find(args) -> tuple[Path, str]:
         if has_run(stage, DEMO):
             save_dir = DEMO
             if args.hidden_size is None:  # the demo has a second, smaller pretrained model to compare with
-                hidden_size = PRESETS["demo"]["hidden_size"]
+                hidden_size = DEMO_WIDTH
             print(f"no {stage} weights in out/: using the demo's, in {DEMO}/")
         elif not args.from_weight:
             commands = f"run `make demo` for a small example, or {how_to_make(stage, save_dirs=['out', DEMO])}"

@@ -6,7 +6,6 @@ python -m minillm.lora show --adapter out/lora/cooking_512
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ import tyro
 
 from minillm.errors import UserError, script
 from minillm.hub.huggingface import load_model, save_model
-from minillm.hub.names import find_adapter, find_weights, run_name
+from minillm.hub.names import adapters_called, find_adapter, find_weights, run_name
 from minillm.lora.base import BASE
 from minillm.lora.files import CONFIG, read_adapter
 from minillm.lora.merge import merge_adapters
@@ -75,11 +74,8 @@ def show(*, adapter: str, save_dir: str = "out") -> None:
         adapter: a directory, a .pth, or the name of an adapter in SAVE_DIR/lora, with its width or without.
         save_dir: directory that holds the run directories, for names.
     """
-    runs = Path(save_dir, "lora").iterdir() if Path(save_dir, "lora").is_dir() else []
-    pattern = re.compile(re.escape(adapter) + r"_\d+(_moe)?")
-    widths = [path.name.removeprefix(adapter) for path in runs if pattern.fullmatch(path.name)]
-    suffix = widths[0] if len(widths) == 1 else ""
-    path = find_adapter(adapter, save_dir=save_dir, model_suffix=suffix, flag="--adapter")
+    paths = adapters_called(adapter, save_dir=save_dir)
+    path = paths[0] if len(paths) == 1 else find_adapter(adapter, save_dir=save_dir, flag="--adapter")
     config, tensors = read_adapter(path)
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     try:

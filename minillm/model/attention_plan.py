@@ -64,10 +64,8 @@ def plan_attention(
     has_data = not torch.compiler.is_compiling() and type(input_ids) is Tensor
     if in_blocks and has_data and input_ids.device.type == "cpu" and 1 < seq_len <= MAX_SEQ_LEN:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        keep = not is_frozen
-        return AttentionPlan(
-            blocks=plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device, keep=keep)
-        )
+        blocks = plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device, keep=not is_frozen)
+        return AttentionPlan(blocks=blocks)
     return AttentionPlan(mask=mask, is_causal=mask is None)
 
 
