@@ -7,7 +7,7 @@ from typing import Literal
 from minillm.cli.command_line import require
 from minillm.cli.scale_arguments import ScaleArguments
 from minillm.data.sources.columns import parse_columns
-from minillm.data.sources.files import expand_paths
+from minillm.data.sources.paths import expand_paths
 from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
 

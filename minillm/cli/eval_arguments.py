@@ -9,7 +9,7 @@ import tyro
 from minillm.cli.command_line import require
 from minillm.cli.model_arguments import ModelArguments
 from minillm.data.sources.columns import parse_columns
-from minillm.data.sources.files import expand_paths
+from minillm.data.sources.paths import expand_paths
 
 
 @dataclass(frozen=True, kw_only=True)

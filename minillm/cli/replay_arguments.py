@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minillm.cli.arguments import SFTArguments
 from minillm.cli.command_line import require
-from minillm.data.sources.files import expand_paths
+from minillm.data.sources.paths import expand_paths
 from minillm.data.sources.split import DataFiles
 
 

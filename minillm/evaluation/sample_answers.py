@@ -19,9 +19,10 @@ import torch
 
 from minillm.cli.command_line import parse, require, script
 from minillm.cli.eval_arguments import OpenArguments
-from minillm.data.schema import Record, read_records
+from minillm.data.records import read_records
+from minillm.data.schema import Record
 from minillm.data.sources.columns import parse_columns
-from minillm.data.sources.files import expand_paths
+from minillm.data.sources.paths import expand_paths
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import task_fields
 from minillm.evaluation.reasoning import evaluate_reasoning, final_answer

@@ -6,7 +6,6 @@ from itertools import islice
 import torch
 
 from minillm.data import DataFiles, Record, read_records
-from minillm.data.cache.shards import split_paths
 from minillm.errors import UserError
 from minillm.inference.generate import generate
 from minillm.tokenizer.chat import encode_chat
@@ -47,7 +46,7 @@ def sample_answers(model, tokenizer, files: DataFiles | list[str], *, n_samples:
 def _usable(files: DataFiles | list[str]) -> Iterator[Record]:
     """The first file's records; its bad lines were reported when the data was read, and are left as they are."""
     source = DataFiles.of(files)
-    records = read_records(split_paths(source)[0], on_reject=lambda *bad: None, columns=source.columns)
+    records = read_records(source.files[0], on_reject=lambda *bad: None, columns=source.columns)
     return filter(source.takes, records)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minillm.config import ModelConfig
-from minillm.data.schema import read_records
+from minillm.data.records import read_records
 from minillm.errors import UserError
 from minillm.evaluation import exact_match
 from minillm.inference import generate
