@@ -1,4 +1,4 @@
-"""The model that the command line names, ready to answer: weights, tokenizer, adapters, positions."""
+"""``open_model``: the model that the command line names, ready to answer, with tokenizer and adapters."""
 
 import json
 from pathlib import Path
@@ -29,58 +29,59 @@ STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 
 
 def open_model(args):
-    """Return model (evaluation mode, on its device), tokenizer and the path of the weights; print what was opened.
+    """Return the model (in evaluation mode, on its device), the tokenizer and the path of the weights; print names.
 
     Args:
-        args: ``OpenArguments``; where ``from_weight`` is empty, ``model_mode`` names the stage. A stage is looked for
-            at the width of the flags, unless there is only one.
+        args: ``OpenArguments``. If ``from_weight`` is empty, ``model_mode`` names the stage. Of a stage's runs, the one
+            with the width of the flags is opened, or the only one.
 
     Raises:
         UserError: no such weights, tokenizer or adapter, or they do not belong together.
     """
-    path, save_dir = _find(args)
-    folder = path if path.is_dir() else path.parent
-    default = folder if (folder / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
-    tokenizer = load_tokenizer(args.tokenizer_path or default)
+    path, save_dir = _find_weights(args)
+    model_dir = path if path.is_dir() else path.parent
+    default_tokenizer = model_dir if (model_dir / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
+    tokenizer = load_tokenizer(args.tokenizer_path or default_tokenizer)
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
     dtype = choose_dtype(args.dtype, device)
     config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
-    # An adapter is added in float32: what it changes is smaller than a bfloat16's last digit.
-    model = load_model(path, device=device, dtype=torch.float32 if args.lora_name else dtype, config=config).eval()
+    # An adapter is merged in float32: its changes can be smaller than the last digit of bfloat16.
+    load_dtype = torch.float32 if args.lora_name else dtype
+    model = load_model(path, device=device, dtype=load_dtype, config=config).eval()
     model.origin = str(path)
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
     adapters = add_adapters(model, args.lora_name, save_dir=save_dir) if args.lora_name else []
     model.to(dtype)
-    shown = " + ".join(map(str, [path, *adapters]))
-    print(f"{shown}: parameters {describe_parameters(model)}; {device}, {dtype}")
+    names = " + ".join(map(str, [path, *adapters]))
+    print(f"{names}: parameters {describe_parameters(model)}; {device}, {dtype}")
     return model, tokenizer, path
 
 
 def _base_of_adapter(args) -> str:
-    """Return the model for which the one adapter of ``--lora_name`` was made, if it is there; else an empty text."""
+    """Return the model on which the only adapter of ``--lora_name`` was trained, if it exists; else an empty string."""
     paths = adapters_called(args.lora_name, save_dir=args.save_dir) if args.lora_name else []
     if len(paths) != 1 or not (paths[0] / BASE).is_file():
         return ""
     try:
         base = str(json.loads((paths[0] / BASE).read_text(encoding="utf-8"))["base"])
     except (ValueError, TypeError, KeyError):
-        return ""  # adding it says what is wrong with it
+        return ""  # add_adapters will report the problem
     return base if is_model(Path(base)) else ""
 
 
-def _find(args) -> tuple[Path, str]:
-    """Return the path of the weights, and the directory of runs that they and their adapters are in.
+def _find_weights(args) -> tuple[Path, str]:
+    """Return the path of the weights, and the directory of runs with them and their adapters.
 
-    Without ``--save_dir``, the demo's runs serve where ``out/`` has none of that stage or name.
+    Without ``--save_dir``, the demo's runs are used if ``out/`` has none of that stage or name.
     """
     stage, save_dir = args.from_weight or _base_of_adapter(args) or STAGES[args.model_mode], args.save_dir
     config = preset_config(args)
     hidden_size = config.hidden_size
-    is_there = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
-    if save_dir == "out" and not is_there:
+    exists = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
+    if save_dir == "out" and not exists:
         if has_run(stage, DEMO):
             save_dir = DEMO
             if args.hidden_size is None:  # the demo has a second, smaller pretrained model to compare with
