@@ -140,7 +140,7 @@ def test_bad_records_are_named(tokenizer):
         ([], "no records"),
         ([RECORDS[0], {"text": "a"}], "record 1"),
         ([{"conversations": [{"role": "user", "content": "a"}]}], "record 0"),
-        ([{"conversations": [{"role": "user", "content": "a"}] * 2}], "found role 'user'"),
+        ([{"conversations": [{"role": "user", "content": "a"}] * 2}], "its role is 'user'"),
     ]:
         with pytest.raises(UserError, match=message):
             exact_match(echo, tokenizer, records)
