@@ -155,8 +155,8 @@ class Bench:
         )
         self.steps = self.run.steps(self.loader)
         self.savers = {"async": self.run.saver}
-        self.run.args = dataclasses.replace(self.args, async_save=False)
-        self.savers["sync"] = saving.Saver(self.run)  # without a copy of the model
+        run, directory = self.run, self.run.run_directory.checkpoints
+        self.savers["sync"] = saving.Saver(run.model, run.engine, run.output, directory, is_async=False)  # no copy
         self.n_parameters = preset.num_parameters()
 
     def step(self) -> float:
@@ -175,7 +175,6 @@ class Bench:
         saver = self.savers.get(mode)
         if saver is not None:
             self.run.saver = saver
-            self.run.args = dataclasses.replace(self.args, async_save=mode == "async")
         before, found = {name: sum(values) for name, values in self.watch.seconds.items()}, {"blocked": 0.0}
         steps, began = [], time.perf_counter()
         for number in range(self.n_steps):
@@ -194,7 +193,7 @@ class Bench:
 
     def save_alone(self) -> dict[str, float]:
         """Save beside a thread that only wants the interpreter's lock now and then; return its longest pause."""
-        self.run.saver, self.run.args = self.savers["async"], self.args
+        self.run.saver = self.savers["async"]
         self.step()
         self.run.save()
         writing = threading.Thread(target=self.run.saver.wait)

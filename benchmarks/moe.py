@@ -172,7 +172,9 @@ def train_once(args: Arguments, config: ModelConfig, tokenizer, seed: int) -> di
             run.validate()
             row = [row for row in read_metrics(run.directory / "metrics.jsonl") if row["split"] == "train"][-1]
             balance = {name: row[name] for name in ("expert_load_max", "expert_entropy", "balance_loss") if name in row}
-            return {"loss": run.last_eval["loss"], "tokens_per_s": run.tokens / run.seconds} | balance
+            progress = run.progress
+            tokens_per_s = progress.tokens / progress.seconds
+            return {"loss": progress.last_eval["loss"], "tokens_per_s": tokens_per_s} | balance
 
 
 def compare_training(args: Arguments) -> dict:

@@ -154,7 +154,7 @@ def train(
         loader = StepBatches(RaggedRows(n_rows, weighted=weighted), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         valid_loader = StepBatches(RaggedRows(7, seed=1), **run.batching(), shuffle=False) if validate else None
-        model = run.start(optimizer, loader, valid_loader=valid_loader, tokenizer=None, loss=causal_lm_loss)
+        model = run.start(optimizer, loader, valid_loader, tokenizer=None, loss=causal_lm_loss)
         prepare(run)
         for step in run.steps(loader):
             for batch in step:
@@ -176,7 +176,7 @@ def train(
             ],
             "weights": weights_of(run),
             "optimizer": copied(run.engine.optimizer_state()),
-            "skipped_steps": run.skipped_steps,
+            "skipped_steps": run.progress.skipped_steps,
         }
 
 

@@ -7,7 +7,7 @@ import torch._dynamo
 import train_lora
 import train_pretrain
 import train_sft
-from minillm.checkpoints.checkpoint import is_earlier
+from minillm.checkpoints.directory import is_earlier
 from minillm.config import ModelConfig
 from minillm.inference import generate
 from minillm.kernels import compiled

@@ -9,7 +9,7 @@ import train_dpo
 import train_lora
 import train_pretrain
 import train_sft
-from minillm.reports.announce import few_updates
+from minillm.training.describe import few_updates
 from tests.contracts.harness import arguments
 from tests.stages.conftest import conversations, documents
 
