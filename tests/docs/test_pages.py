@@ -100,3 +100,10 @@ def test_both_languages_have_the_same_commands_and_tables(page):
     english, chinese = ROOT / f"{page}.md", ROOT / f"{page}_zh.md"
     assert commands(english) == commands(chinese)
     assert numbers_of_rows(english) == numbers_of_rows(chinese)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/architecture.md"])
+def test_the_loop_is_that_of_the_script(page):
+    (loop,) = re.findall(r"^```python\n(for step in .*?)^```", text_of(ROOT / page), flags=re.M | re.S)
+    script = text_of(ROOT / "train_pretrain.py")
+    assert " ".join(loop.split()) in " ".join(script.split())
