@@ -114,7 +114,8 @@ def prepare_directory(directory: Path, step: int, *, n_bytes: int = 0) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    for leftover in directory.glob(".step-*.tmp*"):  # of a process that was killed while it wrote
+    """Remove what processes left that were killed while they wrote a checkpoint."""
+    for leftover in directory.glob(".step-*.tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -140,19 +140,6 @@ class Engine:
             self.scaler.load_state_dict(state)
 
 
-def engine_class(name: str) -> type[Engine]:
-    """Return the engine that ``--parallel`` names; what it needs is imported now."""
-    if name == "fsdp":
-        from minillm.distributed.fsdp import FSDP
-
-        return FSDP
-    if name == "deepspeed":
-        from minillm.distributed.zero import ZeRO
-
-        return ZeRO
-    return Engine
-
-
 def changing_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained parameters and the buffers of ``model`` by name, as they are; tied ones once."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

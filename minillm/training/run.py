@@ -23,7 +23,8 @@ from minillm.checkpoints.interrupt import Interrupted, StopSignals
 from minillm.checkpoints.outputs import WholeModel
 from minillm.checkpoints.saving import Saver
 from minillm.data import ReplayRows, StepBatches
-from minillm.distributed.engine import Engine, engine_class
+from minillm.distributed.engine import Engine
+from minillm.distributed.engines import engine_class
 from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
 from minillm.kernels.compiled import compile_blocks

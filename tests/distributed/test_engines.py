@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from minillm.checkpoints.checkpoint import list_checkpoints
 from minillm.checkpoints.interrupt import Interrupted
-from minillm.distributed.engine import Engine, engine_class
+from minillm.distributed.engine import Engine
+from minillm.distributed.engines import engine_class
 from minillm.distributed.fsdp import FSDP
 from minillm.distributed.zero import ZeRO
 from minillm.errors import UserError
