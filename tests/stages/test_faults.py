@@ -17,11 +17,10 @@ import pytest
 import torch
 
 import train_pretrain
-from minillm.checkpoints import lock
+from minillm.checkpoints import directory, lock
 from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import train_bpe
-from minillm.training import run
 from minillm.training.run import Run
 from tests.contracts.test_resume import assert_same, outcome
 
@@ -192,7 +191,7 @@ def test_a_signal_ends_a_run_that_says_how_to_go_on(started, whole, tmp_path, nu
 
 def test_one_run_per_directory_and_a_dead_one_is_none(started, start, whole, tmp_path, monkeypatch):
     process = started()
-    monkeypatch.setattr(run, "lock_directory", lambda path: lock.lock_directory(path, patience_s=0.2))
+    monkeypatch.setattr(directory, "lock_directory", lambda path: lock.lock_directory(path, patience_s=0.2))
     for more in ([], ["--from_resume"], ["--auto_resume"]):
         line = error_of(start(*more))
         assert f"{start.run} is in use by another run (process {process.pid} on " in line
