@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minillm.checkpoints import checkpoint, resume
 from minillm.distributed.engine import changing_state, map_tensors
 from minillm.errors import UserError
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
 
 
 class ModelCopy:

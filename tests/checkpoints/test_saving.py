@@ -17,7 +17,7 @@ from minillm.distributed.engine import changing_state
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.lora import apply_lora
-from minillm.lora.state import trained_state
+from minillm.lora.more.state import trained_state
 from minillm.objectives.distill import add_projection
 from tests.contracts import pair_runs
 from tests.contracts.harness import CONFIG, LORA, MOE_CONFIG, arguments, tiny_model, train
