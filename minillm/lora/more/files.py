@@ -23,7 +23,7 @@ from minillm.lora import core
 from minillm.lora.core import adapted_layers, ends_with
 from minillm.lora.more.adapters import Adapter, Adapters, adapters_of, ensure_slots, set_adapter, store_active
 from minillm.lora.more.apply import remove_lora
-from minillm.lora.more.base import BASE, check_base, sample_weights, same_weights
+from minillm.lora.more.base import BASE, check_base, same_weights, sample_weights
 from minillm.lora.more.config import LoRAConfig
 from minillm.lora.more.experts import ADAPTABLE, EXPERT_PRODUCTS, check_layer_kinds, factor_shapes
 from minillm.lora.more.layers import ResidualLoRA
@@ -207,7 +207,7 @@ def _read_directory(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
 
 
 def _with_full_names(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> LoRAConfig:
-    """Return ``config`` with full names in ``modules_to_save``: to peft, ``norm`` means an ``input_layernorm`` as well."""
+    """Return ``config`` with full names in ``modules_to_save``: to peft, ``norm`` is an ``input_layernorm`` too."""
     parts = [name.split(".")[:-1] for name in tensors if name.rpartition(".")[2] not in KEYS]
     modules = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
     full = {end: [module for module in modules if module.endswith(end)] or [end] for end in config.modules_to_save}
@@ -221,7 +221,7 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything; with weights_only no code in it is run
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not an adapter: it is damaged, or holds code, which is not run ({reason})") from None
+        raise UserError(f"{path} is not an adapter: damaged, or with code in it, which is not run ({reason})") from None
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}, not an adapter")
     settings = stored.pop("lora_config", None)

@@ -254,9 +254,7 @@ def test_dora_s_output_is_that_of_the_merge_in_float32(dtype, tmp_path):
     model = foreign(tmp_path, dtype, use_dora=True, alpha=4.0)
     for name, layer in adapted_layers(model).items():
         x = inputs(layer, dtype)
-        layer.lora.magnitude.mul_(
-            1 + 0.02 * torch.rand(len(layer.weight), generator=torch.Generator().manual_seed(3))
-        )
+        layer.lora.magnitude.mul_(1 + 0.02 * torch.rand(len(layer.weight), generator=torch.Generator().manual_seed(3)))
         wanted = F.linear(x.double(), layer.weight.double() + layer.lora.delta(layer).double())
         ours = layer(x).double() - (0 if layer.bias is None else layer.bias.double())
         base = F.linear(x.double(), layer.weight.double())
