@@ -64,5 +64,5 @@ def test_a_value_out_of_range_is_named(file, name, value, message):
 
 
 def test_settings_that_do_not_go_together_are_refused(file):
-    with pytest.raises(UserError, match="use_dora does not go with init 'pissa'"):
+    with pytest.raises(UserError, match="use_dora does not work with init 'pissa'"):
         LoRAArguments(data_path=file, use_dora=True, lora_init="pissa").check()
