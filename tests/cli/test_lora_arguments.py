@@ -47,7 +47,7 @@ def test_every_flag_reaches_the_adapter(file):
         ("lora_layers", "a,1", "--lora_layers a,1: must be numbers"),
         ("rank_pattern", "down_proj", "--rank_pattern down_proj: must be NAME=NUMBER"),
         ("rank_pattern", "down_proj=1.5", "--rank_pattern down_proj=1.5: must be NAME=NUMBER"),
-        ("rank_pattern", "down_proj=0", "rank_pattern 'down_proj' is 0"),
+        ("rank_pattern", "down_proj=0", "rank_pattern 'down_proj': rank is 0"),
         ("alpha_pattern", "=3", "--alpha_pattern =3: must be NAME=NUMBER"),
         ("from_weight", "", "--from_weight is empty"),
         ("lora_name", "", "--lora_name ''"), ("lora_name", "a/b", "--lora_name 'a/b'"),
