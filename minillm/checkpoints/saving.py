@@ -16,7 +16,7 @@ from minillm.checkpoints import checkpoint
 from minillm.checkpoints.outputs import WholeModel
 from minillm.distributed.engine import Engine, changing_state, map_tensors
 from minillm.errors import UserError
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
 
 SHARDS = "shards"  # folder of a checkpoint that all ranks have written together
 

@@ -11,7 +11,7 @@ from minillm.cli.command_line import require
 from minillm.cli.replay_arguments import ReplayArguments
 from minillm.errors import UserError
 from minillm.lora import LoRAConfig
-from minillm.lora.init import Init
+from minillm.lora.more.init import Init
 from minillm.precision import choose_dtype
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from minillm.cli.command_line import require
 from minillm.cli.lora_arguments import AdapterArguments
-from minillm.lora.init import TAKEN_OUT
+from minillm.lora.more.init import RESIDUAL_INITS
 from minillm.losses.preference import LOSS_TYPES, NEEDS_REFERENCE, SMOOTHED
 
 
@@ -72,7 +72,7 @@ class PreferenceArguments(AdapterArguments):
         require(self.reference == "auto" or self.loss_type in NEEDS_REFERENCE, message)
         require(self.reference != "adapter" or bool(self.lora_name), "--reference adapter: goes with --lora_name")
         # With B = 0 dropout changes nothing at first; an adapter made of the weights themselves it does change.
-        starts_at_reference = not (self.lora_name and self.lora_dropout and self.lora_init in TAKEN_OUT)
+        starts_at_reference = not (self.lora_name and self.lora_dropout and self.lora_init in RESIDUAL_INITS)
         require(
             starts_at_reference or self.loss_type not in NEEDS_REFERENCE,
             f"--lora_dropout {self.lora_dropout} with --lora_init {self.lora_init}: dropout would take from what the "

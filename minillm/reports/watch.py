@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from minillm.lora.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
+from minillm.lora.more.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
 from minillm.reports.tracking import read_metrics, truncate_metrics
 
 SPECIAL_SHARE, ONE_TOKEN_SHARE = 0.25, 0.30  # of the targets, above which it is reported
@@ -47,7 +47,7 @@ class Watch:
 
     def after_update(self, step: int, optimizer) -> None:
         """See what the update did, and write it down if a look was due."""
-        last_look = self.monitor.last_look
+        last_look = self.monitor.last_check
         row = self.monitor.after_update(step, optimizer)
         if row is None:
             return

@@ -18,7 +18,7 @@ from minillm.distributed.engine import changing_state
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.lora import apply_lora
-from minillm.lora.state import trained_state
+from minillm.lora.more.state import trained_state
 from minillm.objectives.distill import add_projection
 from minillm.training.run import Run
 from tests.contracts import pair_runs

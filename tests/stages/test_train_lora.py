@@ -12,7 +12,7 @@ import train_sft
 from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
 from minillm.hub.huggingface import load_model
 from minillm.lora import load_lora
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
 from minillm.reports.tracking import read_metrics
 
 DATA = ["--max_seq_len", "300", "--batch_size", "4", "--log_interval", "1"]

@@ -1,4 +1,4 @@
-"""Several adapters of one model: switched, mixed, off, forgotten."""
+"""Several adapters of one model: switched, mixed, disabled, deleted."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from minillm.lora import (
     save_lora,
     set_adapter,
 )  # fmt: skip
-from minillm.lora.adapters import adapters_of
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
+from minillm.lora.more.adapters import adapters_of
 
 # Adapters of other ranks, scales and layers each.
 FIRST = {"rank": 3, "alpha": 5, "target_modules": "attention"}
@@ -33,7 +33,7 @@ def trained(tools, name, settings):
 
 @pytest.fixture
 def both(tools):
-    """A model with two trained adapters, "second" at work."""
+    """A model with two trained adapters; "second" is active."""
     model = tools.model()
     for name, settings, add in (("first", FIRST, None), ("second", SECOND, add_adapter)):
         generator = torch.Generator().manual_seed(len(name))
@@ -111,7 +111,7 @@ def test_disabled_the_model_is_the_base_bit_for_bit(tools, settings):
     with disable_lora(model) as same:
         assert same is model
         off = tools.logits(model)
-    # What PiSSA and OLoRA took out of the weight is added again as a product.
+    # What PiSSA and OLoRA subtracted from the weight is added again as a product.
     assert torch.equal(off, base) or ("init" in settings and torch.allclose(off, base, rtol=0, atol=1e-12))
     assert torch.equal(tools.logits(model), learnt)
     with pytest.raises(RuntimeError, match="inside"), disable_lora(model):
@@ -137,7 +137,7 @@ def test_a_loss_with_the_adapter_off_inside_one_with_it_on(tools):
     torch.testing.assert_close(reference, tools.loss(tools.model(), batch).detach(), rtol=0, atol=1e-12)
 
 
-def test_an_adapter_is_forgotten(tools, both):
+def test_an_adapter_is_deleted(tools, both):
     delete_adapter(both, "first")
     assert list(adapters_of(both).stored) == ["second"]
     with pytest.raises(UserError, match="no adapter 'first': there are second"):
@@ -151,8 +151,8 @@ def test_an_adapter_is_forgotten(tools, both):
 @pytest.mark.parametrize(
     "first, second, words",
     [
-        ({"init": "pissa"}, {}, "'default' takes its start out of the model's weights"),
-        ({}, {"init": "olora"}, "'more' takes its start out"),
+        ({"init": "pissa"}, {}, "'default' subtracts its start from the model's weights"),
+        ({}, {"init": "olora"}, "'more' subtracts its start"),
         ({"use_dora": True}, {}, "'default' and 'more' are not both DoRA"),
     ],
 )
@@ -173,7 +173,7 @@ def test_mixtures_that_make_no_sense(tools):
     model = tools.model()
     apply_lora(model, rank=3, modules_to_save=("lm_head",))
     add_adapter(model, "more", rank=3)
-    with pytest.raises(UserError, match="'default' has layers of its own"):
+    with pytest.raises(UserError, match="'default' trains whole layers"):
         set_adapter(model, {"default": 0.5, "more": 0.5})
     with pytest.raises(UserError, match="no adapter 'nothing': there are default, more"):
         set_adapter(model, "nothing")
@@ -208,7 +208,7 @@ def test_nothing_is_added_to_merged_weights_and_nothing_saved_while_it_is_off(to
     apply_lora(model, rank=3, modules_to_save=("lm_head",))
     tools.train(model, 2)
     save_lora(model, tmp_path / "good")
-    with disable_lora(model), pytest.raises(UserError, match=r"off \(disable_lora\): leave that block first"):
+    with disable_lora(model), pytest.raises(UserError, match=r"disabled \(disable_lora\): leave that block first"):
         save_lora(model, tmp_path / "off")
     merge_lora(model)
     logits = tools.logits(model)

@@ -1,4 +1,4 @@
-"""What a checkpoint of an adapter holds: after it the training goes on as if nothing had been."""
+"""What a checkpoint of an adapter holds: training resumes from it as if it had not been interrupted."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.lora import apply_lora, lora_parameters
-from minillm.lora.state import load_trained_state, trained_state
+from minillm.lora.more.state import load_trained_state, trained_state
 from minillm.model import Transformer
 
 CONFIG = ModelConfig(
@@ -55,7 +55,7 @@ def adam(model):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_training_goes_on_bit_by_bit(name):
+def test_training_resumes_bit_by_bit(name):
     whole = adapted(1, **VARIANTS[name])
     optimizer = adam(whole)
     train(whole, optimizer, 3)
@@ -72,17 +72,17 @@ def test_training_goes_on_bit_by_bit(name):
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
-def test_what_was_taken_out_of_the_weights_is_the_stored_one(name):
+def test_what_was_subtracted_from_the_weights_is_the_stored_one(name):
     """Another machine's decomposition may have other signs or other last digits: those of the checkpoint count."""
     trained = adapted(1, **VARIANTS[name])
     train(trained, adam(trained), 2)
     state = trained_state(trained)
     other = adapted(1, **VARIANTS[name])
     for layer in other.modules():
-        if "lora" in layer._modules:  # what it took out is not what the checkpoint's run took out
+        if "lora" in layer._modules:  # what it subtracted is not what the checkpoint's run subtracted
             with torch.no_grad():
                 layer.weight.add_(0.1)
-                layer.lora.initial = tuple(-2 * tensor for tensor in layer.lora.initial)
+                layer.lora.initial_a *= -2
     load_trained_state(other, state)
     ids = torch.arange(7)[None]
     assert torch.equal(trained(ids), other(ids))

@@ -20,9 +20,9 @@ from minillm.lora import (
     set_adapter,
     unmerge_lora,
 )  # fmt: skip
-from minillm.lora.experts import ExpertLoRA, factor_shapes
-from minillm.lora.layer import adapted_layers, bind
-from minillm.lora.monitor import Monitor
+from minillm.lora.core import adapted_layers, attach
+from minillm.lora.more.experts import ExpertLoRA, factor_shapes
+from minillm.lora.more.monitor import Monitor
 from minillm.model.moe import ExpertProduct
 
 MIXTURE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14, "use_qk_norm": True,
@@ -55,7 +55,7 @@ def drawn(parameter, seed):
 def test_one_product_is_its_formula(tools, dropout):
     product = tools.model(**MIXTURE).model.layers[0].mlp.experts.gate_up
     product.weight.requires_grad_(False)
-    bind(product, lora := ExpertLoRA(24, 28, rank=3, dropout=dropout, like=product.weight))
+    attach(product, lora := ExpertLoRA(24, 28, rank=3, dropout=dropout, like=product.weight))
     shapes = factor_shapes(product, 3, use_dora=False)
     assert (lora.A.weight.shape, lora.B.weight.shape) == (shapes["A"], shapes["B"]) == ((3, 5, 24), (28, 3, 5))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_one_product_is_its_formula(tools, dropout):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_beside_peft(tools, mixture, targets, tmp_path):
+def test_compared_with_peft(tools, mixture, targets, tmp_path):
     """One step and twenty from an adapter of peft's; then ours back into peft."""
     ours, base = mixture
     wanted, parameters, modules = TARGETS[targets]
@@ -112,7 +112,7 @@ def adapted_names(tools, targets):
     return apply_lora(tools.model(**MIXTURE), target_modules=targets)
 
 
-def test_only_experts_are_trained_and_those_without_a_token_rest(tools):
+def test_only_experts_are_trained(tools):
     model = tools.model(**MIXTURE)
     base = tools.logits(model)
     names = apply_lora(model, rank=3, target_modules="experts")
@@ -162,7 +162,7 @@ def test_switch_mix_merge_and_files(tools, tmp_path):
     torch.testing.assert_close(tools.logits(model), tools.logits(base), rtol=0, atol=1e-12)
 
 
-def test_the_monitor_looks_at_each_expert(tools):
+def test_the_monitor_measures_each_expert(tools):
     model = tools.model(**MIXTURE)
     apply_lora(model, rank=3, target_modules="experts")
     monitor = Monitor(model, interval=1)
@@ -190,12 +190,12 @@ def test_the_monitor_looks_at_each_expert(tools):
     "settings, words",
     [
         ({"use_dora": True}, "use_dora: .*experts.gate_up is a set of experts"),
-        ({"init": "pissa"}, "init 'pissa' does not go with experts: choose kaiming or gaussian"),
-        ({"init": "orthogonal"}, "init 'orthogonal' does not go with experts"),
-        ({"target_modules": "experts.up"}, r"no layer is called experts.up: there are .*experts.down, experts.gate_up"),
+        ({"init": "pissa"}, "init 'pissa' does not work for experts: choose kaiming or gaussian"),
+        ({"init": "orthogonal"}, "init 'orthogonal' does not work for experts"),
+        ({"target_modules": "experts.up"}, r"no layer is called experts.up: there are down, .*gate_up"),
     ],
 )
-def test_what_does_not_go_with_experts(tools, settings, words):
+def test_what_experts_do_not_support(tools, settings, words):
     with pytest.raises(UserError, match=words):
         apply_lora(tools.model(**MIXTURE), **({"target_modules": "experts"} | settings))
 

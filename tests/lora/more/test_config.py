@@ -24,7 +24,7 @@ def test_words_stand_for_names():
     )  # fmt: skip
     assert targets(target_modules="attention") == [name for name in NAMES if "self_attn" in name]
     assert targets(target_modules=("mlp", "q_proj")) == [n for n in NAMES if "mlp" in n or "q_proj" in n]
-    assert LoRAConfig(target_modules="all-linear").is_target(NAMES[0]) is None  # its kind decides
+    assert LoRAConfig(target_modules="all-linear").is_target(NAMES[0]) is None  # decided by its kind
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_scaling():
         ({"rank": -3}, "rank is -3"),
         ({"rank": 2.5}, "rank is 2.5"),
         ({"rank": True}, "rank is True"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern 'q_proj' is 0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern 'q_proj': rank is 0"),
         ({"alpha": 0}, "alpha is 0"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"alpha": math.inf}, "alpha is inf"),
@@ -77,11 +77,11 @@ def test_scaling():
         ({"target_modules": (["q_proj"],)}, "target_modules is .*: give all-linear, or names of layers"),
         ({"rank_pattern": {"(": 3}}, r"'\(' is not a regular expression"),
         ({"alpha": "16"}, "alpha is '16'"),
-        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern 'q_proj' is -1"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern 'q_proj': alpha is -1"),
         ({"dropout": 1.0}, "dropout is 1.0: give a number from 0 to below 1"),
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"bias": "some"}, "choose none, all or lora_only"),
-        ({"use_dora": True, "init": "pissa"}, "use_dora does not go with init 'pissa'"),
+        ({"use_dora": True, "init": "pissa"}, "use_dora does not work with init 'pissa'"),
     ],
 )
 def test_values_out_of_range_are_named(settings, words):

@@ -1,9 +1,9 @@
 """Several adapters of one model: which of them is active, and with what weight.
 
 Every adapted layer has one slot, its ``LoRA`` module, as wide as the largest adapter. The active adapter's numbers are
-in the slots, where they are trained; the others wait in ``model.lora_adapters``. Switching copies numbers into the same
-tensors, so a compiled model is not compiled again, and a wrapper such as DDP sees the same parameters. Two adapters at
-once are one with their ranks side by side: ``s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂]``.
+in the slots, where they are trained; the others are stored in ``model.lora_adapters``. Switching copies numbers into
+the same tensors, so a compiled model is not compiled again, and a wrapper such as DDP sees the same parameters. Two
+adapters at once are one whose ranks are concatenated: ``s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂]``.
 
 Legend: R rank.
 """
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import UserError
-from minillm.lora.config import LoRAConfig
-from minillm.lora.experts import new_slot
-from minillm.lora.init import TAKEN_OUT
-from minillm.lora.layer import DoRA, LoRA, adapted_layers, bind
-from minillm.lora.whole import base_values_shown, fill_parameters, read_parameters
+from minillm.lora import core
+from minillm.lora.core import LoRA, adapted_layers, attach
+from minillm.lora.more.config import LoRAConfig
+from minillm.lora.more.experts import new_slot
+from minillm.lora.more.init import RESIDUAL_INITS
+from minillm.lora.more.layers import DoRA
+from minillm.lora.more.whole import base_values, fill_parameters, read_parameters
 
 
 @dataclass
@@ -38,19 +40,17 @@ class Adapters:
 
     Attributes:
         active: names and weights of the active ones; one name with weight 1 can be trained.
-        trainable: the parameters that were trainable before.
         base: values of the parameters that some adapter trains whole, as they were before.
-        untied: names of parameters that were one with another before.
+        untied: names of parameters that were tied to another before, and the name of that.
     """
 
     stored: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
-    trainable: set[str] = field(default_factory=set)
     base: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
 
     def check_new(self, name: str, config: LoRAConfig) -> None:
-        """Raise UserError unless an adapter of this name and kind can come besides those there are."""
+        """Raise UserError unless an adapter of this name and kind can be added to the present ones."""
         if not name or any(character in name for character in "./\\"):
             raise UserError(f"adapter_name {name!r}: give a name without dots and slashes")
         if name in self.stored:
@@ -58,12 +58,12 @@ class Adapters:
         for other, adapter in self.stored.items():
             if adapter.config.use_dora != config.use_dora:
                 raise UserError(f"{other!r} and {name!r} are not both DoRA: load them into two models")
-            taken_out = [(n, c.init) for n, c in ((other, adapter.config), (name, config)) if c.init in TAKEN_OUT]
-            if taken_out:
-                raise UserError(
-                    f"{taken_out[0][0]!r} takes its start out of the model's weights ({taken_out[0][1]}), so no other "
-                    f"can work on them: save it and load it again, then it is an adapter like any other"
-                )
+            for residual, init in ((other, adapter.config.init), (name, config.init)):
+                if init in RESIDUAL_INITS:
+                    raise UserError(
+                        f"{residual!r} subtracts its start from the model's weights ({init}), so no other adapter "
+                        f"works on them: save it and load it again, then it is an adapter like any other"
+                    )
 
     @property
     def known(self) -> str:
@@ -79,43 +79,27 @@ def adapters_of(model: nn.Module) -> Adapters:
     return adapters
 
 
-def trainable_names(model: nn.Module) -> set[str]:
-    """Return the names of what is trained; a parameter that two layers share has two."""
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-
-def check_unmerged(model: nn.Module) -> None:
-    """Raise UserError while the adapter is merged into the weights."""
-    if any(layer.lora.merged for layer in adapted_layers(model).values()):
-        raise UserError("the adapter is merged into the weights: unmerge_lora first")
-
-
-def make_room(model: nn.Module, adapter: Adapter, *, extra: Mapping[str, int] | None = None) -> None:
-    """Give every layer of ``adapter`` a slot that holds it (or ``extra`` ranks by name, for several at once)."""
+def ensure_slots(model: nn.Module, adapter: Adapter, *, ranks: Mapping[str, int] | None = None) -> None:
+    """Give every layer of ``adapter`` a slot that is wide enough for it (for ``ranks`` by name, where given)."""
     layers = dict(model.named_modules())
     for name in adapter.names:
-        layer = layers[name]
-        rank = max(adapter.config.rank_of(name), (extra or {}).get(name, 0))
-        slot = getattr(layer, "lora", None)
-        if slot is not None and slot.A.weight.shape[0] >= rank:
+        layer, config = layers[name], adapter.config
+        rank = (ranks or {}).get(name, config.rank_of(name))
+        old = getattr(layer, "lora", None)
+        if old is not None and len(old.A.weight) >= rank:
             continue
-        config = adapter.config
-        new = new_slot(layer, rank=rank, dropout=config.dropout, use_dora=config.use_dora, name=name)
-        if slot is not None:
-            _copy_slot(slot, new)
-        bind(layer, new)
-
-
-@torch.no_grad()
-def _copy_slot(old: LoRA, new: LoRA) -> None:
-    _fill(new, old.A.weight, old.B.weight, old.scaling.item())
-    new.enabled, new.merged, new.initial, new.base_weight = old.enabled, old.merged, old.initial, old.base_weight
-    if isinstance(new, DoRA):
-        new.magnitude.copy_(old.magnitude)
+        slot = new_slot(layer, rank=rank, dropout=config.dropout, use_dora=config.use_dora)
+        if old is not None:
+            _fill(slot, old.A.weight, old.B.weight, old.scaling.item())
+            slot.enabled = old.enabled
+            if isinstance(slot, DoRA):
+                slot.magnitude.data.copy_(old.magnitude)
+        attach(layer, slot)
 
 
 @torch.no_grad()
 def _fill(slot: LoRA, a: Tensor, b: Tensor, scaling: float) -> None:
+    """Copy an adapter of the slot's rank, or a lower one, into the slot; the rest becomes zero."""
     rank = len(a)
     slot.A.weight[:rank].copy_(a)
     slot.A.weight[rank:] = 0
@@ -125,9 +109,9 @@ def _fill(slot: LoRA, a: Tensor, b: Tensor, scaling: float) -> None:
 
 
 def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
-    """Put one adapter to work, or several with weights: ``set_adapter(model, {"cooking": 0.7, "medical": 0.3})``.
+    """Activate one adapter, or several with weights: ``set_adapter(model, {"cooking": 0.7, "medical": 0.3})``.
 
-    One alone can be trained further; a mixture is for inference. What the last one learnt is kept.
+    A single one can be trained further; a mixture is for inference. The one that was active keeps what it has learnt.
 
     Raises:
         UserError: an unknown name; a mixture of DoRA, or of adapters with whole layers, which do not add up; the
@@ -138,22 +122,20 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
     unknown = [name for name in weights if name not in adapters.stored]
     if unknown or not weights:
         raise UserError(f"no adapter {', '.join(unknown) or which!r}: there are {adapters.known}")
-    check_unmerged(model)
-    layers = adapted_layers(model)
+    core.check_unmerged(model)
     single = list(weights.values()) == [1.0]
     mixed = [adapters.stored[name] for name in weights]
     for name, adapter in zip(weights, mixed, strict=True):
         if not single and adapter.config.use_dora:
-            raise UserError(f"{name!r} is DoRA, whose row lengths do not add up: put it to work alone, with weight 1")
+            raise UserError(f"{name!r} is DoRA, whose row lengths do not add up: activate it alone, with weight 1")
         if not single and len(adapter.tensors) > 2 * len(adapter.names):
-            raise UserError(f"{name!r} has layers of its own, which do not add up: put it to work alone, with weight 1")
-    write_slots(model)
+            raise UserError(f"{name!r} trains whole layers, which do not add up: activate it alone, with weight 1")
+    store_active(model)
     if not single:
         for adapter in mixed:
             ranks = {n: sum(a.config.rank_of(n) for a in mixed if n in a.names) for n in adapter.names}
-            make_room(model, adapter, extra=ranks)
-        layers = adapted_layers(model)
-    for name, layer in layers.items():
+            ensure_slots(model, adapter, ranks=ranks)
+    for name, layer in adapted_layers(model).items():
         parts = [
             (weight * adapter.config.scaling_of(name), adapter)
             for weight, adapter in zip(weights.values(), mixed, strict=True)
@@ -177,18 +159,19 @@ def set_adapter(model: nn.Module, which: str | Mapping[str, float] | None) -> No
         slot.requires_grad_(single and bool(parts))
     fill_parameters(model, mixed[0].tensors if single else {})
     adapters.active = weights
+    model.lora_config = mixed[0].config
 
 
 @torch.no_grad()
-def write_slots(model: nn.Module) -> None:
-    """Copy what the active adapter has learnt into its stored form, which is what is saved."""
+def store_active(model: nn.Module) -> None:
+    """Copy what the active adapter has learnt into its stored form, from which it is saved."""
     adapters = adapters_of(model)
     if list(adapters.active.values()) != [1.0]:
         return  # none yet, or a mixture, which is not trained
     (name,) = adapters.active
     adapter, layers = adapters.stored[name], adapted_layers(model)
     if not all(layer.lora.enabled for layer in layers.values()):
-        raise UserError("the adapter is off (disable_lora): leave that block first")
+        raise UserError("the adapter is disabled (disable_lora): leave that block first")
     for layer_name in adapter.names:
         slot, rank = layers[layer_name].lora, adapter.config.rank_of(layer_name)
         adapter.tensors[f"{layer_name}.A"] = slot.A.weight[:rank].detach().clone()
@@ -199,7 +182,7 @@ def write_slots(model: nn.Module) -> None:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter that is not active; UserError for the active one or an unknown name."""
+    """Delete an adapter that is not active; UserError for the active one or an unknown name."""
     adapters = adapters_of(model)
     if name not in adapters.stored:
         raise UserError(f"no adapter {name!r}: there are {adapters.known}")
@@ -210,15 +193,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 @contextlib.contextmanager
 def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside ``with disable_lora(model):`` the model answers as before, whole layers and biases included."""
-    check_unmerged(model)
-    layers = adapted_layers(model).values()
-    before = [layer.lora.enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.lora.enabled = False
-        with base_values_shown(model):
-            yield model
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.lora.enabled = enabled
+    """Inside ``with disable_lora(model):`` the model computes as before, whole layers and biases included."""
+    adapters_of(model)
+    with core.disable_lora(model), base_values(model):
+        yield model

@@ -8,7 +8,7 @@ import transformers
 from minillm.config import ModelConfig
 from minillm.hub.huggingface import load_model, save_model
 from minillm.lora import apply_lora, load_lora, merge_lora, save_lora
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
 from minillm.model import Transformer
 
 SHAPE = {
@@ -24,8 +24,7 @@ def theirs(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("settings, gated", [*((settings, False) for settings in SETTINGS), ({}, True)])
 @torch.no_grad()
 def test_an_adapter_means_the_same_to_peft(settings, gated, tmp_path):
     torch.manual_seed(0)
@@ -50,7 +49,7 @@ def test_an_adapter_means_the_same_to_peft(settings, gated, tmp_path):
     foreign = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "adapter").eval()
     assert float((foreign(IDS).logits - wanted).norm() / wanted.norm()) < 1e-5
     same = theirs(tmp_path / "base")
-    load_lora(same, tmp_path / "adapter")  # its weights are known again, although they are twice ours
+    load_lora(same, tmp_path / "adapter")  # its weights are recognized, although they are twice ours
     assert float((same(IDS).logits - wanted).norm() / wanted.norm()) < 1e-5
     save_model(merge_lora(model, keep_base=False), tmp_path / "merged")
     assert float((theirs(tmp_path / "merged")(IDS).logits - wanted).norm() / wanted.norm()) < 1e-5

@@ -1,18 +1,21 @@
-"""What A and B begin with: the distributions, the decompositions, and what they need."""
+"""What A and B start with: the distributions, the decompositions, and what they need."""
 
 import pytest
 import torch
 from torch import nn
 
 from minillm.errors import UserError
-from minillm.lora.init import ORTHOGONAL_GAIN, ORTHOGONAL_STD, first_values
+from minillm.lora.more.experts import new_slot
+from minillm.lora.more.init import ORTHOGONAL_GAIN, ORTHOGONAL_STD, initialize
 
 LAYERS = {"wide": nn.Linear(300, 70), "tall": nn.Linear(50, 400)}
 
 
-def values(layer, init, rank=6, scaling=0.7, seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
-    return first_values(layer, rank=rank, scaling=scaling, init=init, generator=generator, **options)
+def values(layer, init, rank=6, scaling=0.7, seed=0):
+    """Return A and B of a new adapter."""
+    lora = new_slot(layer, rank=rank, dropout=0.0)
+    initialize(lora, layer, init, scaling=scaling, generator=torch.Generator().manual_seed(seed))
+    return lora.A.weight.detach(), lora.B.weight.detach()
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -27,8 +30,8 @@ def test_shapes_types_and_a_generator_of_their_own(name, init):
     assert torch.equal(values(layer, init)[0], a)
     if init not in ("pissa", "olora"):
         assert not torch.equal(values(layer, init, seed=1)[0], a)
-    narrow = first_values(nn.Linear(20, 30).bfloat16(), rank=3, scaling=1.0, init=init)
-    wide = first_values(nn.Linear(20, 30).double(), rank=3, scaling=1.0, init=init)
+    narrow = values(nn.Linear(20, 30).bfloat16(), init, rank=3)
+    wide = values(nn.Linear(20, 30).double(), init, rank=3)
     assert ({t.dtype for t in narrow}, {t.dtype for t in wide}) == ({torch.float32}, {torch.float64})
 
 
@@ -77,20 +80,20 @@ def test_olora_is_the_first_of_q_and_r(name):
     torch.testing.assert_close(b.T @ b, torch.eye(6), rtol=0, atol=1e-5)
 
 
-def test_an_embedding_begins_untouched():
+def test_an_embedding_starts_unchanged():
     for init in ("kaiming", "gaussian"):
-        a, b = first_values(nn.Embedding(9, 40), rank=5, scaling=1.0, init=init)
+        a, b = values(nn.Embedding(9, 40), init, rank=5)
         assert (tuple(a.shape), tuple(b.shape)) == ((5, 9), (40, 5))
         assert not a.any()
         assert b.std().item() == pytest.approx(1.0, rel=0.15)
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
-def test_what_does_not_go_together_is_refused(init):
+def test_what_does_not_work_is_refused(init):
     with pytest.raises(UserError, match=r"rank 51: init .* at most 50 for a layer 50 -> 400"):
         values(LAYERS["tall"], init, rank=51)
-    with pytest.raises(UserError, match="does not go with an embedding: choose kaiming or gaussian"):
-        first_values(nn.Embedding(9, 40), rank=5, scaling=1.0, init=init)
+    with pytest.raises(UserError, match="does not work for an embedding: choose kaiming or gaussian"):
+        values(nn.Embedding(9, 40), init, rank=5)
     with pytest.raises(
         UserError, match="'xavier' is unknown: choose one of kaiming, gaussian, orthogonal, pissa, olora"
     ):

@@ -1,7 +1,7 @@
-"""Parameters that an adapter trains whole: ``modules_to_save`` and biases. Their old values are kept next to them.
+"""Parameters that an adapter trains whole: ``modules_to_save`` and biases. Their old values are kept.
 
 Where two layers share one parameter (the embedding and the output layer) and only one of them is trained, it gets a
-parameter of its own; ``untie`` does that, and the model's configuration says so from then on.
+parameter of its own; ``untie`` does that, and sets ``tie_word_embeddings`` of the model's configuration.
 """
 
 import contextlib
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import UserError
-from minillm.lora.config import LoRAConfig, ends_with
+from minillm.lora.core import ends_with
+from minillm.lora.more.config import LoRAConfig
 
 
 def whole_names(model: nn.Module, config: LoRAConfig, names: list[str]) -> set[str]:
@@ -23,14 +24,14 @@ def whole_names(model: nn.Module, config: LoRAConfig, names: list[str]) -> set[s
     """
     layers = {name: module for name, module in model.named_modules() if ".lora" not in name}
     chosen: set[str] = set()
-    for wanted in config.modules_to_save:
-        found = {name for name in layers if ends_with(name, wanted)}
-        own = {f"{name}.{key}" for name in found for key, _ in layers[name].named_parameters(recurse=True)}
-        own = {name for name in own if ".lora." not in name}
-        if not own:
-            have = sorted({name.rsplit(".", 1)[-1] for name, module in layers.items() if module._parameters})
-            raise UserError(f"modules_to_save: no layer is called {wanted}: there are {', '.join(have)}")
-        chosen |= own
+    for end in config.modules_to_save:
+        modules = {name for name in layers if ends_with(name, end)}
+        parameters = {f"{name}.{key}" for name in modules for key, _ in layers[name].named_parameters(recurse=True)}
+        parameters = {name for name in parameters if ".lora." not in name}
+        if not parameters:
+            kinds = sorted({name.rsplit(".", 1)[-1] for name, module in layers.items() if module._parameters})
+            raise UserError(f"modules_to_save: no layer is called {end}: there are {', '.join(kinds)}")
+        chosen |= parameters
     if config.bias != "none":
         biased = names if config.bias == "lora_only" else list(layers)
         chosen |= {f"{name}.bias" for name in biased if isinstance(layers[name]._parameters.get("bias"), nn.Parameter)}
@@ -43,7 +44,7 @@ def train_parameters(model: nn.Module, config: LoRAConfig, names: list[str]) -> 
     untie(model, chosen)
     values: dict[str, Tensor] = {}
     base = model.lora_adapters.base
-    wide: dict[int, nn.Parameter] = {}  # parameters that are one stay one
+    wide: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for name, parameter in list(named_parameters(model)):
         if name in chosen:
             base.setdefault(name, parameter.detach().clone())
@@ -55,36 +56,36 @@ def train_parameters(model: nn.Module, config: LoRAConfig, names: list[str]) -> 
 
 
 def untie(model: nn.Module, chosen: set[str]) -> None:
-    """Give parameters in ``chosen`` that are one with a parameter outside of it a copy of their own."""
+    """Give parameters in ``chosen`` that are tied to a parameter outside of it a copy of their own."""
     by_id: dict[int, list[str]] = {}
     for name, parameter in named_parameters(model):
         by_id.setdefault(id(parameter), []).append(name)
-    for together in by_id.values():
-        mine, others = [n for n in together if n in chosen], [n for n in together if n not in chosen]
-        if not mine or not others:
+    for tied in by_id.values():
+        inside, outside = [name for name in tied if name in chosen], [name for name in tied if name not in chosen]
+        if not inside or not outside:
             continue
-        owner, key = _owner(model, others[0])
+        owner, key = _owner(model, outside[0])
         copy = nn.Parameter(owner._parameters[key].detach().clone(), requires_grad=False)
-        for name in mine:
+        for name in inside:
             owner, key = _owner(model, name)
             owner._parameters[key] = copy
-            model.lora_adapters.untied[name] = others[0]
-        _say_tied(model, False)
+            model.lora_adapters.untied[name] = outside[0]
+        _set_tie_word_embeddings(model, False)
 
 
 def restore_parameters(model: nn.Module) -> None:
-    """Give every whole parameter its old value back, and tie again what was tied."""
+    """Restore the old value of every whole parameter, and tie again what was tied."""
     fill_parameters(model, {})
     narrow_parameters(model)
     for name, other in model.lora_adapters.untied.items():
         owner, key = _owner(model, name)
         source, source_key = _owner(model, other)
         owner._parameters[key] = source._parameters[source_key]
-        _say_tied(model, True)
+        _set_tie_word_embeddings(model, True)
 
 
 def narrow_parameters(model: nn.Module) -> None:
-    """Give whole parameters the dtype back that they had before they were trained."""
+    """Restore the dtype that whole parameters had before they were trained."""
     narrow: dict[int, nn.Parameter] = {}
     for name, old in model.lora_adapters.base.items():
         owner, key = _owner(model, name)
@@ -95,7 +96,7 @@ def narrow_parameters(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fill_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set every whole parameter to its value in ``values``, and train it; where it has none, to its old one."""
+    """Set every whole parameter to its value in ``values`` and train it; without one, to its old value."""
     for name, old in model.lora_adapters.base.items():
         owner, key = _owner(model, name)
         parameter = owner._parameters[key]
@@ -105,29 +106,28 @@ def fill_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def read_parameters(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the present values of the whole parameters among ``names``."""
-    base = model.lora_adapters.base
-    found = {name: _owner(model, name) for name in names if name in base}
-    return {name: owner._parameters[key].detach().clone() for name, (owner, key) in found.items()}
+    owners = {name: _owner(model, name) for name in names if name in model.lora_adapters.base}
+    return {name: owner._parameters[key].detach().clone() for name, (owner, key) in owners.items()}
 
 
 @contextlib.contextmanager
-def base_values_shown(model: nn.Module) -> Iterator[None]:
-    """Inside, whole parameters have their old values; nothing is copied."""
-    held = []
+def base_values(model: nn.Module) -> Iterator[None]:
+    """Give whole parameters their old values inside the block; nothing is copied."""
+    trained_data = []
     for name, old in model.lora_adapters.base.items():
         owner, key = _owner(model, name)
         parameter = owner._parameters[key]
-        held.append((parameter, parameter.data))
+        trained_data.append((parameter, parameter.data))
         parameter.data = old.to(parameter)
     try:
         yield
     finally:
-        for parameter, trained in reversed(held):
+        for parameter, trained in reversed(trained_data):
             parameter.data = trained
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every parameter under every name that it has, adapters left out."""
+    """Yield every parameter with every name that it has, without those of adapters."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if ".lora." not in name:
             yield name, parameter
@@ -142,7 +142,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), key
 
 
-def _say_tied(model: nn.Module, tied: bool) -> None:
+def _set_tie_word_embeddings(model: nn.Module, tied: bool) -> None:
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
         model.config = dataclasses.replace(config, tie_word_embeddings=tied)

@@ -1,4 +1,4 @@
-"""Instruments of an adapter: what its gradients and updates are while it is trained, and what is wrong with them.
+"""A monitor of an adapter in training: the sizes of its gradients and updates, and warnings where they look wrong.
 
 Everything about s·B A is computed from matrices of R x R: with G = Bᵀ B and H = A Aᵀ, ``‖B A‖² = tr(G H)``, and the
 singular values of B A are those of ``G^½ H^½``. The product (out, in) itself is never formed (but for DoRA's length).
@@ -10,11 +10,11 @@ Works with any loop:
     loss.backward()
     monitor.before_update(step)
     optimizer.step()
-    row = monitor.after_update(step, optimizer)  # None where nothing was due
+    row = monitor.after_update(step, optimizer)  # None where no check was due
     for warning in row["warnings"] if row else ():
         print(warning)
 
-Legend: R rank, K factors of a product (R, or 2R where what was taken out of the weight counts).
+Legend: R rank, K factors of a product (R, or 2R with what PiSSA subtracted from the weight).
 """
 
 from math import isfinite
@@ -23,34 +23,36 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from minillm.lora.layer import DoRA, adapted_layers
+from minillm.lora.core import adapted_layers
+from minillm.lora.more.experts import ExpertLoRA
+from minillm.lora.more.layers import DoRA, ResidualLoRA, base_weight
 
 STEPS_WITHOUT_GRADIENT = 50  # of A or B, before it is reported
 LARGE_UPDATE = 1e-2  # of the weight in one step, in three consecutive checks
 LARGE_RATIO = 1000.0  # of B's gradient to A's, for as long as above
-LARGE_DELTA = 0.5  # of the weight altogether
+LARGE_DELTA = 0.5  # of the weight in total
 SMALL_DELTA = 1e-4  # at the end
-TIMES_ON_END = 3
+CONSECUTIVE_CHECKS = 3
 
 
 class Monitor:
     """Watches the active adapter in ``model``.
 
     Args:
-        interval: steps between looks; the first step is always looked at.
+        interval: steps between checks; the first step is always checked.
 
     Attributes:
-        streaks: for each thing that may go wrong, since how many steps (or looks) it has, by layer.
-        said: the warnings already given; each comes once.
+        streaks: for each thing that may go wrong, for how many steps (or checks) it has lasted, by layer.
+        given: the kinds of warnings already given; each comes once.
     """
 
     def __init__(self, model: nn.Module, *, interval: int = 5):
         self.layers = adapted_layers(model)
         self.interval = interval
-        self.weight_norms = {name: _weight(layer).float().norm().item() for name, layer in self.layers.items()}
+        self.weight_norms = {name: base_weight(layer).float().norm().item() for name, layer in self.layers.items()}
         self.streaks: dict[str, dict[str, int]] = {}
-        self.said: list[str] = []
-        self.last_look = 0
+        self.given: list[str] = []
+        self.last_check = 0
         self.last_row: dict | None = None
         self._seen_step = 0  # whose gradients these are
         self._gradients: dict[str, tuple[float, float]] = {}
@@ -58,7 +60,7 @@ class Monitor:
 
     @torch.no_grad()
     def before_update(self, step: int) -> None:
-        """See the gradients of a step (counted from 1): after ``backward``, unscaling and clipping."""
+        """Read the gradients of a step (counted from 1): after ``backward``, unscaling and clipping."""
         if step != 1 and step % self.interval:
             return
         loras = [layer.lora for layer in self.layers.values()]
@@ -69,12 +71,12 @@ class Monitor:
 
     @torch.no_grad()
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> dict | None:
-        """See what the update did; return a row of figures, or None where no look was due.
+        """Measure what the update did; return a row of figures, or None where no check was due.
 
         The row: ``step``; ``warnings``, new ones; and ``layers``, by name a dict of
 
         * grad_norm_A, grad_norm_B and grad_ratio = B : A (None where A has none);
-        * delta_ratio: ‖ΔW‖/‖W‖, all that the adapter changes of the layer's weight by now;
+        * delta_ratio: ‖ΔW‖/‖W‖, all that the adapter has changed of the layer's weight so far;
         * effective_rank of ΔW: exp of the entropy of its singular values (Roy & Vetterli, 2007), 1 to R;
         * update_ratio: what this step changed of s·B A, in units of ‖W‖; update_ratio_A and _B: of A and B, in units
           of their own norm before (None: it was zero);
@@ -82,19 +84,19 @@ class Monitor:
           mean of exp_avg_sq; mean |step| in units of the learning rate (1: all gradients agree, near 0: they cancel);
           share of the numbers whose step is held back by eps. None for other optimizers.
         """
-        if self._seen_step != step:  # not due; or the update of the step that was looked at has been skipped
+        if self._seen_step != step:  # not due; or the update of the step that was checked has been skipped
             return None
         products = {name: self._products(name) for name in self.layers}
         states = {name: (_adam(layer.lora.A.weight, optimizer), _adam(layer.lora.B.weight, optimizer))
                   for name, layer in self.layers.items()}  # fmt: skip
         rows = {name: self._row(name, products[name], states[name]) for name in self.layers}
-        self._before = {}  # a copy of the adapter, which is not to be kept
+        self._before = {}  # a copy of the adapter, no longer needed
         row = {"step": step, "layers": rows, "warnings": self._warnings(step, rows)}
-        self.last_look, self.last_row = step, row
+        self.last_check, self.last_row = step, row
         return row
 
     def notes(self) -> list[str]:
-        """Return what the last look says about rank and learning rate, for the end of a run."""
+        """Return what the last check says about rank and learning rate, for the end of a run."""
         if self.last_row is None:
             return []
         rows = self.last_row["layers"]
@@ -103,36 +105,37 @@ class Monitor:
         ranks = [rows[name]["effective_rank"] / len(layer.lora.A.weight) for name, layer in self.layers.items()]
         deltas = [row["delta_ratio"] for row in rows.values() if row["delta_ratio"] is not None] or [0.0]
         width, share = median(len(layer.lora.A.weight) for layer in self.layers.values()), median(ranks)
-        found = [f"median over layers: |dW|/|W| {median(deltas):.2g}, effective rank {share * width:.1f} of {width:g}"]
+        notes = [f"median over layers: |dW|/|W| {median(deltas):.2g}, effective rank {share * width:.1f} of {width:g}"]
         if max(deltas) < SMALL_DELTA:
-            found.append(
+            notes.append(
                 f"the adapter has changed no layer by more than {max(deltas):.1g} of its weight: it has hardly learnt; "
                 "raise the learning rate or train longer"
             )
         elif share < 0.25 and width > 2:
-            found.append(f"most layers use less than a quarter of rank {width:g}: a smaller one will probably do")
+            notes.append(f"most layers use less than a quarter of rank {width:g}: a smaller one will probably do")
         elif share > 0.9 and width > 1:
-            found.append(f"most layers use all of rank {width:g}: a larger one may learn more")
-        return found
+            notes.append(f"most layers use all of rank {width:g}: a larger one may learn more")
+        return notes
 
     def state(self) -> dict:
-        """Return what a checkpoint must keep so that the same warnings come after it."""
+        """Return what a checkpoint must hold so that a resumed run gives the same warnings."""
         streaks = {kind: dict(by_layer) for kind, by_layer in self.streaks.items()}
-        return {"streaks": streaks, "said": list(self.said), "last_look": self.last_look}
+        return {"streaks": streaks, "said": list(self.given), "last_look": self.last_check}
 
     def load_state(self, state: dict) -> None:
-        """Go on from ``state``."""
-        self.streaks, self.said, self.last_look = state["streaks"], state["said"], state["last_look"]
+        """Continue from ``state``."""
+        self.streaks, self.given, self.last_check = state["streaks"], state["said"], state["last_look"]
 
     # ---- the figures ---------------------------------------------------------------------------------------------
 
     def _products(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return, for what has changed in all and in this step, the pair Bᵀ B and A Aᵀ (K, K), on the CPU."""
+        """Return, for the change in total and in this step, the pair Bᵀ B and A Aᵀ (K, K), on the CPU."""
         lora = self.layers[name].lora
-        a, b = lora.matrices(lora.A.weight, lora.B.weight)  # (..., R, in), (..., out, R)
-        old_a, old_b = lora.matrices(*self._before[name])
-        da, db = a - old_a, b - old_b
-        a0, b0 = lora.initial or (a[..., :0, :], b[..., :0])
+        (a, b), (old_a, old_b) = (lora.A.weight, lora.B.weight), self._before[name]
+        if isinstance(lora, ExpertLoRA):
+            (a, b), (old_a, old_b) = lora.by_expert(a, b), lora.by_expert(old_a, old_b)
+        da, db = a - old_a, b - old_b  # (..., R, in), (..., out, R)
+        a0, b0 = lora.initial if isinstance(lora, ResidualLoRA) else (a[..., :0, :], b[..., :0])
         # B' A' - B A = B' dA + dB (A' - dA): sums of small terms, where a difference of products would round.
         pairs = {
             "delta": (torch.cat([b, -b0], dim=-1), torch.cat([a, a0], dim=-2)),
@@ -147,7 +150,7 @@ class Monitor:
         singular = singular_values(*products["delta"])
         delta = lora.delta(layer).norm().item() if isinstance(lora, DoRA) else lora.scaling.item() * _length(singular)
         update = lora.scaling.item() * _length(singular_values(*products["update"]))
-        # In the update's second product A' - dA, which is A before, stands below; B' stands first, dB after it.
+        # The update is [B', dB] [dA; A' - dA]: the last rows of the right matrix are the old A, dB comes after B'.
         left, right = products["update"]
         diagonals = right.diagonal(dim1=-2, dim2=-1)[..., :rank], left.diagonal(dim1=-2, dim2=-1)[..., rank:]
         steps = {key: diagonal.sum().sqrt().item() for key, diagonal in zip("AB", diagonals, strict=True)}
@@ -168,14 +171,14 @@ class Monitor:
     # ---- what is wrong -------------------------------------------------------------------------------------------
 
     def _warnings(self, step: int, rows: dict[str, dict]) -> list[str]:
-        passed = step - self.last_look
+        passed = step - self.last_check
         layers = {name: layer.lora for name, layer in self.layers.items()}
         still_zero = {name for name, lora in layers.items() if not lora.B.weight.any()}
-        fresh = self._fresh
-        found = [
+        fresh = self._new_warning
+        warnings = [
             fresh("finite", {n: any(v is not None and not isfinite(v) for v in r.values()) for n, r in rows.items()},
-                  TIMES_ON_END, "the adapter or its gradients hold numbers that are not finite in {}: lower the "
-                  "learning rate, and go on from a checkpoint before this step"),
+                  CONSECUTIVE_CHECKS, "the adapter or its gradients hold numbers that are not finite in {}: lower the "
+                  "learning rate, and resume from a checkpoint before this step"),
             fresh("A and B", {n: not r["grad_norm_A"] and not r["grad_norm_B"] for n, r in rows.items()}, passed,
                   f"A and B have received no gradient for {STEPS_WITHOUT_GRADIENT} steps in {{}}: the loss does not "
                   "depend on that layer"),
@@ -189,7 +192,7 @@ class Monitor:
                   "update ratio {value:.1g} in {}: one step changes that much of the weight (usual: 1e-3 and less), "
                   "and what the model knew may be written over; mix in old data, or lower the learning rate",
                   values={n: r["update_ratio"] for n, r in rows.items()}),
-            fresh("delta", {n: (r["delta_ratio"] or 0) > LARGE_DELTA for n, r in rows.items()}, TIMES_ON_END,
+            fresh("delta", {n: (r["delta_ratio"] or 0) > LARGE_DELTA for n, r in rows.items()}, CONSECUTIVE_CHECKS,
                   "the adapter weighs {value:.0%} of the weight in {}: what the model knew is being written over; "
                   "lower the learning rate or alpha, or mix in old data",
                   values={n: r["delta_ratio"] for n, r in rows.items()}),
@@ -197,20 +200,20 @@ class Monitor:
                   "AdamW's eps is larger than most gradients in {}: its steps there are far smaller than the learning "
                   "rate"),
         ]  # fmt: skip
-        return [warning for warning in found if warning]
+        return [warning for warning in warnings if warning]
 
-    def _fresh(
+    def _new_warning(
         self, kind: str, wrong: dict[str, bool], passed: int, text: str, values: dict[str, float | None] | None = None
     ) -> str | None:
-        """Count on where something is wrong; return the warning when it has lasted long enough, the first time."""
+        """Count how long something is wrong; return the warning when it has lasted long enough, the first time only."""
         before = self.streaks.get(kind, {})
         streaks = {name: before.get(name, 0) + passed for name, is_wrong in wrong.items() if is_wrong}
         self.streaks[kind] = streaks
-        limit = STEPS_WITHOUT_GRADIENT if kind in ("A", "A and B", "ratio") else TIMES_ON_END
+        limit = STEPS_WITHOUT_GRADIENT if kind in ("A", "A and B", "ratio") else CONSECUTIVE_CHECKS
         lasting = [name for name, length in streaks.items() if length >= limit]
-        if not lasting or kind in self.said:
+        if not lasting or kind in self.given:
             return None
-        self.said.append(kind)
+        self.given.append(kind)
         worst = max(lasting, key=lambda name: values[name]) if values else lasting[0]
         where = worst + (f" and {len(lasting) - 1} more layers" if len(lasting) > 1 else "")
         return text.format(where, value=values[worst] if values else None)
@@ -237,16 +240,12 @@ def effective_rank(singular: Tensor) -> float:
         return sum(map(effective_rank, singular)) / len(singular)
     if not singular.max() > 0:
         return 0.0
-    kept = singular[singular > 1e-6 * singular.max()]
-    return torch.special.entr(kept / kept.sum()).sum().exp().item()
+    nonzero = singular[singular > 1e-6 * singular.max()]
+    return torch.special.entr(nonzero / nonzero.sum()).sum().exp().item()
 
 
 def _length(singular: Tensor) -> float:
     return singular.norm().item()
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    return layer.weight if layer.lora.base_weight is None else layer.lora.base_weight
 
 
 def _grad_norm(parameter: Tensor) -> Tensor:
@@ -266,11 +265,11 @@ def _adam(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, floa
     used = square > 0  # rows that an adapter of lower rank leaves unused have no gradient
     steps = (mean / (1 - beta1**n)).abs() / (root + group["eps"])
     n_used = used.sum().clamp_min(1)
-    figures = [
+    statistics = [
         mean.square().mean().sqrt(),
         square.mean().sqrt(),
         steps.sum() / n_used,
         (used & (root < group["eps"])).sum() / n_used,
     ]
-    values = torch.stack([figure.float() for figure in figures]).tolist()
+    values = torch.stack([value.float() for value in statistics]).tolist()
     return dict(zip(("mean", "rms", "step", "eps"), values, strict=True))

@@ -1,7 +1,7 @@
 """Adapters on disk: peft's directories, and one flat ``.pth``.
 
 A directory has ``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them, so either opens what the
-other saved. Beside them lies ``base.json`` (``base.py``).
+other saved. With them is ``base.json`` (``base.py``).
 """
 
 import dataclasses
@@ -19,22 +19,15 @@ from torch import Tensor, nn
 from minillm.config.experts_on_disk import stored_scale
 from minillm.errors import UserError
 from minillm.files import use_umask
-from minillm.lora.adapters import (
-    Adapter,
-    Adapters,
-    adapters_of,
-    check_unmerged,
-    make_room,
-    set_adapter,
-    trainable_names,
-    write_slots,
-)
-from minillm.lora.base import BASE, check_base, same_weights, sample_of
-from minillm.lora.config import EXPERT_PRODUCTS, LoRAConfig, ends_with
-from minillm.lora.experts import ADAPTABLE, check_kinds, factor_shapes
-from minillm.lora.init import TAKEN_OUT
-from minillm.lora.layer import adapted_layers
-from minillm.lora.whole import named_parameters, train_parameters, untie, whole_names
+from minillm.lora import core
+from minillm.lora.core import adapted_layers, ends_with
+from minillm.lora.more.adapters import Adapter, Adapters, adapters_of, ensure_slots, set_adapter, store_active
+from minillm.lora.more.apply import remove_lora
+from minillm.lora.more.base import BASE, check_base, same_weights, sample_weights
+from minillm.lora.more.config import LoRAConfig
+from minillm.lora.more.experts import ADAPTABLE, EXPERT_PRODUCTS, check_layer_kinds, factor_shapes
+from minillm.lora.more.layers import ResidualLoRA
+from minillm.lora.more.whole import named_parameters, train_parameters, untie, whole_names
 from minillm.model.moe import ExpertProduct
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,20 +44,20 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
     """Write one adapter: a directory as peft's, or with ``.pth`` at the end of ``path`` one flat file.
 
     The flat file has ``<layer>.lora.A.weight``, ``<layer>.lora.B.weight`` and ``lora_config``. PiSSA and OLoRA, which
-    took their start out of the weights, are saved as the difference to it, of twice the rank: an adapter that fits
-    the untouched model. Each file appears whole or not at all.
+    subtracted their start from the weights, are saved as the difference to it, of twice the rank: an adapter that fits
+    the original model. Each file is written atomically.
 
     Args:
         adapter_name: default: the active one.
 
     Raises:
-        UserError: no such adapter, or a mixture is active; it is not finite; the place cannot be written.
+        UserError: no such adapter, or a mixture is active; it is not finite; ``path`` cannot be written.
     """
     adapters = adapters_of(model)
-    write_slots(model)
+    store_active(model)
     if adapter_name is None:
         if list(adapters.active.values()) != [1.0]:
-            raise UserError(f"several adapters are active ({', '.join(adapters.active)}): say which (adapter_name)")
+            raise UserError(f"several adapters are active ({', '.join(adapters.active)}): choose one (adapter_name)")
         (adapter_name,) = adapters.active
     if adapter_name not in adapters.stored:
         raise UserError(f"no adapter {adapter_name!r}: there are {adapters.known}")
@@ -78,25 +71,26 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
         if path.suffix == ".pth":
             path.parent.mkdir(parents=True, exist_ok=True)
             flat: dict[str, Any] = {_flat_name(name, adapter.names): tensor for name, tensor in tensors.items()}
-            flat["lora_config"] = _plain(adapter.config)
-            _write_whole(path, lambda partial: torch.save(flat, partial))
+            settings = dataclasses.asdict(adapter.config).items()
+            flat["lora_config"] = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
+            _write_atomically(path, lambda partial: torch.save(flat, partial))
             return
         path.mkdir(parents=True, exist_ok=True)
         layers = dict(model.named_modules())
         stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
-        _write_whole(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
+        _write_atomically(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
         use_umask(path / WEIGHTS)
         base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
-        if base and Path(base).exists():  # as it is found from anywhere
+        if base and Path(base).exists():  # an absolute path, valid in any working directory
             base = Path(base).resolve()
         whole = [n for n in layers if any(ends_with(n, name) for name in adapter.config.modules_to_save)]
-        whole = [name for name in whole if ".lora" not in name]  # whole names: peft takes any name with such an end
+        whole = [name for name in whole if ".lora" not in name]  # full names: peft takes any name with such an end
         config = adapter.config.to_peft(names=adapter.names, whole=whole, base=base and str(base))
         _write_json(path / CONFIG, config)
-        _write_json(path / BASE, {"base": base and str(base), "sample": sample_of(model, adapter.names)})
+        _write_json(path / BASE, {"base": base and str(base), "sample": sample_weights(model, adapter.names)})
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write the adapter to {path}: {why}; choose another place") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot write the adapter to {path}: {reason}; choose another path") from None
 
 
 def load_lora(
@@ -106,7 +100,7 @@ def load_lora(
     adapter_name: str = "default",
     any_base: bool = False,
 ) -> None:
-    """Read an adapter, a directory of ours or peft's or a flat ``.pth``, and put it to work.
+    """Read an adapter, a directory of ours or peft's or a flat ``.pth``, and activate it.
 
     The model may have adapters already; then this is one more.
 
@@ -114,7 +108,7 @@ def load_lora(
         any_base: take it even if it was made for another model of the same shapes.
 
     Raises:
-        UserError: nothing to read there; damaged, or with code in it; not LoRA, or with settings not built here;
+        UserError: nothing to read there; damaged, or with code in it; not LoRA, or with settings not supported here;
             layers that the model does not have, or of other shapes; made for another model; not finite.
     """
     path = Path(path)
@@ -125,7 +119,7 @@ def load_lora(
     adapter = Adapter(config=config, names=names, tensors=tensors)
     _check_fit(model, adapter, path)
     try:
-        check_kinds(dict(model.named_modules()), names, config)
+        check_layer_kinds(dict(model.named_modules()), names, config)
         whole = whole_names(model, config, names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -133,23 +127,20 @@ def load_lora(
         raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
     if not any_base and path.is_dir():
         check_base(model, path, names)
-    first = getattr(model, "lora_adapters", None) is None
-    if first:
-        model.lora_adapters = Adapters(trainable=trainable_names(model))
+    is_first = getattr(model, "lora_adapters", None) is None
+    if is_first:
+        model.lora_adapters = Adapters()
+        core.freeze(model, config)
     adapters = adapters_of(model)
     try:
-        check_unmerged(model)
+        core.check_unmerged(model)
         adapters.check_new(adapter_name, config)
-        _drop_base(model, tensors, _own_names(adapter) | whole, path)
-        if first:
-            model.requires_grad_(False)
-        make_room(model, adapter)
-        _part_ways(model, {name: tensors[name] for name in whole})
+        _drop_base_weights(model, tensors, _own_names(adapter) | whole, path)
+        ensure_slots(model, adapter)
+        _untie_different(model, {name: tensors[name] for name in whole})
         train_parameters(model, config, names)
-    except BaseException:  # memory may be short too
-        if first:
-            from minillm.lora.inject import remove_lora
-
+    except BaseException:  # also where memory is short
+        if is_first:
             remove_lora(model)
         raise
     adapters.stored[adapter_name] = adapter
@@ -157,11 +148,11 @@ def load_lora(
 
 
 def as_difference(adapter: Adapter, model: nn.Module) -> Adapter:
-    """Return ``adapter`` as one for the untouched model: s·(B A − B₀ A₀) = s·[B, −B₀] [A; A₀] after PiSSA or OLoRA."""
-    config = adapter.config
-    if config.init not in TAKEN_OUT:
+    """Return ``adapter`` as one for the original model: s·(B A - B₀ A₀) = s·[B, -B₀] [A; A₀] after PiSSA or OLoRA."""
+    config, layers = adapter.config, adapted_layers(model)
+    if not all(isinstance(layers[name].lora, ResidualLoRA) for name in adapter.names):
         return adapter
-    layers, tensors = adapted_layers(model), dict(adapter.tensors)
+    tensors = dict(adapter.tensors)
     for name in adapter.names:
         a, b = layers[name].lora.initial
         tensors[f"{name}.A"] = torch.cat([tensors[f"{name}.A"], a])
@@ -212,15 +203,15 @@ def _read_directory(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
                 tensor = _from_wide(tensor, key, config.rank_of(layer))
             name = f"{layer}.{key}"
         tensors[name.replace(".base_layer.", ".")] = tensor
-    return _say_whole_names(config, tensors), tensors
+    return _with_full_names(config, tensors), tensors
 
 
-def _say_whole_names(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> LoRAConfig:
-    """Return ``config`` with ``modules_to_save`` spelt out: to peft, ``norm`` means an ``input_layernorm`` as well."""
+def _with_full_names(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> LoRAConfig:
+    """Return ``config`` with full names in ``modules_to_save``: to peft, ``norm`` is an ``input_layernorm`` too."""
     parts = [name.split(".")[:-1] for name in tensors if name.rpartition(".")[2] not in KEYS]
     modules = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
-    named = {wanted: [m for m in modules if m.endswith(wanted)] or [wanted] for wanted in config.modules_to_save}
-    return dataclasses.replace(config, modules_to_save=tuple(name for found in named.values() for name in found))
+    full = {end: [module for module in modules if module.endswith(end)] or [end] for end in config.modules_to_save}
+    return dataclasses.replace(config, modules_to_save=tuple(name for names in full.values() for name in names))
 
 
 def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
@@ -228,32 +219,32 @@ def _read_flat(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         raise UserError(f"no adapter at {path}: there is no such file")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file leads torch into; with weights_only no code of it runs
-        first = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not an adapter: it is damaged, or holds code, which is not run ({first})") from None
+    except Exception as error:  # a damaged file can raise anything; with weights_only no code in it is run
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is not an adapter: damaged, or with code in it, which is not run ({reason})") from None
     if not isinstance(stored, dict):
-        raise UserError(f"{path} holds {type(stored).__name__}, no adapter")
-    said = stored.pop("lora_config", None)
+        raise UserError(f"{path} holds a {type(stored).__name__}, not an adapter")
+    settings = stored.pop("lora_config", None)
     tensors = {}
     for name, tensor in stored.items():
         match = _FLAT.fullmatch(str(name))
         tensors[f"{match[1]}.{match[2] or match[3]}" if match else str(name)] = tensor
     if not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors.values()):
-        raise UserError(f"{path} is not an adapter: it holds something else than tensors")
+        raise UserError(f"{path} is not an adapter: it holds something other than tensors")
     ranks = {name.removesuffix(".A"): len(tensor) for name, tensor in tensors.items() if name.endswith(".A")}
     if not ranks:
         raise UserError(f"{path} is not an adapter: it has no <layer>.lora.A.weight; a model is given to --from_weight")
-    if said is None:  # without its settings the scaling is 1
+    if settings is None:  # then the scaling is 1
         patterns = {re.escape(name): rank for name, rank in ranks.items()}
-        said = {"rank": max(ranks.values()), "alpha": max(ranks.values()), "target_modules": tuple(ranks)}
-        said |= {"rank_pattern": patterns, "alpha_pattern": dict(patterns)}
+        settings = {"rank": max(ranks.values()), "alpha": max(ranks.values()), "target_modules": tuple(ranks)}
+        settings |= {"rank_pattern": patterns, "alpha_pattern": dict(patterns)}
     try:
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         return LoRAConfig(**settings), tensors
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (AttributeError, TypeError) as error:
-        raise UserError(f"{path}: its lora_config has other settings than ours: {error}") from None
+        raise UserError(f"{path}: its lora_config has settings that do not exist here: {error}") from None
 
 
 def _check_fit(model: nn.Module, adapter: Adapter, path: Path) -> None:
@@ -302,25 +293,25 @@ def _own_names(adapter: Adapter) -> set[str]:
     return {f"{name}.{key}" for name in adapter.names for key in ("A", "B", "magnitude")}
 
 
-def _drop_base(model: nn.Module, tensors: dict[str, Tensor], own: set[str], path: Path) -> None:
-    """Take weights of the model itself out of ``tensors``, which peft saves next to the adapter of an embedding."""
+def _drop_base_weights(model: nn.Module, tensors: dict[str, Tensor], own: set[str], path: Path) -> None:
+    """Remove weights of the model itself from ``tensors``, which peft saves with the adapter of an embedding."""
     for name in tensors.keys() - own:
-        here, there = model.lora_adapters.base.get(name), tensors.pop(name)
-        here = model.get_parameter(name).detach() if here is None else here
-        if not same_weights(here.float().cpu(), there.float()):
+        ours, stored = model.lora_adapters.base.get(name), tensors.pop(name)
+        ours = model.get_parameter(name).detach() if ours is None else ours
+        if not same_weights(ours.float().cpu(), stored.float()):
             raise UserError(
-                f"{path} brings a {name} of its own, which is not this model's, and does not say that it trains it: "
-                f"load the model that it was made for"
+                f"{path} brings a {name} of its own, which differs from this model's, and its settings do not say that "
+                f"it trains it: load the model that it was made for"
             )
 
 
-def _part_ways(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Untie parameters that are one here and have different values in the file (peft trains tied layers apart)."""
-    first: dict[int, str] = {}
+def _untie_different(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Untie parameters that are tied here and have different values in the file (peft trains tied layers apart)."""
+    first_names: dict[int, str] = {}
     for name, parameter in named_parameters(model):
         if name in values:
-            other = first.setdefault(id(parameter), name)
-            if not torch.equal(values[name], values[other]):
+            first = first_names.setdefault(id(parameter), name)
+            if not torch.equal(values[name], values[first]):
                 untie(model, {name})
 
 
@@ -361,18 +352,13 @@ def _expert_layer(home: str, inner: str, config: LoRAConfig) -> str:
 def _from_wide(tensor: Tensor, key: str, rank: int) -> Tensor:
     """Return A (R, E, in) of (E·R, in), or B (out, R, E) of (out, R·E)."""
     if tensor.shape[0 if key == "A" else 1] % rank:
-        return tensor  # and its shape is refused later
+        return tensor  # the check of shapes refuses it
     if key == "A":
         return tensor.unflatten(0, (-1, rank)).transpose(0, 1).contiguous()
     return tensor.unflatten(1, (rank, -1))
 
 
-def _plain(config: LoRAConfig) -> dict[str, Any]:
-    said = dataclasses.asdict(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
-
-
-def _write_whole(path: Path, write) -> None:
+def _write_atomically(path: Path, write) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     try:
         write(partial)
@@ -383,4 +369,4 @@ def _write_whole(path: Path, write) -> None:
 
 def _write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    _write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
+from minillm.hub.huggingface import load_model, save_model
 from minillm.lora import (
     add_adapter,
     apply_lora,
@@ -19,8 +20,11 @@ from minillm.lora import (
     remove_lora,
     save_lora,
     set_adapter,
-)
-from minillm.lora.adapters import adapters_of
+    unmerge_lora,
+)  # fmt: skip
+from minillm.lora.core import adapted_layers
+from minillm.lora.more.adapters import adapters_of
+from minillm.lora.more.base import sample_weights
 
 KINDS = {
     "lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "orthogonal": {"init": "orthogonal"},
@@ -50,30 +54,24 @@ def saved(tools, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["adapter", "adapter.pth"])
-def test_there_and_back(tools, kind, form, tmp_path):
+def test_there_and_back(tools, kind, tmp_path):
     model = adapted(tools, **KINDS[kind])
     wanted = tools.logits(model)
-    save_lora(model, tmp_path / "deep" / form)
-    assert torch.equal(tools.logits(model), wanted)  # saving changes nothing
-    other = tools.model()
-    load_lora(other, tmp_path / "deep" / form)
-    torch.testing.assert_close(tools.logits(other), wanted, rtol=0, atol=1e-11)
-    assert list(lora_parameters(other))
-    tools.train(other, 1)
-    merge_lora(other)
-    left = sorted(p.name for p in (tmp_path / "deep").rglob("*") if p.is_file())
-    assert left == (["adapter.pth"] if form.endswith("pth") else
-                    ["adapter_config.json", "adapter_model.safetensors", "base.json"])  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_again_it_is_the_same_file(tools, kind, tmp_path):
-    save_lora(adapted(tools, **KINDS[kind]), tmp_path / "one")
-    other = tools.model()
-    load_lora(other, tmp_path / "one")
-    save_lora(other, tmp_path / "two")
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    written = {"adapter": ["adapter_config.json", "adapter_model.safetensors", "base.json"], "flat.pth": ["flat.pth"]}
+    for form, names in written.items():
+        path = tmp_path / form.removesuffix(".pth") / form
+        save_lora(model, path)
+        assert torch.equal(tools.logits(model), wanted)  # saving changes nothing
+        assert sorted(p.name for p in path.parent.rglob("*") if p.is_file()) == names
+        other = tools.model()
+        load_lora(other, path)
+        torch.testing.assert_close(tools.logits(other), wanted, rtol=0, atol=1e-11)
+        assert list(lora_parameters(other))
+        tools.train(other, 1)
+        merge_lora(other)
+    load_lora(other := tools.model(), tmp_path / "adapter" / "adapter")
+    save_lora(other, tmp_path / "two")  # the same file again
+    one, two = (load_file(tmp_path / p / "adapter_model.safetensors") for p in ("adapter/adapter", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -119,7 +117,7 @@ def test_several_are_saved_one_by_one(tools, tmp_path):
     set_adapter(other, "b")
     torch.testing.assert_close(tools.logits(other), second, rtol=0, atol=1e-12)
     set_adapter(other, {"a": 0.5, "b": 0.5})
-    with pytest.raises(UserError, match="several adapters are active \\(a, b\\): say which"):
+    with pytest.raises(UserError, match="several adapters are active \\(a, b\\): choose one"):
         save_lora(other, tmp_path / "c")
     with pytest.raises(UserError, match="no adapter 'c': there are b, a"):
         save_lora(other, tmp_path / "c", adapter_name="c")
@@ -142,7 +140,7 @@ def test_tied_layers_that_peft_trained_apart(tools, tmp_path):
     assert torch.equal(tools.logits(model), tools.logits(tools.hf("qwen3")))
 
 
-def test_a_half_precision_base_is_known_again(tools, saved):
+def test_a_half_precision_base_is_recognized(tools, saved):
     path, wanted = saved
     model = tools.model(dtype=torch.bfloat16)
     load_lora(model, path)
@@ -188,13 +186,13 @@ WRONG = {
     "empty weights": (lambda p: os.truncate(p / "adapter_model.safetensors", 0), "is damaged, copy it again"),
     "broken json": (lambda p: (p / "adapter_config.json").write_text("{"), "is damaged, copy it again"),
     "a list": (lambda p: (p / "adapter_config.json").write_text("[]"), "is damaged, copy it again"),
-    "a broken note of the base": (lambda p: (p / "base.json").write_text("{}"), "base.json is damaged, copy it again"),
+    "a damaged base.json": (lambda p: (p / "base.json").write_text("{}"), "base.json is damaged, copy it again"),
     "a dropout that is none": (lambda p: rewrite(p, lora_dropout=None), "adapter_config.json is damaged"),
     "targets that are none": (lambda p: rewrite(p, target_modules=5), "adapter_config.json is damaged"),
     "another method": (lambda p: rewrite(p, peft_type="IA3"), "peft_type is 'IA3': only LORA"),
     "rank 0": (lambda p: rewrite(p, r=0), "adapter_config.json: rank is 0"),
     "another rank": (lambda p: rewrite(p, r=4), r"down_proj.A has shape \(3, 40\) and the model needs \(4, 40\)"),
-    "not built": (lambda p: rewrite(p, lora_bias=True), "uses what is not built here: lora_bias=True"),
+    "not supported": (lambda p: rewrite(p, lora_bias=True), "settings that are not supported here: lora_bias=True"),
     "a key is missing": (without("q_proj.lora_B"), rf"{Q}.B is missing; .*1.self_attn.q_proj.B is missing"),
     "all are missing": (without("lora"), "there are no A and B in it"),
     "magnitudes are missing": (lambda p: rewrite(p, use_dora=True), "magnitude is missing; .*; and 11 more"),
@@ -211,7 +209,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_said_and_the_model_stays(tools, saved, wrong):
+def test_what_is_wrong_is_named_and_the_model_stays(tools, saved, wrong):
     path, _ = saved
     change, words = WRONG[wrong]
     change(path)
@@ -243,9 +241,9 @@ class Code:
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({f"{Q}.lora.A.weight": Code()}, "holds code, which is not run"),
-        ([1, 2], "holds list, no adapter"),
-        ({f"{Q}.lora.A.weight": 3}, "holds something else than tensors"),
+        ({f"{Q}.lora.A.weight": Code()}, "with code in it, which is not run"),
+        ([1, 2], "holds a list, not an adapter"),
+        ({f"{Q}.lora.A.weight": 3}, "holds something other than tensors"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "lora_config": "abc"}, "x.pth: its lora_config"),
         ({"model.norm.weight": torch.ones(24)}, "it has no <layer>.lora.A.weight"),
         ({f"{Q}.lora.A.weight": torch.ones(2, 24), "x": 3}, "is not an adapter"),
@@ -256,7 +254,7 @@ class Code:
         ({f"{Q}.lora.A.weight": torch.ones(2, 9), f"{Q}.lora.B.weight": torch.ones(24, 2)}, r"has shape \(2, 9\)"),
     ],
 )
-def test_flat_files_that_are_none(tools, tmp_path, monkeypatch, content, words):
+def test_flat_files_that_are_not_adapters(tools, tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match=words):
@@ -267,7 +265,7 @@ def test_flat_files_that_are_none(tools, tmp_path, monkeypatch, content, words):
 def test_flat_files_that_are_cut_or_absent(tools, tmp_path):
     save_lora(adapted(tools), tmp_path / "x.pth")
     os.truncate(tmp_path / "x.pth", 1000)
-    with pytest.raises(UserError, match="it is damaged"):
+    with pytest.raises(UserError, match="not an adapter: damaged"):
         load_lora(tools.model(), tmp_path / "x.pth")
     with pytest.raises(UserError, match="there is no such file"):
         load_lora(tools.model(), tmp_path / "y.pth")
@@ -281,7 +279,7 @@ def test_a_full_disk_leaves_the_old_adapter(tools, saved, monkeypatch):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minillm.lora.files.save_file", full)
+    monkeypatch.setattr("minillm.lora.more.files.save_file", full)
     with pytest.raises(UserError, match=r"cannot write the adapter to .*: No space left on device; choose another"):
         save_lora(adapted(tools, use_dora=True), path)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
@@ -300,3 +298,112 @@ def test_pefts_own_file_of_a_mixture_is_one_adapter(tools, tmp_path):
     load_lora(base, tmp_path / "sum")
     torch.testing.assert_close(tools.logits(base), tools.logits(theirs), rtol=0, atol=1e-10)
     assert list(adapters_of(base).stored) == ["default"]
+
+
+# ---- which model it was made for ---------------------------------------------------------------------------------
+
+
+def test_another_base_names_both(tools, tmp_path):
+    model = tools.model()
+    model.origin = "models/one"
+    apply_lora(model, rank=3)
+    tools.train(model, 2)
+    save_lora(model, tmp_path / "adapter")
+    other = tools.model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other.origin = "models/two"
+    with pytest.raises(UserError, match=r"was made for models/one, whose weights are not those of models/two"):
+        load_lora(other, tmp_path / "adapter")
+    assert not hasattr(other, "lora_adapters")
+    load_lora(other, tmp_path / "adapter", any_base=True)
+    same = tools.model()
+    same.origin = "elsewhere/one"  # the weights count, not the path
+    load_lora(same, tmp_path / "adapter")
+    (tmp_path / "adapter" / "base.json").write_text('{"sample": [1%s]}' % ("0" * 400))
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        load_lora(same, tmp_path / "adapter", adapter_name="more")
+    (tmp_path / "adapter" / "base.json").unlink()  # as peft writes it: nothing to compare
+    load_lora(other, tmp_path / "adapter", adapter_name="again")
+
+
+def test_a_base_whose_layer_another_adapter_trains_whole_is_recognized(tools, tmp_path):
+    model = tools.model()
+    apply_lora(model, rank=3, target_modules="lm_head,q_proj")
+    tools.train(model, 2)
+    save_lora(model, tmp_path / "one")
+    wanted = tools.logits(model)
+    other = tools.model()
+    apply_lora(other, rank=3, target_modules="q_proj", modules_to_save=("lm_head",), adapter_name="whole")
+    tools.train(other, 3, lr=0.1)
+    load_lora(other, tmp_path / "one")
+    torch.testing.assert_close(tools.logits(other), wanted, rtol=0, atol=1e-12)
+
+
+def test_the_sample_is_of_the_model_whatever_its_adapter_does(tools):
+    model = tools.model()
+    names = apply_lora(tools.model(), rank=3)
+    wanted = sample_weights(model, names)
+    assert len(wanted) == 8 * 8
+    for settings in ({}, {"init": "pissa"}, {"modules_to_save": ("lm_head",)}):
+        model = tools.model()
+        apply_lora(model, rank=3, **settings)
+        tools.train(model, 2)
+        assert sample_weights(model, names) == wanted
+
+
+def test_the_base_is_found_from_any_working_directory(tools, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tools.model(dtype=torch.float32), tmp_path / "base")
+    model = load_model("base")
+    apply_lora(model, rank=2)
+    for origin, wanted in (("base", str(tmp_path / "base")), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")):
+        model.origin = origin
+        save_lora(model, "adapter")
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == wanted
+
+
+# ---- numbers that are not finite ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value, key, form", [("nan", "A", "adapter"), ("inf", "B", "adapter.pth")])
+def test_a_broken_adapter_is_neither_saved_nor_merged_nor_loaded(tools, value, key, form, tmp_path):
+    name, value = "model.layers.1.self_attn.q_proj", float(value)
+    model = adapted(tools)
+    save_lora(model, tmp_path / form)
+    with torch.no_grad():
+        getattr(adapted_layers(model)[name].lora, key).weight[1, 1] = value
+    weights = {name: p.clone() for name, p in model.named_parameters() if ".lora." not in name}
+    with pytest.raises(UserError, match=rf"not finite in {name}\.{key}: nothing was written"):
+        save_lora(model, tmp_path / "other" / form)
+    assert not (tmp_path / "other").exists()
+    for keep_base in (True, False):
+        with pytest.raises(UserError, match=rf"{name}\.weight with the adapter has numbers that are not finite in f"):
+            merge_lora(model, keep_base=keep_base)
+    assert not any(layer.lora.merged for layer in adapted_layers(model).values())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+    if form.endswith(".pth"):
+        content = torch.load(tmp_path / form)
+        content[f"{name}.lora.{key}.weight"][0, 0] = value
+        torch.save(content, tmp_path / form)
+    else:
+        path = tmp_path / form / "adapter_model.safetensors"
+        content = load_file(path)
+        content[f"base_model.model.{name}.lora_{key}.weight"][0, 0] = value
+        save_file(content, path)
+    with pytest.raises(UserError, match=rf"{form} has numbers that are not finite in {name}\.{key}"):
+        load_lora(tools.model(), tmp_path / form)
+
+
+def test_a_model_with_an_adapter_is_not_saved_as_one_without(tools, tmp_path):
+    model = adapted(tools).float()
+    for change in (lambda: None, lambda: merge_lora(model)):
+        change()
+        with pytest.raises(UserError, match=r"has an adapter.*merge_lora\(model, keep_base=False\).*save_lora"):
+            save_model(model, tmp_path / "whole")
+        assert not (tmp_path / "whole").exists()
+    unmerge_lora(model)
+    save_model(merge_lora(model, keep_base=False), tmp_path / "whole")
+    assert not any(".lora." in name for name in load_file(tmp_path / "whole" / "model.safetensors"))
