@@ -101,7 +101,7 @@ def assert_equal_runs(path: Path, reference: dict) -> dict:
     assert ours["validations"] == pytest.approx(reference["validations"], rel=1e-6)
     # Updates of AdamW: an element whose gradient is nearly nothing moves by lr × g / |g|, so the last digit of its
     # gradient, which depends on the order of summation, shows in its weight and, after that, in its moments.
-    assert largest_difference(ours["weights"], reference["weights"]) <= 1e-5
+    assert largest_difference(ours["weights"], reference["weights"]) <= 3e-5
     for index, state in reference["optimizer"]["state"].items():
         assert float(ours["optimizer"]["state"][index]["step"]) == float(state["step"])
         for name in ("exp_avg", "exp_avg_sq"):
