@@ -119,7 +119,6 @@ def test_where_it_is_used(tools, monkeypatch, seq_len, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
 def test_computing_the_probabilities_again_gives_the_same_bits_and_keeps_less(packed, dtype):
     seq_len = 3 * BLOCK_LEN - 7
     mask = document_mask(documents(seq_len)) if packed else None
