@@ -20,6 +20,7 @@ import filelock
 import pytest
 import torch
 
+from minillm.inference import samples
 from tests import forking_python, pictures
 
 torch.set_num_threads(1)
@@ -51,9 +52,10 @@ def pytest_sessionfinish(exitstatus):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def pixels():
-    """Spare the drawing in all tests but those of the drawing."""
+def quick_pages():
+    """Spare the drawing, in all tests but those of the drawing, and long texts from models that know nothing."""
     pictures.draw_pixels()
+    samples.MAX_NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
