@@ -24,11 +24,14 @@ from minillm.inference import samples
 from tests import forking_python, pictures
 
 torch.set_num_threads(1)
+samples.MAX_NEW_TOKENS = 8  # on a run's page, by models that know nothing
 
 ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
+    """Put what takes longest first: the end of a session is short for all workers then."""
+    items.sort(key=lambda item: item.path.parent.name not in ("contracts", "stages"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -52,10 +55,9 @@ def pytest_sessionfinish(exitstatus):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_pages():
-    """Spare the drawing, in all tests but those of the drawing, and long texts from models that know nothing."""
+def pixels():
+    """Spare the drawing in all tests but those of the drawing."""
     pictures.draw_pixels()
-    samples.MAX_NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
