@@ -43,7 +43,7 @@ def partition_invariance(
 
     whole = gradients(global_batch_size)
     assert len(whole) == 3
-    for batch_size in (1, 2, 3, 4, 6):
+    for batch_size in (1, 3, 4):
         for step, cut in enumerate(gradients(batch_size)):
             difference = largest_difference(cut, whole[step])
             assert difference <= bound, f"step {step}, micro-batches of {batch_size}: {difference:.1e}"

@@ -187,7 +187,7 @@ def test_importing_minillm_is_quick():
                 totals.setdefault(match[2], int(match[1]))  # microseconds, with what it imported
         return (totals["minillm"] - totals.get("torch", 0)) / 1e6
 
-    assert min(seconds() for _ in range(3)) <= 0.3
+    assert any(seconds() <= 0.3 for _ in range(3))  # the first one that is not disturbed
 
 
 # ---- the scripts -------------------------------------------------------------------------------------------------
