@@ -10,8 +10,8 @@ from tests.contracts.harness import CONFIG, MOE_CONFIG, arguments, largest_diffe
 # The first test of each kind waits for all runs of its kind, with DeepSpeed building its extensions once.
 pytestmark = pytest.mark.timeout(900)
 
-# Two ranks, one launch. Every engine trains a whole model, an adapter or experts; the usual ones all three. What a whole
-# model does in its first steps is seen in the runs that go on, too: they are compared from their first step.
+# Two ranks, one launch. Every engine trains a whole model, an adapter or experts; the usual ones all three. The first
+# steps of a whole model are seen in the runs that resume, too: they are compared from their first step.
 THREE_STEPS = ["zero2off", "zero3off"]
 WITH_EXPERTS = ["ddp", "zero1", "zero3"]  # and fsdp goes on
 WITH_ADAPTER = ["ddp", "fsdp", "zero2", "zero3"]

@@ -74,9 +74,8 @@ def started(base, flags, tmp_path):
 
     def started(interpreter, *more):
         words = [interpreter, str(base.slow), str(SCRIPT), *command(base, flags, tmp_path, *more)]
-        process = subprocess.Popen(
-            words, env=environment(interpreter), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(words, env=environment(interpreter), start_new_session=True, **pipes)
         processes.append(process)
         until(lambda: len(read_metrics(tmp_path / "pretrain_32" / "metrics.jsonl")) >= 5, process)
         return process
@@ -374,9 +373,8 @@ def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(
     launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", python]
     argv = [*command(base, flags, tmp_path / "two"), "--batch_size", "1"]
     began = time.monotonic()
-    done = subprocess.run(
-        [*launcher, str(base.slow), str(SCRIPT), *argv], env=environment(python), capture_output=True, text=True, timeout=100
-    )
+    words = [*launcher, str(base.slow), str(SCRIPT), *argv]
+    done = subprocess.run(words, env=environment(python), capture_output=True, text=True, timeout=100)
     assert time.monotonic() - began < 60
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if "error: " in line and "rank 0 of 2" in line]
