@@ -41,6 +41,7 @@ class DistillLoss:
         settings = {
             "targets": targets,
             "weights": weights,
+            "target_rows": batch.get("target_rows"),
             "alpha": 0.0 if "on_policy" in batch else args.alpha,
             "temperature": args.temperature,
             "divergence": args.divergence,
@@ -65,6 +66,7 @@ class DistillLoss:
             batch["input_ids"],
             position_ids=batch.get("position_ids"),
             document_ids=batch.get("document_ids"),
+            document_bounds=batch.get("document_bounds"),
             head=head,
             router_stats=router_stats,
         )

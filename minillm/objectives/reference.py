@@ -30,7 +30,10 @@ def reply_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=Non
         batch[prefix + "input_ids"],
         position_ids=batch[prefix + "position_ids"],
         document_ids=batch[prefix + "document_ids"],
-        head=partial(linear_log_probs, targets=batch[prefix + "targets"]),
+        document_bounds=batch.get(prefix + "document_bounds"),
+        head=partial(
+            linear_log_probs, targets=batch[prefix + "targets"], target_rows=batch.get(prefix + "target_rows")
+        ),
         router_stats=router_stats,
     )
 
@@ -52,7 +55,7 @@ class Reference:
     def __init__(self, kind: str, model: nn.Module, run):
         self.kind, self.run, self.hash = kind, run, model_hash(model)
         self.model = copy.deepcopy(model) if kind == "copy" else model
-        if run.args.compile:
+        if run.compiles:
             self.model.block_attention = False  # as Run.wrap does with the policy
         if kind == "copy":
             self.model.to(run.device).requires_grad_(False)
@@ -76,7 +79,7 @@ class Reference:
                     "reference": self.hash,
                     "dtype": str(self.run.dtype).removeprefix("torch."),
                     "device": self.run.device.type,
-                    "compile": args.compile,
+                    "compile": self.run.compiles,
                     "training": training,
                 },
                 compute=self.columns,

@@ -28,7 +28,7 @@ from minillm.distributed import engines
 from minillm.distributed.engine import Engine
 from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
-from minillm.kernels.compiled import compile_blocks
+from minillm.kernels import compiled
 from minillm.losses import count_targets
 from minillm.model import RouterStats
 from minillm.model.sizes import active_parameters, describe_parameters, flops_per_token
@@ -73,6 +73,7 @@ class Run:
         self.device = precision.choose_device(args.device, local_rank=self.ranks.local_rank)
         self.dtype = precision.choose_dtype(args.dtype, self.device)
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of losses
+        self.compiles = compiled.is_wanted(args.compile, self.device, parallel=args.parallel)
         _ = self.rows_per_step  # raises for flags that contradict each other, before any work
         engine = engine or engines.find(args.parallel)
         self.engine = engine(self.ranks, precision.grad_scaler(self.device, self.dtype), args, self.dtype)
@@ -186,8 +187,8 @@ class Run:
         self.n_parameters, self.parameters_text = active_parameters(model), describe_parameters(model)
         self._flops_per_token = flops_per_token(model, self.args.max_seq_len)
         self.saver = Saver(self)
-        if self.args.compile:
-            compile_blocks(self.model)
+        if self.compiles:
+            compiled.compile_blocks(self.model)
         return self.engine.wrap(self.model, self.device)
 
     def start(

@@ -8,7 +8,7 @@ import torch
 
 from minillm.losses import causal_lm_loss, count_targets, cross_entropy, linear_cross_entropy
 
-module = importlib.import_module("minillm.losses.cross_entropy")  # the package exports a function of this name
+module = importlib.import_module("minillm.kernels.linear_cross_entropy")
 
 
 def formula(logits, targets, weights=None):
