@@ -51,7 +51,6 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(product_for_sums(a, b))
 
 
-
 def output_operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the output weight (V, D), rounded to ``dtype``, as the other side of several ``product_in_float32``.
 

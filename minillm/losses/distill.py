@@ -103,9 +103,7 @@ def linear_distill_loss(
         return _divergence(p, F.log_softmax(student / temperature, dim=-1), divergence)
 
     loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
-    return _over_targets(
-        loss, student_hidden, student_weight, targets, weights, target_rows, teacher_hidden.detach()
-    )
+    return _over_targets(loss, student_hidden, student_weight, targets, weights, target_rows, teacher_hidden.detach())
 
 
 def linear_top_k_distill_loss(

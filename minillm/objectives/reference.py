@@ -101,4 +101,3 @@ class Reference:
 
     def _as_it_was(self):
         return disable_lora(self.model) if self.kind == "adapter" else contextlib.nullcontext()
-

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillm.kernels.products import product_in_float32, scaled_gradient
 from minillm.losses import (
     linear_cross_entropy,
     linear_distill_loss,
@@ -14,7 +15,6 @@ from minillm.losses import (
     linear_top_k_distill_loss,
     top_k_teacher,
 )
-from minillm.kernels.products import product_in_float32, scaled_gradient
 
 N, D, V, ROWS = 24, 8, 50, 8  # positions, hidden, vocabulary, positions of a chunk
 N_CHUNKS = N // ROWS

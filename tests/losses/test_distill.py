@@ -366,9 +366,7 @@ def test_hidden_states_are_compared_at_length_1(case):
             expected, count = expected + weight * (one - other).square().sum().item(), count + weight
     found, n_targets = hidden_distance(student, teacher, case["targets"], case["weights"])
     assert (found.item(), n_targets.item()) == pytest.approx((expected, count), rel=1e-12)
-    assert gradcheck(
-        lambda h: hidden_distance(h, teacher, case["targets"])[0], (student.requires_grad_(),)
-    )
+    assert gradcheck(lambda h: hidden_distance(h, teacher, case["targets"])[0], (student.requires_grad_(),))
     assert hidden_distance(3 * teacher, teacher, case["targets"])[0].item() < 1e-12
 
 
