@@ -76,7 +76,7 @@ def plan_attention(
         return AttentionPlan(blocks=blocks)
     if mask is not None and device.type == "cuda":
         # The kernel adds numbers. Of true and false it would make them in every layer, and keep them for the gradient.
-        mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))
+        mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(mask.logical_not(), float("-inf"))
     return AttentionPlan(mask=mask, is_causal=mask is None)
 
 

@@ -163,9 +163,8 @@ def _loss(step: Step) -> tuple[int, int]:
     # Hidden states and their gradient; the output weight in the dtype of products; its gradient so far, in float32.
     extra = 2 * n_positions * dim * c + weight * c * step.is_mixed
     so_far = weight * 4 * is_trained * (second > 0)
-    last_product = so_far * (n_positions > 2 * chunk)  # of the chunk before, which has been added
     short = c if c < 4 else 0  # the gradient of the logits has a copy of its own in a shorter dtype
-    softmax = [8 * chunk * vocab, so_far + last_product]
+    softmax = [8 * chunk * vocab, so_far]
     if second:  # logits are made in the short dtype and widened while the last chunk's are still there
         softmax[0] = max(
             softmax[0], (4 * chunk + 8 * second) * vocab, (4 + short) * (chunk + second) * vocab * bool(short)

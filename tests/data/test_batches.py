@@ -126,7 +126,7 @@ def test_collate():
         "document_bounds": [0, 2, 3, 4, 6],  # padding counts as a document
         "target_rows": [0, 3],
     }
-    assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64", "torch.float32"}
+    assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64", "torch.float32", "torch.int32"}
     assert collate(rows[:1])["input_ids"].tolist() == [[5, 6]]
     assert "weights" not in collate(rows[:1], 4, n_rows=2)
 

@@ -169,8 +169,8 @@ def plan_on(device, dtype, *, bounds=True, head_dim=64, seq_len=8):
 
 def test_the_plan_takes_the_kernel_where_it_can(monkeypatch):
     monkeypatch.setattr(varlen_attention, "_device_has_it", lambda device: True)
-    # torch's CPU build cannot pretend every operator of the mask.
-    monkeypatch.setattr(attention_plan, "document_mask", lambda ids, window: ids.bool()[:, None, None])
+    # torch's CPU build cannot pretend to index on a device.
+    monkeypatch.setattr(attention_plan, "document_mask", lambda ids, window: torch.ones(2, 1, 8, 8, device="cuda").bool())
     with FakeTensorMode(allow_non_fake_inputs=True):
         for dtype in (torch.bfloat16, torch.float16):
             plan = plan_on("cuda", dtype)
