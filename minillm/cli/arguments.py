@@ -84,7 +84,7 @@ class TrainArguments(ScaleArguments):
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     compile: Literal["auto", "0", "1"] = "auto"
-    """torch.compile the blocks of the model for training: a minute or two at the start. auto: on CUDA, where it pays."""
+    """Compile the model's blocks for training, a minute or two at the start. auto: on CUDA, where it can."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     num_workers: int = 0

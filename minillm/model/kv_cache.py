@@ -50,7 +50,7 @@ class KVCache:
         """Plan one forward pass of T = ``seq_len`` new positions per row: which slots, and who sees which.
 
         Afterwards ``position_ids`` is (B, T) and ``mask`` (B, 1, T, S), true where a query may look at one of the S
-        slots that ``store`` returns. Without a mask each query sees those up to its own (``is_causal``), or all of them.
+        slots that ``store`` returns. Without one each query sees those up to its own (``is_causal``) or all of them.
 
         Raises:
             UserError: the new tokens do not fit.

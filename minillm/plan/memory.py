@@ -152,8 +152,9 @@ def _batch(step: Step) -> tuple[int, int]:
 def _loss(step: Step) -> tuple[int, int]:
     """Return the most bytes that the chunked loss holds: (of logits, of what lies next to them).
 
-    ``minillm/kernels/linear_cross_entropy.py``: a chunk of n positions has logits (n, V), and a second tensor of that size
-    while the softmax is taken, both at least float32. From the second chunk on, the last one's gradient is still there.
+    ``minillm/kernels/linear_cross_entropy.py``: a chunk of n positions has logits (n, V), and a second tensor of that
+    size while the softmax is taken, both at least float32. From the second chunk on, the last one's gradient is still
+    there.
     """
     config, c = step.config, step.product_bytes
     vocab, dim, n_positions = config.vocab_size, config.hidden_size, step.n_positions

@@ -71,7 +71,7 @@ def test_a_switch_may_be_automatic(words, expected):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("true", "1"), ("false", "0"), ("1", "1"), ("0", "0"), ("auto", "auto"), ("'1'", "1"), ("2", None), ("no way", None)],
+    [("true", "1"), ("false", "0"), ("1", "1"), ("0", "0"), ("auto", "auto"), ("'1'", "1"), ("2", None), ("on", "1")],
 )
 def test_a_switch_of_an_older_file_is_true_or_false(config, text, expected):
     argv = [*config(f"fuse: {text}\n"), "--path", "p"]

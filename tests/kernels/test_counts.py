@@ -28,7 +28,12 @@ SHAPE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_atte
 SHAPE |= {"num_key_value_heads": 2, "intermediate_size": 128}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "use_qk_norm": True}
 B, T = 2, 64
-NO_KERNEL = (torch.ops.aten.detach, torch.ops.aten._unsafe_view, torch.ops.aten.empty_like, torch.ops.aten.promote_types)
+NO_KERNEL = (
+    torch.ops.aten.detach,
+    torch.ops.aten._unsafe_view,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.promote_types,
+)
 WAITS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -54,7 +59,9 @@ def gpu(monkeypatch):
     """The choices of a CUDA device, on tensors without data that have gradients."""
     monkeypatch.setattr(varlen_attention, "is_available", lambda device, dtype, head_dim: dtype == torch.bfloat16)
     monkeypatch.setattr("minillm.model.moe.GROUPED_DEVICES", ("cpu",))
-    monkeypatch.setattr(chunks, "chunk_len", lambda *args, device_type, **kwargs: chunk_len(*args, device_type="cuda", **kwargs))
+    monkeypatch.setattr(
+        chunks, "chunk_len", lambda *args, device_type, **kwargs: chunk_len(*args, device_type="cuda", **kwargs)
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("cpu")
 

@@ -5,6 +5,7 @@ torch's description of its arguments, and takes its place here.
 """
 
 import inspect
+import itertools
 from functools import partial
 
 import pytest
@@ -17,8 +18,7 @@ from minillm.data.batches import document_bounds
 from minillm.kernels import varlen_attention
 from minillm.kernels.varlen_attention import Documents, plain
 from minillm.losses import causal_lm_loss
-from minillm.model import Transformer
-from minillm.model import attention_plan
+from minillm.model import Transformer, attention_plan
 from minillm.model.attention_plan import plan_attention
 
 KERNEL = torch.nn.attention.varlen.varlen_attn
@@ -36,7 +36,7 @@ def by_document(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_s
     bounds, out = cu_seq_q.tolist(), torch.empty_like(query)
     assert (bounds[0], bounds[-1]) == (0, len(query))
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         assert 0 < end - start <= max_q == max_k
         index = torch.arange(end - start)
         ahead = index - index[:, None]
@@ -170,7 +170,8 @@ def plan_on(device, dtype, *, bounds=True, head_dim=64, seq_len=8):
 def test_the_plan_takes_the_kernel_where_it_can(monkeypatch):
     monkeypatch.setattr(varlen_attention, "_device_has_it", lambda device: True)
     # torch's CPU build cannot pretend to index on a device.
-    monkeypatch.setattr(attention_plan, "document_mask", lambda ids, window: torch.ones(2, 1, 8, 8, device="cuda").bool())
+    stub = lambda ids, window: torch.ones(2, 1, 8, 8, device="cuda").bool()  # noqa: E731
+    monkeypatch.setattr(attention_plan, "document_mask", stub)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for dtype in (torch.bfloat16, torch.float16):
             plan = plan_on("cuda", dtype)
