@@ -11,7 +11,7 @@ from minillm.checkpoints.checkpoint import is_earlier
 from minillm.config import ModelConfig
 from minillm.data.batches import document_bounds
 from minillm.inference import generate
-from minillm.kernels import compiled
+from minillm.kernels import compiled, varlen_attention
 from minillm.kernels.compiled import compile_blocks
 from minillm.kernels.varlen_attention import Documents
 from minillm.lora import apply_lora
@@ -120,6 +120,8 @@ def test_a_block_is_one_graph_of_plain_expressions(settings, documents):
     """``fullgraph`` raises at a break. The graph is not run: the kernel for documents needs a GPU."""
     shape = {"vocab_size": V, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = ModelConfig(**shape, num_hidden_layers=1, **settings)
+    if documents == "documents" and not varlen_attention._torch_has_it():
+        pytest.skip("this torch has no such attention")
     block, x = Transformer(config).train().model.layers[0], torch.randn(2, 12, 32, requires_grad=True)
     ids = torch.arange(12).expand(2, 12) // 5
     plan = {
@@ -140,6 +142,27 @@ def test_a_block_is_one_graph_of_plain_expressions(settings, documents):
     operators = [str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "get_attr")]
     assert not [name for name in operators if "autograd_function" in name or "fwd_body" in name]
     assert ("varlen" in " ".join(operators)) == (documents == "documents")
+    torch._dynamo.reset()
+
+
+def test_any_number_of_documents_is_one_graph_more():
+    if not varlen_attention._torch_has_it():
+        pytest.skip("this torch has no such attention")
+    config = make_model(1).config
+    block, x = make_model(1).model.layers[0], torch.randn(2, 24, 32, requires_grad=True)
+    rope = rope_tables(torch.arange(24)[None], config, dtype=torch.float32)
+    traced = []
+
+    def backend(graph, example_inputs):
+        traced.append(graph)
+        return lambda *args: (torch.zeros_like(x),)
+
+    torch._dynamo.reset()
+    compiled_block = torch.compile(block, backend=backend)
+    for length in (3, 24, 5, 8, 2, 11):
+        bounds = document_bounds(torch.arange(24).expand(2, 24) // length)
+        compiled_block(x, rope, AttentionPlan(documents=Documents(bounds, 24)), None, Routing())
+    assert len(traced) == 2
     torch._dynamo.reset()
 
 
