@@ -29,7 +29,7 @@ class Documents(NamedTuple):
 def is_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether torch's kernel can take queries of this kind."""
     is_taken = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    return is_taken and head_dim % 8 == 0 and head_dim <= 256 and _torch_has_it() and _device_has_it(device)
+    return is_taken and head_dim % 8 == 0 and head_dim <= 192 and _torch_has_it() and _device_has_it(device)
 
 
 @functools.cache
