@@ -141,7 +141,8 @@ class Bench:
         self.shape, self.n_steps, self.watch = shape, args.steps or n_steps, Watch()
         self.args = PretrainArguments(
             data_path="", save_dir=str(place), batch_size=n_rows, max_seq_len=length, max_steps=1_000_000,
-            log_interval=1_000_000, save_interval=0, device="cpu", dtype=args.dtype, num_threads=args.num_threads,
+            log_interval=1_000_000, save_interval=0, save_minutes=0, device="cpu",
+            dtype=args.dtype, num_threads=args.num_threads,
         )  # fmt: skip
         self.run = Run(self.args, stage="pretrain")
         self.run.__enter__()

@@ -146,7 +146,7 @@ def train_once(args: Arguments, config: ModelConfig, tokenizer, seed: int) -> di
             data_path=args.data_path, valid_path=args.valid_path, save_dir=directory, cache_dir=args.cache_dir,
             max_steps=args.steps, batch_size=args.batch_size, max_seq_len=args.max_seq_len, seed=seed,
             learning_rate=args.learning_rate, dtype=args.dtype, device=args.device, num_threads=args.num_threads,
-            save_interval=0, log_interval=max(1, args.steps // 4),
+            save_interval=0, save_minutes=0, log_interval=max(1, args.steps // 4),
         )  # fmt: skip
         with Run(train_args, stage="bench") as run:
             torch.manual_seed(seed)

@@ -83,8 +83,8 @@ class TrainArguments(ScaleArguments):
     """Autocast dtype; weights stay float32. auto: bfloat16 where it is fast, float16 on older CUDA cards."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: Literal["auto", "0", "1"] = "auto"
+    """Compile the model's blocks for training, a minute or two at the start. auto: on CUDA, where it can."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     num_workers: int = 0

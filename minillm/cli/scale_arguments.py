@@ -34,10 +34,10 @@ class ScaleArguments(ModelArguments):
     extend: bool = False
     """Make a resumed run longer than it was meant to be (more --epochs or --max_steps). Only the schedules constant and
     wsd allow it, the latter before its decay begins."""
-    save_interval: int = 100
-    """Steps between checkpoints (0: only at the end)."""
-    save_minutes: float = 0.0
-    """Minutes between checkpoints, in addition to --save_interval (0: never by time)."""
+    save_interval: int = 0
+    """Steps between checkpoints, in addition to --save_minutes (0: not by steps). The end of a run is always saved."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints (0: not by time)."""
     keep_last: int = 2
     """Checkpoints kept."""
     async_save: bool = True

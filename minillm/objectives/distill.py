@@ -56,6 +56,7 @@ class DistillLoss(Objective):
         settings = {
             "targets": targets,
             "weights": weights,
+            "target_rows": batch.get("target_rows"),
             "alpha": 0.0 if "on_policy" in batch else args.alpha,
             "temperature": args.temperature,
             "divergence": args.divergence,
@@ -80,6 +81,7 @@ class DistillLoss(Objective):
             batch["input_ids"],
             position_ids=batch.get("position_ids"),
             document_ids=batch.get("document_ids"),
+            document_bounds=batch.get("document_bounds"),
             head=head,
             router_stats=router_stats,
         )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minillm.data.batches import collate
+from minillm.data.batches import collate, example_row
 from minillm.data.packing import IGNORE_INDEX, best_fit
 from minillm.distributed.engine import Engine
 from minillm.errors import UserError
@@ -45,7 +45,7 @@ class OnPolicy:
         seed = int(np.random.default_rng([args.seed, step, ranks.rank]).integers(1 << 62))
         generator = torch.Generator().manual_seed(seed)
         new = [answered for batch in micro_batches for answered in self._answered(batch, generator)]
-        like = {name: column[0].numpy() for name, column in micro_batches[0].items()}
+        like = example_row(micro_batches[0])
         padding = collate([], n_rows=args.batch_size, like=like) | {"on_policy": torch.ones(())}
         n = max(ranks.gather(len(new)))  # every rank has as many, or they would wait for each other
         return new + [padding] * (n - len(new))
@@ -69,7 +69,7 @@ class OnPolicy:
                 )
             model.train(was_training)
             rows = packed(prompts, answers, max_seq_len=args.max_seq_len)
-        like = {name: column[0].numpy() for name, column in batch.items()}
+        like = example_row(batch)
         new = []
         for start in range(0, max(len(rows), 1), args.batch_size):
             some = rows[start : start + args.batch_size]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.distributed.engine import Engine
+from minillm.kernels import compiled
 from minillm.lora import disable_lora
 from minillm.losses import linear_log_probs
 from minillm.objectives.column_cache import cached_columns, model_hash
@@ -31,7 +32,10 @@ def reply_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=Non
         batch[prefix + "input_ids"],
         position_ids=batch[prefix + "position_ids"],
         document_ids=batch[prefix + "document_ids"],
-        head=partial(linear_log_probs, targets=batch[prefix + "targets"]),
+        document_bounds=batch.get(prefix + "document_bounds"),
+        head=partial(
+            linear_log_probs, targets=batch[prefix + "targets"], target_rows=batch.get(prefix + "target_rows")
+        ),
         router_stats=router_stats,
     )
 
@@ -54,7 +58,7 @@ class Reference:
     def __init__(self, kind: str, model: nn.Module, args, engine: Engine):
         self.kind, self.policy, self.args, self.engine, self.hash = kind, model, args, engine, model_hash(model)
         self.model = copy.deepcopy(model) if kind == "copy" else model
-        if args.compile:
+        if compiled.is_wanted(args.compile, engine.device, parallel=args.parallel):
             self.model.block_attention = False  # as Run.wrap does with the policy
         if kind == "copy":
             self.model.to(engine.device).requires_grad_(False)
@@ -78,7 +82,7 @@ class Reference:
                     "reference": self.hash,
                     "dtype": str(engine.dtype).removeprefix("torch."),
                     "device": engine.device.type,
-                    "compile": args.compile,
+                    "compile": compiled.is_wanted(args.compile, engine.device, parallel=args.parallel),
                     "training": training,
                 },
                 compute=self.columns,

@@ -67,6 +67,7 @@ class Teacher:
             batch["input_ids"],
             position_ids=batch.get("position_ids"),
             document_ids=batch.get("document_ids"),
+            document_bounds=batch.get("document_bounds"),
             head=lambda hidden, weight: (hidden, weight),
         )
         return {"teacher_hidden": hidden, "teacher_weight": weight}

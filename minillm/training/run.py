@@ -27,7 +27,7 @@ from minillm.distributed.engine import Engine
 from minillm.distributed.engines import engine_class
 from minillm.distributed.ranks import Ranks
 from minillm.errors import UserError
-from minillm.kernels.compiled import compile_blocks
+from minillm.kernels import compiled
 from minillm.model import RouterStats
 from minillm.model.sizes import size_of
 from minillm.objectives.objective import Objective
@@ -190,8 +190,8 @@ class Run:
             minutes=args.save_minutes,
             may_resume=resume.may_resume(args, self.ranks),
         )
-        if args.compile:
-            compile_blocks(self.model)
+        if compiled.is_wanted(args.compile, self.device, parallel=args.parallel):
+            compiled.compile_blocks(self.model)
         return self.engine.wrap(self.model)
 
     def adamw(self, module: nn.Module) -> torch.optim.AdamW:

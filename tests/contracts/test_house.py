@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "hub": {"config", "model", "lora", "tokenizer", "distributed"},
     "checkpoints": {"hub", "lora", "distributed"},
     "reports": {"model", "lora", "data", "checkpoints"},
-    "objectives": {"losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints", "reports"},
+    "objectives": {"kernels", "losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints", "reports"},
     "training": {"kernels", "model", "data", "distributed", "checkpoints", "objectives", "reports"},
     "cli": {"config", "losses", "lora", "data", "distributed", "hub", "checkpoints"},
     "evaluation": {"losses", "tokenizer", "data", "inference", "hub", "cli"},

@@ -219,7 +219,7 @@ def test_recomputation_keeps_less(tools):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_head_sees_hidden_states_and_output_weight(tools, monkeypatch, tied):
     """The loss in chunks of 4 positions, run by ``head=``, against all logits at once."""
-    losses = importlib.import_module("minillm.losses.cross_entropy")  # the package exports a function of this name
+    losses = importlib.import_module("minillm.kernels.linear_cross_entropy")
     monkeypatch.setattr(losses, "CHUNK_NUMEL", 4 * 83)
     model = tools.model(tools.config("narrow heads, untied", tie_word_embeddings=tied), dtype=torch.float64)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minillm.data import StepBatches
+from minillm.data.batches import DERIVED
 from minillm.distributed.engine import Engine
 from minillm.distributed.ranks import Ranks
 from minillm.inference import generate
@@ -109,6 +110,6 @@ def test_rows_without_a_prompt_become_padding(make):
     empty = {name: torch.full((3, 4), fill) for name, fill in
              (("input_ids", 0), ("targets", -100), ("position_ids", 0), ("document_ids", -1))}  # fmt: skip
     (batch,) = make()([empty], step=0)
-    assert set(batch) == {*empty, "on_policy"}
+    assert set(batch) == {*empty, *DERIVED, "on_policy"}
     assert (batch["targets"] == -100).all()
     assert CONFIG.vocab_size > 3

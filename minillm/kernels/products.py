@@ -1,4 +1,4 @@
-"""The products of the losses: operands in autocast's dtype, sums in float32.
+"""Products whose results are compared or added up: operands in autocast's dtype, sums in float32.
 
 A logit of 20 has steps of 0.125 in bfloat16, which is more than a preference or a divergence has to tell apart; and a
 sum over 30,000 positions is easily more than float16 can hold (65,504). The multiplier adds in float32 anyway, so what
@@ -6,6 +6,8 @@ is saved here is only the rounding of the result.
 
 Legend: N positions, D hidden, V vocabulary.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -35,6 +37,18 @@ def product_for_sums(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.bfloat16 and a.device.type == "cpu":
         return (a @ b).float()
     return product_in_float32(a, b)
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Add ``a @ b`` to ``total`` in place and return it; None begins a sum, in at least float32.
+
+    Where the multiplier can add to float32 numbers as it writes, the product itself never exists.
+    """
+    if total is None:
+        return product_for_sums(a, b)
+    if total.dtype == torch.float32 and _adds_into_float32(a.dtype, a.device):
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.add_(product_for_sums(a, b))
 
 
 def output_operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,3 +82,16 @@ def scaled_gradient(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype)
 
 def _multiplies_into_float32(a: Tensor) -> bool:
     return a.is_cuda and torch.version.hip is None
+
+
+@functools.cache
+def _adds_into_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a product of short numbers can be added to float32 ones. torch 2.8 has the name but refuses."""
+    if dtype not in (torch.float16, torch.bfloat16) or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    a, total = torch.zeros(8, 8, dtype=dtype, device=device), torch.zeros(8, 8, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillm.kernels.products import product_in_float32, scaled_gradient
 from minillm.losses import (
     linear_cross_entropy,
     linear_distill_loss,
@@ -14,7 +15,6 @@ from minillm.losses import (
     linear_top_k_distill_loss,
     top_k_teacher,
 )
-from minillm.losses.products import product_in_float32, scaled_gradient
 
 N, D, V, ROWS = 24, 8, 50, 8  # positions, hidden, vocabulary, positions of a chunk
 N_CHUNKS = N // ROWS
@@ -40,8 +40,8 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for name in ("cross_entropy", "log_probs", "distill"):
-        monkeypatch.setattr(importlib.import_module(f"minillm.losses.{name}"), "CHUNK_NUMEL", ROWS * V)
+    for name in ("linear_cross_entropy", "linear_log_probs", "chunked_loss"):
+        monkeypatch.setattr(importlib.import_module(f"minillm.kernels.{name}"), "CHUNK_NUMEL", ROWS * V)
 
 
 def tensors(dtype=torch.float32):
