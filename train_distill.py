@@ -17,11 +17,9 @@ from minillm.data.report import open_rows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference import generate
 from minillm.inference.samples import sample_answers, sample_completions
-from minillm.losses import causal_lm_loss
 from minillm.objectives.distill import DistillLoss, StudentAlone, add_projection
 from minillm.objectives.on_policy import OnPolicy
 from minillm.objectives.teacher import Teacher, find_teacher
-from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
@@ -32,7 +30,7 @@ def main(argv: list[str] | None = None):
     with Run(args, stage="distill", output=StudentAlone()) as run:
         # Models: the student, and the teacher, which is frozen
         tokenizer = load_tokenizer(find_tokenizer(args, teacher=find_teacher(args)))
-        teacher = Teacher(run, tokenizer)
+        teacher = Teacher(args, run.engine, tokenizer)
         model = create_model(args, tokenizer)
         if args.hidden_weight:
             add_projection(model, teacher.model.config.hidden_size, seed=args.seed)
@@ -46,23 +44,15 @@ def main(argv: list[str] | None = None):
 
         loader, valid_loader = run.loaders(rows, add_columns=add_teacher)
         if args.top_k:
-            teacher.model = None  # what it has to say is on disk
+            teacher.model = None  # its best tokens are on disk
 
         # Optimizer: of the student
         module = run.wrap(model)
-        distill_loss = DistillLoss(run, teacher)
+        on_policy = OnPolicy(model, tokenizer, args, run.engine, generate) if args.on_policy else None
+        distill_loss = DistillLoss(model, teacher, args, on_policy=on_policy)
         if args.dry_run:
-            return dry_run(run, loader, tokenizer, distill_loss)
-        model = run.start(
-            run.adamw(module),
-            loader,
-            valid_loader=valid_loader,
-            tokenizer=tokenizer,
-            loss=causal_lm_loss,  # validation: plain cross-entropy, which compares with every other stage
-            prepare=OnPolicy(run, tokenizer, generate) if args.on_policy else None,
-            settings=distill_loss.settings(),
-            is_cross_entropy=False,
-        )
+            return run.dry_run(loader, tokenizer, distill_loss)
+        model = run.start(run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=distill_loss)
 
         # The loop: one step = one optimizer update
         for step in run.steps(loader):

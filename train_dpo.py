@@ -19,7 +19,6 @@ from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.objectives.preference import PreferenceLoss
 from minillm.objectives.reference import Reference
-from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None):
         tokenizer = load_tokenizer(find_tokenizer(args))
         base_dtype = args.choose_base_dtype(run.device, run.dtype) if args.lora_name else torch.float32
         model = create_model(args, tokenizer, dtype=base_dtype)
-        reference = Reference(args.reference_kind, model, run) if args.reference_kind else None
+        reference = Reference(args.reference_kind, model, args, run.engine) if args.reference_kind else None
 
         # Data: two replies to each prompt, side by side in a row (judged ones alone)
         def rows(files: DataFiles) -> PairRows | JudgedRows:
@@ -45,21 +44,10 @@ def main(argv: list[str] | None = None):
         if args.lora_name:
             apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(args.seed))
         module = run.wrap(model)
-        preference_loss = PreferenceLoss(run, reference)
+        preference_loss = PreferenceLoss(model, reference, args, run.engine)
         if args.dry_run:
-            return dry_run(run, loader, tokenizer, preference_loss, prepare=preference_loss.prepare)
-        model = run.start(
-            run.adamw(module),
-            loader,
-            valid_loader=valid_loader,
-            tokenizer=tokenizer,
-            loss=preference_loss,
-            count=preference_loss.count,
-            prepare=preference_loss.prepare,
-            measures=preference_loss.measures,
-            unit=preference_loss.unit,
-            settings=preference_loss.settings(),
-        )
+            return run.dry_run(loader, tokenizer, preference_loss)
+        model = run.start(run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=preference_loss)
 
         # The loop: one step = one optimizer update
         for step in run.steps(loader):

@@ -17,7 +17,6 @@ from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
-from minillm.reports.dry_run import dry_run
 from minillm.reports.watch import Watch
 from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
@@ -42,16 +41,14 @@ def main(argv: list[str] | None = None):
         # Optimizer: of the adapter alone
         module = run.wrap(model)
         if args.dry_run:
-            return dry_run(run, loader, tokenizer, causal_lm_loss)
-        looks_every = args.monitor_interval or (5 if args.monitor else 0)
-        watch = Watch(run, tokenizer, loader.rows, interval=looks_every) if looks_every else None
+            return run.dry_run(loader, tokenizer, causal_lm_loss)
+        watch = None
+        if interval := args.monitor_interval or (5 if args.monitor else 0):
+            watch = Watch(
+                model, run.directory, tokenizer, loader.rows, interval=interval, replays=bool(args.replay_path)
+            )
         model = run.start(
-            run.adamw(module),
-            loader,
-            valid_loader=valid_loader,
-            tokenizer=tokenizer,
-            loss=causal_lm_loss,
-            watch=watch,
+            run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=causal_lm_loss, watch=watch
         )
 
         # The loop: one step = one optimizer update

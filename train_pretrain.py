@@ -12,7 +12,6 @@ from minillm.data import DataFiles, TextRows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_completions
 from minillm.losses import causal_lm_loss
-from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
@@ -34,11 +33,11 @@ def main(argv: list[str] | None = None):
         # Optimizer
         module = run.wrap(model)
         if args.dry_run:
-            return dry_run(run, loader, tokenizer, causal_lm_loss)
+            return run.dry_run(loader, tokenizer, causal_lm_loss)
         model = run.start(
             run.adamw(module),
             loader,
-            valid_loader=valid_loader,
+            valid_loader,
             tokenizer=tokenizer,
             loss=causal_lm_loss,
             from_scratch=not args.from_weight,

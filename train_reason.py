@@ -18,7 +18,6 @@ from minillm.data import ChatRows, DataFiles, ReasonRows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.losses import causal_lm_loss
-from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
@@ -46,14 +45,8 @@ def main(argv: list[str] | None = None):
         # Optimizer
         module = run.wrap(model)
         if args.dry_run:
-            return dry_run(run, loader, tokenizer, causal_lm_loss)
-        model = run.start(
-            run.adamw(module),
-            loader,
-            valid_loader=valid_loader,
-            tokenizer=tokenizer,
-            loss=causal_lm_loss,
-        )
+            return run.dry_run(loader, tokenizer, causal_lm_loss)
+        model = run.start(run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=causal_lm_loss)
 
         # The loop: one step = one optimizer update
         for step in run.steps(loader):

@@ -141,7 +141,8 @@ class Bench:
         self.shape, self.n_steps, self.watch = shape, args.steps or n_steps, Watch()
         self.args = PretrainArguments(
             data_path="", save_dir=str(place), batch_size=n_rows, max_seq_len=length, max_steps=1_000_000,
-            log_interval=1_000_000, save_interval=0, device="cpu", dtype=args.dtype, num_threads=args.num_threads,
+            log_interval=1_000_000, save_interval=0, save_minutes=0, device="cpu",
+            dtype=args.dtype, num_threads=args.num_threads,
         )  # fmt: skip
         self.run = Run(self.args, stage="pretrain")
         self.run.__enter__()
@@ -155,8 +156,8 @@ class Bench:
         )
         self.steps = self.run.steps(self.loader)
         self.savers = {"async": self.run.saver}
-        self.run.args = dataclasses.replace(self.args, async_save=False)
-        self.savers["sync"] = saving.Saver(self.run)  # without a copy of the model
+        run, directory = self.run, self.run.run_directory.checkpoints
+        self.savers["sync"] = saving.Saver(run.model, run.engine, run.output, directory, is_async=False)  # no copy
         self.n_parameters = preset.num_parameters()
 
     def step(self) -> float:
@@ -175,7 +176,6 @@ class Bench:
         saver = self.savers.get(mode)
         if saver is not None:
             self.run.saver = saver
-            self.run.args = dataclasses.replace(self.args, async_save=mode == "async")
         before, found = {name: sum(values) for name, values in self.watch.seconds.items()}, {"blocked": 0.0}
         steps, began = [], time.perf_counter()
         for number in range(self.n_steps):
@@ -194,7 +194,7 @@ class Bench:
 
     def save_alone(self) -> dict[str, float]:
         """Save beside a thread that only wants the interpreter's lock now and then; return its longest pause."""
-        self.run.saver, self.run.args = self.savers["async"], self.args
+        self.run.saver = self.savers["async"]
         self.step()
         self.run.save()
         writing = threading.Thread(target=self.run.saver.wait)

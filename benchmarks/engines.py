@@ -153,7 +153,8 @@ def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
         import deepspeed  # noqa: F401 - what it takes itself is no part of the model
     flags = {name: str(value) for name, value in ENGINES[engine].items()}
     args = PretrainArguments(
-        data_path="-", save_dir=out, dtype=dtype, device="cpu", max_steps=3, batch_size=1, save_interval=0,
+        data_path="-", save_dir=out, dtype=dtype, device="cpu", max_steps=3, batch_size=1,
+        save_interval=0, save_minutes=0,
         async_save=False, **flags,
     )  # fmt: skip
     hardware.keep_freed_memory = lambda: False

@@ -28,7 +28,7 @@ from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.evaluation import bleu, exact_match, rouge
 from minillm.hardware import keep_freed_memory
-from minillm.lora.init import Init
+from minillm.lora.more.init import Init
 
 STEPS_SHOWN = (1, 10, 100, 1000)
 

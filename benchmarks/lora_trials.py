@@ -31,7 +31,8 @@ def run_trial(base: str, flags: dict[str, object], *, tests: dict[str, str], eva
     monitor.jsonl.
     """
     with tempfile.TemporaryDirectory() as directory:
-        given = {"from_weight": base, "save_dir": directory, "lora_name": "trial", "save_interval": 0, **flags}
+        given = {"from_weight": base, "save_dir": directory, "lora_name": "trial"}
+        given |= {"save_interval": 0, "save_minutes": 0, **flags}
         began = time.perf_counter()
         try:
             call_script(train_lora.main, given)

@@ -146,7 +146,7 @@ def train_once(args: Arguments, config: ModelConfig, tokenizer, seed: int) -> di
             data_path=args.data_path, valid_path=args.valid_path, save_dir=directory, cache_dir=args.cache_dir,
             max_steps=args.steps, batch_size=args.batch_size, max_seq_len=args.max_seq_len, seed=seed,
             learning_rate=args.learning_rate, dtype=args.dtype, device=args.device, num_threads=args.num_threads,
-            save_interval=0, log_interval=max(1, args.steps // 4),
+            save_interval=0, save_minutes=0, log_interval=max(1, args.steps // 4),
         )  # fmt: skip
         with Run(train_args, stage="bench") as run:
             torch.manual_seed(seed)
@@ -172,7 +172,9 @@ def train_once(args: Arguments, config: ModelConfig, tokenizer, seed: int) -> di
             run.validate()
             row = [row for row in read_metrics(run.directory / "metrics.jsonl") if row["split"] == "train"][-1]
             balance = {name: row[name] for name in ("expert_load_max", "expert_entropy", "balance_loss") if name in row}
-            return {"loss": run.last_eval["loss"], "tokens_per_s": run.tokens / run.seconds} | balance
+            progress = run.progress
+            tokens_per_s = progress.tokens / progress.seconds
+            return {"loss": progress.last_eval["loss"], "tokens_per_s": tokens_per_s} | balance
 
 
 def compare_training(args: Arguments) -> dict:

@@ -202,7 +202,8 @@ def unpack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     for row in range(batch["input_ids"].shape[0]):
         documents = batch["document_ids"][row]
         for document in range(int(documents.max()) + 1):
-            rows.append({name: column[row, documents == document].numpy() for name, column in batch.items()})
+            columns = {name: column for name, column in batch.items() if column.ndim > 1}
+            rows.append({name: column[row, documents == document].numpy() for name, column in columns.items()})
     return padding_collator(rows)
 
 

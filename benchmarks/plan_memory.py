@@ -40,7 +40,7 @@ from minillm.plan.activations import Step
 from minillm.plan.engines import layout
 from minillm.plan.memory import peak
 from minillm.plan.parameters import count_parameters, meta_model
-from minillm.precision import autocast, grad_scaler
+from minillm.precision import autocast
 from minillm.training.optim import adamw
 
 MIB = 2**20
@@ -122,8 +122,8 @@ def train(step: Step, updates: int) -> None:
     if config.num_experts and not step.lora_rank:
         stats = RouterStats(config, aux_loss_coef=1e-3, z_loss_coef=1e-4)
     dtype = getattr(torch, step.dtype)
-    engine = Engine(Ranks(), grad_scaler(device, dtype))
-    engine.wrap(model, device)
+    engine = Engine(Ranks(), device, dtype)
+    engine.wrap(model)
     engine.attach(adamw(model, learning_rate=1e-4))
     shape = (step.batch_size, step.seq_len)
     for _ in range(updates):

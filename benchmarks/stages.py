@@ -83,7 +83,7 @@ class Bench:
         usual = {
             "config": CONFIGS / f"{config}.yaml", "save_dir": folder, "tokenizer_path": f"{self.args.demo}/tokenizer",
             "data_path": f"{self.args.data}/{data}.jsonl", "valid_path": valid and f"{self.args.data}/{valid}.jsonl",
-            "seed": self.seed, "save_interval": 0, "num_threads": self.args.num_threads,
+            "seed": self.seed, "save_interval": 0, "save_minutes": 0, "num_threads": self.args.num_threads,
             "cache_dir": self.out.parent / "minillm_stages_cache",
         }  # fmt: skip
         call_script(main, usual | flags | ({"max_steps": self.args.max_steps} if self.args.max_steps else {}))

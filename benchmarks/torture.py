@@ -44,10 +44,10 @@ from minillm.cli.command_line import parse, require, script
 from minillm.errors import UserError
 from minillm.reports.tracking import read_metrics
 
-KILLS = {"time": "at a time", "call": "in a call", "signal": "signals"}
+KILLS = {"time": "kills at a random time", "call": "kills in a call", "signal": "signals"}
 COUNTS = {
-    "resumes": "resumes", "anew": "begun anew", "written": "checkpoints written", "damaged": "damaged by us",
-    "skipped": "skipped", "temporary": "temporary cleaned", "mismatches": "mismatches", "rows lost": "rows lost",
+    "resumes": "resumes", "anew": "started over", "written": "checkpoints written", "damaged": "damaged by us",
+    "skipped": "skipped", "temporary": "temporary files removed", "mismatches": "mismatches", "rows lost": "rows lost",
     "bytes lost": "bytes lost",
 }  # fmt: skip
 
@@ -321,13 +321,17 @@ def report(args: Arguments, variants: list[Variant], differences: list[str], sec
             " ".join(__doc__.split("\n\n", 1)[0].split()) + f" {kills} kills in {seconds:.0f} s: **{result}**.",
             f"```bash\npython benchmarks/torture.py --kills {args.kills} --seed {args.seed}\n```",
             table(variants),
-            "*At a time*, *in a call*: SIGKILL, from outside or at a random call of a function that writes, before, "
-            "amid or after it. *Signals*: SIGTERM or SIGINT, after which a run must save, say how to go on, and exit "
-            "with 143 or 130. *Begun anew*: no whole checkpoint was left. *Damaged by us*: a bit flipped, a file cut "
-            "short or deleted; it must be named and *skipped* when a run is resumed (it may be once more at the next "
-            "one). *Rows lost*: of metrics, before the newest whole checkpoint. *Bytes lost*: of whole checkpoints "
-            "that went otherwise than by `--keep_last`.",
-            "Calls at which runs were ended: "
+            "What the columns count:",
+            "* *Kills at a random time*, *kills in a call*: SIGKILL, from outside, or at a random call of a function "
+            "that writes: before, during or after it.\n"
+            "* *Signals*: SIGTERM or SIGINT; the run must save, print the command that resumes it, and exit with 143 "
+            "or 130.\n"
+            "* *Started over*: no intact checkpoint was left.\n"
+            "* *Damaged by us*: a bit flipped, a file cut short or deleted. The checkpoint must be named and *skipped* "
+            "when the run is resumed (it may be skipped again at the next resume).\n"
+            "* *Rows lost*: of metrics, before the newest intact checkpoint.\n"
+            "* *Bytes lost*: of intact checkpoints that were not removed by `--keep_last`.",
+            "Calls in which runs were killed or signalled: "
             + ", ".join(f"{name} {number}" for name, number in points.most_common())
             + f". {os.cpu_count()} CPU cores, torch {torch.__version__}, one thread.",
         ]

@@ -30,7 +30,7 @@ POINTS: dict[str, list[tuple[str, str, str]]] = {
     "sha256": [("minillm.checkpoints.checkpoint", "", "sha256")],
     "torch.save": [("torch", "", "save")],
     "save_file": [
-        ("minillm.hub.huggingface", "", "save_file"), ("minillm.lora.files", "", "save_file"),
+        ("minillm.hub.huggingface", "", "save_file"), ("minillm.lora.more.files", "", "save_file"),
         ("minillm.checkpoints.outputs", "", "save_file"), ("minillm.objectives.distill", "", "save_file"),
     ],
     "rmtree": [("shutil", "", "rmtree")],

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from minillm.checkpoints.checkpoint import STATE_FILE, find_damage, is_earlier, list_checkpoints
+from minillm.checkpoints.checkpoint import STATE_FILE, find_damage, list_checkpoints
+from minillm.checkpoints.directory import is_earlier
 from minillm.config import ModelConfig
 from minillm.hub.huggingface import save_model
 from minillm.model import Transformer

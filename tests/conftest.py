@@ -1,30 +1,57 @@
 """Tests run on two cores side by side: one thread per process keeps them from fighting."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+TEMPORARY = Path(tempfile.gettempdir())
+IN_TEMPORARY = {path.name for path in TEMPORARY.iterdir()}
+if not IS_WORKER:  # the temporary folder of this session, of its workers and of all programs; removed at the end
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="minillm_tests_")
 
 import filelock
 import pytest
 import torch
 
+from minillm.inference import samples
 from tests import forking_python, pictures
 
 torch.set_num_threads(1)
+samples.MAX_NEW_TOKENS = 8  # on a run's page, by models that know nothing
 
 ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
+    """Put what takes longest first: the end of a session is short for all workers then."""
+    items.sort(key=lambda item: item.path.parent.name not in ("contracts", "stages"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus):
+    """Say where the files of failed tests are, and what is new in the system's temporary folder."""
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        terminalreporter.write_line(f"what the tests wrote is in {tempfile.tempdir}")
+    ours = Path(tempfile.tempdir).name
+    new = sorted(path.name for path in TEMPORARY.iterdir() if path.name not in IN_TEMPORARY | {ours})
+    if new:
+        terminalreporter.write_line(f"left in {TEMPORARY}, by a test or by another program: {', '.join(new)}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(exitstatus):
+    if not IS_WORKER and exitstatus != pytest.ExitCode.TESTS_FAILED:
+        shutil.rmtree(tempfile.tempdir, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,7 +87,7 @@ def once(tmp_path_factory):
 
     def once(name: str, build) -> Path:
         shared = tmp_path_factory.getbasetemp()
-        shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+        shared = shared.parent if IS_WORKER else shared
         directory = shared / name
         with filelock.FileLock(shared / f"{name}.lock"):
             if not (directory / "built").exists():
@@ -77,7 +104,7 @@ def python(once) -> str:
     """The path of a Python that has the library imported when it starts; see ``forking_python``."""
     if sys.platform != "linux":
         return sys.executable
-    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    owner = os.getppid() if IS_WORKER else os.getpid()
     return str(once("forking_python", lambda directory: forking_python.start(directory, owner=owner)) / "python")
 
 

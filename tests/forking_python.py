@@ -77,6 +77,7 @@ def serve(address: str, owner: int) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     importlib.import_module("tests.pictures").draw_pixels()
+    importlib.import_module("minillm.inference.samples").MAX_NEW_TOKENS = 8
     gc.collect()
     gc.freeze()  # a fork that collects would copy every page
     listener = socket.socket(socket.AF_UNIX)

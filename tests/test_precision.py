@@ -112,7 +112,7 @@ def test_only_float16_is_scaled():
 
 def one_step(weight, loss, dtype, max_norm, divisor=64.0):
     """Forward, backward and clip. The loss is divided outside the float16 part, as ``Run`` does by its count."""
-    engine = Engine(Ranks(), precision.grad_scaler(CPU, dtype))
+    engine = Engine(Ranks(), CPU, dtype)
     engine.attach(torch.optim.SGD([weight], lr=1.0))
     with precision.autocast(CPU, dtype):
         value = loss(weight)

@@ -7,11 +7,9 @@ Loading takes the newest one whose files match its manifest, and names those tha
 """
 
 import errno
-import itertools
 import json
 import os
 import random
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +19,10 @@ import torch
 
 from minillm.errors import UserError
 from minillm.files import sha256
-from minillm.hub.names import is_adapter, is_model
 
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
 DAMAGED = "damaged-"
-EARLIER = "earlier"  # with a number: folder of a run directory, for a run that was there before
 
 
 def save_checkpoint(
@@ -45,7 +41,7 @@ def save_checkpoint(
         write_model: writes the model's files into the directory it is given.
         state: tensors and plain values only (it is read back with ``weights_only=True``).
         n_bytes: what all of it will take, about.
-        is_begun: ``make_room`` was called before, by ranks that write together.
+        is_begun: ``prepare_directory`` was called before, by ranks that write together.
 
     Raises:
         UserError: the disk is full or not writable; the message says how much is needed and how much is free.
@@ -54,7 +50,7 @@ def save_checkpoint(
     temporary = temporary_path(directory, step)
     try:
         if not is_begun:
-            make_room(directory, step, n_bytes=n_bytes)
+            prepare_directory(directory, step, n_bytes=n_bytes)
         write_model(temporary)
         with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
             torch.save(state, file)
@@ -80,13 +76,13 @@ def save_checkpoint(
 
 def tidy(directory: Path, *, step: int, keep_last: int) -> None:
     """Remove what killed processes left behind, damaged checkpoints up to ``step``, and all but the newest others."""
-    _remove_leftovers(directory)
+    remove_leftovers(directory)
     damaged = [path for path in directory.glob(f"{DAMAGED}step-*") if path.name <= f"{DAMAGED}step-{step:08d}"]
     for old in damaged + list_checkpoints(directory)[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def put_damaged_aside(directory: Path, *, newest: Path) -> None:
+def rename_damaged(directory: Path, *, newest: Path) -> None:
     """Give those later than ``newest``, which were found damaged, a name that does not count.
 
     They must not push out those that are whole. They are there until the run has come as far again.
@@ -103,22 +99,23 @@ def temporary_path(directory: Path, step: int) -> Path:
     return directory / f".step-{step:08d}.tmp"
 
 
-def make_room(directory: Path, step: int, *, n_bytes: int = 0) -> None:
+def prepare_directory(directory: Path, step: int, *, n_bytes: int = 0) -> None:
     """Make the directory of ``temporary_path``, without what a process left there that was killed while it wrote.
 
     Raises:
         UserError: less than ``n_bytes`` are free; nothing has been written then.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(directory)
+    remove_leftovers(directory)
     if shutil.disk_usage(directory).free < n_bytes:
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise _no_room(directory, directory / f"step-{step:08d}", error, n_bytes)
     temporary_path(directory, step).mkdir()
 
 
-def _remove_leftovers(directory: Path) -> None:
-    for leftover in directory.glob(".step-*.tmp*"):  # of a process that was killed while it wrote
+def remove_leftovers(directory: Path) -> None:
+    """Remove what processes left that were killed while they wrote a checkpoint."""
+    for leftover in directory.glob(".step-*.tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -136,38 +133,6 @@ def _no_room(directory: Path, final: Path, error: OSError, n_bytes: int) -> User
         f"{free / 2**20:.1f} MiB are free there, older checkpoints are untouched; free some space and go on with "
         f"--from_resume"
     )
-
-
-def holds_a_run(directory: Path) -> str | None:
-    """Return what a run directory holds of an earlier run, in words; None if it is free for a new one."""
-    if (directory / f".{EARLIER}.tmp").is_dir():
-        return "a run that was about to be moved"
-    if is_model(directory) or is_adapter(directory):
-        return "a finished run"
-    checkpoints = list_checkpoints(directory / "checkpoints")
-    return f"an unfinished run with checkpoints up to {checkpoints[0].name}" if checkpoints else None
-
-
-def is_earlier(path: Path) -> bool:
-    """Return whether a path is in a folder of an earlier run, or such a folder."""
-    return any(re.fullmatch(rf"{EARLIER}-\d+", part) for part in path.parts)
-
-
-def move_to_earlier(directory: Path) -> Path:
-    """Move what an earlier run has left in ``directory`` into a folder of it, ``earlier-1`` first; return that.
-
-    The lock, what starts with a dot, and folders that no run makes stay. A move that was cut short by a kill is
-    completed by the next call.
-    """
-    emptied = directory / f".{EARLIER}.tmp"
-    earlier = next(path for n in itertools.count(1) if not (path := directory / f"{EARLIER}-{n}").exists())
-    emptied.mkdir(exist_ok=True)
-    for path in sorted(directory.iterdir()):
-        if not path.name.startswith(".") and (not path.is_dir() or path.name in ("best", "checkpoints")):
-            os.rename(path, emptied / path.name)
-    os.rename(emptied, earlier)
-    _remove_leftovers(earlier / "checkpoints")
-    return earlier
 
 
 def newest_checkpoint(directory: Path, *, report: Callable[[str], None] = print) -> Path | None:

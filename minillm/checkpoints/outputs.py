@@ -13,8 +13,8 @@ from minillm.hub.adapters import adapter_directory
 from minillm.hub.huggingface import load_model, save_model
 from minillm.hub.names import run_name
 from minillm.lora import save_lora
-from minillm.lora.base import BASE
-from minillm.lora.state import load_trained_state, trained_state
+from minillm.lora.more.base import BASE
+from minillm.lora.more.state import load_trained_state, trained_state
 
 TRAINED = "trained.safetensors"
 

@@ -1,7 +1,7 @@
-"""When and how a run is saved: from a copy, in a thread of its own, while training goes on.
+"""Saving and restoring a run: from a copy of the model, in a thread, while training continues.
 
-What a checkpoint promises does not depend on that: it gets its name when all of it is on the disk (``checkpoint.py``).
-Two are never written at once, an error ends the run at its next step, and no run ends before its checkpoint is whole.
+A checkpoint gets its name when all of it is on the disk (``checkpoint.py``). Two are never written at once, an error
+ends the run at its next step, and no run ends before its checkpoint is complete.
 """
 
 import copy
@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minillm.checkpoints import checkpoint, resume
-from minillm.distributed.engine import changing_state, map_tensors
+from minillm.checkpoints import checkpoint
+from minillm.checkpoints.outputs import WholeModel
+from minillm.distributed.engine import Engine, changing_state, map_tensors
 from minillm.errors import UserError
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
+
+SHARDS = "shards"  # folder of a checkpoint that all ranks have written together
 
 
 class ModelCopy:
     """A second copy of a model on the CPU, refilled for every checkpoint.
 
-    It is made while the model is whole. Frozen parameters never change: they are shared where they lie on the CPU.
+    Create it while the model is whole. Frozen parameters never change: those on the CPU are shared, not copied.
     """
 
     def __init__(self, model: nn.Module):
@@ -40,64 +43,101 @@ class ModelCopy:
 
     @torch.no_grad()
     def fill(self, weights: dict[str, Tensor]) -> nn.Module:
-        """Take over ``weights``, of ``changing_state``'s names; return the model."""
+        """Copy ``weights``, named as by ``changing_state``, into the model; return it."""
         for name, tensor in changing_state(self.model).items():
             tensor.copy_(weights[name])
         return self.model
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time; made while the model is whole, before the engine takes it."""
+    """Writes the checkpoints of a run, one at a time. Create it while the model is whole, before the engine takes it.
 
-    def __init__(self, run):
-        self.run, args = run, run.args
-        holds_all = run.ranks.is_main or resume.may_resume(run)  # to go on, each rank reads all and takes its part
-        is_needed = args.async_save and run.ranks.is_main if run.engine.trains_model else holds_all
-        self.copy = ModelCopy(run.model) if is_needed else None
+    Args:
+        directory: of the checkpoints. output: how the model is written and read.
+        is_async: write in a thread, from a copy. keep_last: how many checkpoints stay.
+        minutes: between checkpoints, see ``is_due`` (0: never due). may_resume: whether ``load`` may be called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        output: WholeModel,
+        directory: Path,
+        *,
+        is_async: bool = True,
+        keep_last: int = 2,
+        minutes: float = 0.0,
+        may_resume: bool = False,
+    ):
+        self.model, self.engine, self.output, self.directory = model, engine, output, directory
+        self.is_async, self.keep_last, self.minutes = is_async, keep_last, minutes
+        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        holds_all = engine.ranks.is_main or may_resume  # to resume, each rank reads everything and takes its part
+        is_needed = is_async and engine.ranks.is_main if engine.holds_master_weights else holds_all
+        self.copy = ModelCopy(model) if is_needed else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
-        self._last = time.monotonic()  # not the clock on the wall, which may be set back
+        self._last_time = time.monotonic()  # the wall clock may be set back
+        self.last_step = -1
 
     def whole_model(self) -> nn.Module | None:
         """Return the model with all its weights on the main rank, None elsewhere. All ranks call it together."""
-        if self.run.engine.trains_model:
-            return self.run.model
+        if self.engine.holds_master_weights:
+            return self.model
         self.wait()  # what is being written reads the copy
-        weights = self.run.engine.weights(self.run.model)
+        weights = self.engine.weights(self.model)
         return self.copy.fill(weights) if weights is not None else None
 
     def is_due(self) -> bool:
-        """Return whether ``--save_minutes`` have passed since the last checkpoint."""
-        minutes = self.run.args.save_minutes
-        return bool(minutes) and time.monotonic() - self._last >= 60 * minutes
+        """Return whether ``minutes`` have passed since the last checkpoint."""
+        return bool(self.minutes) and time.monotonic() - self._last_time >= 60 * self.minutes
 
-    def save(self) -> None:
-        """Take what a checkpoint holds and begin to write it; with ``--async_save 0`` wait until it is written."""
-        run = self.run
+    def save(self, step: int, state: dict | None, *, tokenizer) -> None:
+        """Copy the weights and begin to write a checkpoint; return when it is written unless ``is_async``.
+
+        Args:
+            state: the training state without the optimizer's, on the main rank. All ranks call this together.
+        """
         self.wait()
-        self._last = time.monotonic()
-        directory = run.directory / "checkpoints"
-        rng_states, measures = zip(*run.ranks.gather((checkpoint.rng_state(), run.measures.state())), strict=True)
-        shards = None
-        if run.engine.is_sharded and hasattr(run.engine, "save_shards") and run.output.is_large:
-            path = checkpoint.temporary_path(directory, run.step)
-            n_bytes = 12 * run.n_parameters[0]  # weights and two moments, float32
-            run.ranks.main_alone(lambda: checkpoint.make_room(directory, run.step, n_bytes=n_bytes))
-            shards = run.engine.save_shards(path / resume.SHARDS)
-            optimizer = {"param_groups": run.optimizer.state_dict()["param_groups"]} if run.ranks.is_main else None
+        self._last_time, self.last_step = time.monotonic(), step
+        ranks, shards = self.engine.ranks, None
+        if self.engine.is_sharded and hasattr(self.engine, "save_shards") and self.output.is_large:
+            n_bytes = self._sharded_bytes()
+            ranks.on_main_rank(lambda: checkpoint.prepare_directory(self.directory, step, n_bytes=n_bytes))
+            shards = self.engine.save_shards(checkpoint.temporary_path(self.directory, step) / SHARDS)
+            optimizer = {"param_groups": self.engine.optimizer.state_dict()["param_groups"]} if ranks.is_main else None
             model = None
         else:
-            model, optimizer = self._copied(run.engine.weights(run.model)), run.engine.optimizer_state()
-        if not run.ranks.is_main:
-            self._writing = shards
-        else:
-            state = resume.state_of(run, list(rng_states), list(measures), optimizer)
-            if run.args.async_save:
+            model, optimizer = self._copied(self.engine.weights(self.model)), self.engine.optimizer_state()
+        if ranks.is_main:
+            state = state | {"optimizer": optimizer}
+            if self.is_async:
                 state = copied(state)
-            self._writing = self._thread.submit(self._write, directory, run.step, model, state, shards)
-        if not run.args.async_save:
+            self._writing = self._thread.submit(self._write, step, model, state, shards, tokenizer)
+        else:
+            self._writing = shards
+        if not self.is_async:
             self.wait()
-            run.ranks.barrier()
+            ranks.barrier()
+
+    def load(self, path: Path, optimizer: dict) -> None:
+        """Restore weights and optimizer of the checkpoint ``path``.
+
+        Args:
+            optimizer: its state in ``training_state.pt``; of sharded ones the parameter groups alone.
+        """
+        target = self.model if self.engine.holds_master_weights else self.copy.model
+        if not (path / SHARDS).is_dir():
+            self.output.read_checkpoint(target, path)
+        elif hasattr(self.engine, "load_shards"):
+            self.engine.load_shards(path / SHARDS, optimizer["param_groups"])
+            return
+        else:
+            from minillm.distributed.fsdp import read_shards
+
+            optimizer = read_shards(path / SHARDS, target, self.engine.shapes(), optimizer["param_groups"])
+        self.engine.load(target, optimizer)
 
     def check(self) -> None:
         """Raise what went wrong in the thread, if it has ended."""
@@ -117,25 +157,28 @@ class Saver:
             ) from error
 
     def close(self) -> None:
-        """End the thread, when it has written what it is writing."""
+        """Write what is being written, then end the thread."""
         self._thread.shutdown()
 
     def _copied(self, weights: dict[str, Tensor] | None) -> nn.Module | None:
         if weights is None:
             return None
-        return self.run.model if self.copy is None else self.copy.fill(weights)
+        return self.model if self.copy is None else self.copy.fill(weights)
 
-    def _write(self, directory: Path, step: int, model: nn.Module | None, state: dict, shards: Future | None) -> None:
+    def _sharded_bytes(self) -> int:
+        return 12 * self.n_parameters  # weights and two moments, float32
+
+    def _write(self, step: int, model: nn.Module | None, state: dict, shards: Future | None, tokenizer) -> None:
         def write_model(path: Path) -> None:
             if shards is not None:
                 shards.result()
             else:
-                self.run.output.write_checkpoint(model, path, tokenizer=self.run.tokenizer)
+                self.output.write_checkpoint(model, path, tokenizer=tokenizer)
 
         is_begun = shards is not None
-        n_bytes = 12 * self.run.n_parameters[0] if is_begun else n_bytes_of(state) + n_bytes_of(changing_state(model))
+        n_bytes = self._sharded_bytes() if is_begun else n_bytes_of(state) + n_bytes_of(changing_state(model))
         checkpoint.save_checkpoint(
-            directory, step, write_model, state, keep_last=self.run.args.keep_last, n_bytes=n_bytes, is_begun=is_begun
+            self.directory, step, write_model, state, keep_last=self.keep_last, n_bytes=n_bytes, is_begun=is_begun
         )
 
 

@@ -27,7 +27,7 @@ from minillm.data.sources.paths import expand_paths
 from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
 from minillm.lora import LoRAConfig
-from minillm.lora.init import TAKEN_OUT, Init
+from minillm.lora.more.init import RESIDUAL_INITS, Init
 from minillm.losses.distill import DIVERGENCES
 from minillm.losses.preference import LOSS_TYPES, NEEDS_REFERENCE, SMOOTHED
 from minillm.precision import choose_dtype
@@ -333,7 +333,7 @@ class PreferenceArguments(AdapterArguments):
         require(self.reference == "auto" or self.loss_type in NEEDS_REFERENCE, message)
         require(self.reference != "adapter" or bool(self.lora_name), "--reference adapter: goes with --lora_name")
         # With B = 0 dropout changes nothing at first, but it changes an adapter that was taken from the weights.
-        starts_at_reference = not (self.lora_name and self.lora_dropout and self.lora_init in TAKEN_OUT)
+        starts_at_reference = not (self.lora_name and self.lora_dropout and self.lora_init in RESIDUAL_INITS)
         require(
             starts_at_reference or self.loss_type not in NEEDS_REFERENCE,
             f"--lora_dropout {self.lora_dropout} with --lora_init {self.lora_init}: dropout would remove a part of the "

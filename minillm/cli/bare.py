@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from minillm.checkpoints.checkpoint import holds_a_run
+from minillm.checkpoints.directory import holds_a_run
 from minillm.config import PRESETS, ModelConfig
 from minillm.data.sources.known_names import DEMO_DATA, find_known_data
 from minillm.errors import UserError

@@ -1,8 +1,8 @@
 """Parses the command line of every script into a dataclass of arguments, with tyro.
 
 Values come from the flags, else from ``--config file.yaml``, else from the defaults. Booleans accept ``--flag``,
-``--flag 1`` and ``--flag true``; names are written with underscores. ``script`` (from ``minillm.errors``) decorates
-``main``.
+``--flag 1`` and ``--flag true``, and so does a choice that has 0 and 1 among others, such as ``--compile``. Names are
+written with underscores. ``script`` (from ``minillm.errors``) decorates ``main``.
 """
 
 import contextlib
@@ -145,24 +145,39 @@ def _to_type(where: str, value, kind):
         raise UserError(f"{where}: {value!r} is not true or false")
     if kind is str and not isinstance(value, str):
         raise UserError(f"{where}: {value!r} is not a string (quote it)")
+    if _is_switch(kind) and isinstance(value, int):  # true and false, or 0 and 1, as YAML reads them
+        value = str(int(value))
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(kind)))}")
     return value
 
 
+def _is_switch(kind) -> bool:
+    """Return whether a field is 0, 1 or something else, such as auto."""
+    return get_origin(kind) is Literal and {"0", "1"} <= set(get_args(kind))
+
+
 def _spell_out_booleans(cls, argv: list[str]) -> list[str]:
-    """Return ``argv`` with every boolean flag as ``--flag True`` or ``--flag False``, as tyro expects it."""
-    booleans = {name for name, kind in get_type_hints(cls).items() if kind in (bool, bool | None)}
+    """Return ``argv`` with every boolean flag as ``--flag True`` or ``--flag False``, as tyro expects it.
+
+    A flag whose choices include 0 and 1 gets those.
+    """
+    kinds = get_type_hints(cls)
+    booleans = {name for name, kind in kinds.items() if kind in (bool, bool | None) or _is_switch(kind)}
     words, spelled = list(argv), []
     while words:
         word = words.pop(0)
         name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name.replace("-", "_") not in booleans:
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in booleans:
             spelled.append(word)
             continue
         if not value and words and not words[0].startswith("--"):
             value = words.pop(0)
-        spelled += [f"--{name}", _BOOLEANS.get(value.lower(), value) if value else "True"]
+        value = _BOOLEANS.get(value.lower(), value) if value else "True"
+        if _is_switch(kinds[name]):
+            value = {"True": "1", "False": "0"}.get(value, value)
+        spelled += [f"--{name}", value]
     return spelled
 
 

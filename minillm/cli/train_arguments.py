@@ -39,10 +39,10 @@ class ScaleArguments(ModelArguments):
     extend: bool = False
     """Make a resumed run longer than first planned (more --epochs or --max_steps). Only the schedules constant and wsd
     allow it, wsd only before its decay begins."""
-    save_interval: int = 100
-    """Steps between checkpoints (0: only at the end)."""
-    save_minutes: float = 0.0
-    """Minutes between checkpoints, in addition to --save_interval (0: never by time)."""
+    save_interval: int = 0
+    """Steps between checkpoints, in addition to --save_minutes (0: not by steps). The end of a run is always saved."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints (0: not by time)."""
     keep_last: int = 2
     """Number of checkpoints to keep."""
     async_save: bool = True
@@ -138,8 +138,8 @@ class TrainArguments(ScaleArguments):
     """Autocast dtype; weights stay float32. auto: bfloat16 where it is fast, float16 on older CUDA cards."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: Literal["auto", "0", "1"] = "auto"
+    """Compile the model's blocks for training, a minute or two at the start. auto: on CUDA, if it is possible."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     num_workers: int = 0

@@ -20,6 +20,8 @@ from minillm.data.packing import IGNORE_INDEX
 from minillm.errors import UserError
 
 PADDING = {"input_ids": 0, "targets": IGNORE_INDEX, "position_ids": 0, "document_ids": -1}  # other columns: 0
+# What a GPU would otherwise be asked for in the middle of a step, and the host would wait for the answer.
+DERIVED = ("document_bounds", "target_rows")
 
 
 def collate(
@@ -33,10 +35,12 @@ def collate(
 
     Numbers become float32 and int64. Further columns may have trailing dimensions: ``weights``, which are 1 in rows
     that have none, and those that all rows have. Columns named ``other_...`` are a second row of its own length.
+    Next to the columns stand ``document_bounds`` and ``target_rows`` of the batch, also as ``other_...``.
     """
     batch = {}
     examples = rows or [like or dict.fromkeys(PADDING, np.zeros(0, np.int64))]
     kinds = {name: np.asarray(column) for row in examples for name, column in row.items()}
+    kinds = {name: kind for name, kind in kinds.items() if name.removeprefix("other_") not in DERIVED}
     for name, kind in kinds.items():
         columns = [row[name] if name in row else np.ones(len(row["input_ids"]), np.float32) for row in rows]
         length = pad_to or max([1, *map(len, columns)])
@@ -46,7 +50,28 @@ def collate(
         for target, values in zip(whole, columns, strict=False):
             target[: len(values)] = values
         batch[name] = torch.from_numpy(whole)
+    for prefix in ("", "other_"):
+        if prefix + "document_ids" in batch:
+            batch[prefix + "document_bounds"] = document_bounds(batch[prefix + "document_ids"])
+        if prefix + "targets" in batch:
+            batch[prefix + "target_rows"] = (batch[prefix + "targets"] != IGNORE_INDEX).flatten().nonzero()[:, 0]
     return batch
+
+
+def example_row(batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return the first row of a batch's columns, for ``collate(like=)``."""
+    return {name: column[0].numpy() for name, column in batch.items() if name.removeprefix("other_") not in DERIVED}
+
+
+def document_bounds(document_ids: Tensor) -> Tensor:
+    """Return (n + 1,) int32: where each document of document_ids (B, T) begins when the rows lie end to end, and B·T.
+
+    A document is a run of equal numbers within a row, so a stretch of padding is one too.
+    """
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = is_start.flatten().nonzero()[:, 0]
+    return torch.cat([starts, torch.tensor([document_ids.numel()])]).to(torch.int32)
 
 
 class StepBatches:

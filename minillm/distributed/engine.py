@@ -1,8 +1,8 @@
-"""The engine: what turns the gradients of one rank into those of all.
+"""The engine: where and in which dtype a model computes, and how the gradients of all ranks become one update.
 
-``Engine`` is the interface between ``Run`` and whatever averages the gradients. It has three implementations: here one
-process or DDP, FSDP2 in ``fsdp.py``, DeepSpeed's ZeRO in ``zero.py``. Every engine *averages* over ranks, which is why
-``Run`` multiplies the loss by the number of ranks before it divides by the global count of targets.
+``Engine`` has three implementations: here one process or DDP, FSDP2 in ``fsdp.py``, DeepSpeed's ZeRO in ``zero.py``.
+Every engine *averages* gradients over ranks, which is why ``Step.backward`` multiplies the loss by the number of ranks
+before it divides by the global count of targets.
 """
 
 import inspect
@@ -19,28 +19,42 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch names them
 class Engine:
     """One process, or DDP over several: gradients averaged over ranks, clipped, applied.
 
+    Args:
+        device, dtype: of the forward pass. args: the run's arguments, for engines with settings of their own.
+
     Attributes:
         module: what ``forward`` is called on.
+        sum_dtype: of sums over the targets of a step.
         is_sharded: whether no rank holds the whole model.
-        trains_model: whether the model itself has the master weights; else they come by ``weights`` alone.
-        places_model: whether ``wrap`` brings the model to the device, block by block.
+        holds_master_weights: whether the model's own parameters are the master weights (else see ``weights``).
+        places_model: whether ``wrap`` moves the model to the device, block by block.
         needs_group: whether even a single rank needs a process group.
-        shows_gradients: whether every rank has all gradients, in ``parameter.grad``.
+        has_whole_gradients: whether every rank has all gradients, in ``parameter.grad``.
+        reads_late: whether the run looks at a step's numbers while the next step computes (see ``step``).
     """
 
     is_sharded = needs_group = places_model = False
-    trains_model = shows_gradients = True
+    holds_master_weights = has_whole_gradients = True
 
-    def __init__(self, ranks: Ranks, scaler: torch.amp.GradScaler, args=None, dtype: torch.dtype = torch.float32):
-        self.ranks, self.scaler, self.args, self.dtype = ranks, scaler, args, dtype
+    def __init__(self, ranks: Ranks, device: torch.device, dtype: torch.dtype = torch.float32, args=None):
+        self.ranks, self.device, self.dtype, self.args = ranks, device, dtype, args
+        self.sum_dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.scaler = precision.grad_scaler(device, dtype)
+        self.reads_late = type(self) is Engine and device.type == "cuda" and not self.scaler.is_enabled()
         self.module: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``batch`` on the device; to a GPU from pinned memory, so that the copy does not stop the host."""
+        if self.device.type == "cuda":
+            batch = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def wrap(self, model: nn.Module) -> nn.Module:
         """Return the module to train: ``model`` itself, or wrapped for the ranks. Comes before the optimizer."""
         self.module = model
         if self.ranks.world_size > 1:
-            ids = [device.index] if device.type == "cuda" else None
+            ids = [self.device.index] if self.device.type == "cuda" else None
             ddp = nn.parallel.DistributedDataParallel
             # Buffers (the routers' correction biases) change with all-reduced counts: they are equal on every rank.
             known = inspect.signature(ddp).parameters
@@ -53,12 +67,12 @@ class Engine:
         self.optimizer = optimizer
         return self.module
 
-    def autocast(self, device: torch.device):
-        """Return the context of a forward pass in the run's dtype."""
-        return precision.autocast(device, self.dtype)
+    def autocast(self, device: torch.device | None = None):
+        """Return the context of a forward pass in the run's dtype, on ``device`` if it is not the engine's."""
+        return precision.autocast(device or self.device, self.dtype)
 
     def set_last(self, is_last: bool) -> None:
-        """Say, before a forward pass, whether its backward ends the step: only then gradients are averaged."""
+        """Tell, before a forward pass, whether its backward ends the step: only then gradients are averaged."""
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             self.module.require_backward_grad_sync = is_last
 
@@ -75,15 +89,22 @@ class Engine:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
-    def step(self) -> bool:
-        """Apply the update and clear the gradients; return whether it was applied (float16 skips overflows)."""
+    def step(self, is_finite: Tensor | None = None) -> bool:
+        """Apply the update and clear the gradients; return whether it was applied (float16 skips overflows).
+
+        Args:
+            is_finite: on the device, for an engine that ``reads_late``. Nobody has looked at it yet, so the fused
+                optimizer does: where it is False, the update changes nothing, and the host need not wait.
+        """
+        if is_finite is not None:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~is_finite).float()
         scale_before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return self.scaler.get_scale() >= scale_before
 
-    # ---- what a checkpoint keeps ------------------------------------------------------------------------------
+    # ---- what a checkpoint holds ------------------------------------------------------------------------------
 
     @property
     def loss_scale(self) -> float | None:
@@ -106,7 +127,7 @@ class Engine:
         return [parameter.shape for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def load(self, whole: nn.Module, optimizer_state: dict) -> None:
-        """Go on from the weights of ``whole`` (the trained model itself, if no rank holds only parts) and a state."""
+        """Continue from the weights of ``whole`` (the trained model itself, if every rank holds it) and a state."""
         self.optimizer.load_state_dict(optimizer_state)
 
     def scaler_state(self) -> dict:
@@ -114,7 +135,7 @@ class Engine:
         return self.scaler.state_dict()
 
     def load_scaler_state(self, state: dict) -> None:
-        """Go on from it. A run that resumes in another dtype starts its scaling over."""
+        """Continue from it. A run that resumes in another dtype starts its scaling over."""
         if "scale" in state and self.scaler.is_enabled():  # DeepSpeed's has other names
             self.scaler.load_state_dict(state)
 

@@ -3,8 +3,8 @@
 from minillm.distributed.engine import Engine
 
 
-def find(name: str) -> type[Engine]:
-    """Return the body of the engine that ``--parallel`` names; what it needs is imported now."""
+def engine_class(name: str) -> type[Engine]:
+    """Return the engine that ``--parallel`` names; what it needs is imported now."""
     if name == "fsdp":
         from minillm.distributed.fsdp import FSDP
 

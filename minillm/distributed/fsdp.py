@@ -24,11 +24,11 @@ class FSDP(Engine):
     """Each block's weights are gathered before it computes and dropped after it; gradients are reduced to shards."""
 
     is_sharded = needs_group = places_model = True
-    trains_model = shows_gradients = False
+    holds_master_weights = has_whole_gradients = False
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """Shard ``model`` in place, each block as it comes to the device, and return it."""
-        mesh = dist.device_mesh.init_device_mesh(device.type, (self.ranks.world_size,))
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.ranks.world_size,))
         settings = {"mesh": mesh, "mp_policy": self._precision(model)}
         for block in model.model.layers:
             fully_shard(block, **settings)

@@ -1,4 +1,4 @@
-"""This process among all of a run, and the collectives that a run needs."""
+"""The ranks of a run: this process among all, and the collectives that a run needs."""
 
 import contextlib
 import datetime
@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minillm.distributed.rendezvous import meeting_store
+from minillm.distributed.rendezvous import rendezvous_store
 from minillm.errors import UserError
 
-SIGN_OF_LIFE_S = 10.0  # the main rank gives one so often while it works alone
+HEARTBEAT_S = 10.0  # seconds between signs of life of the main rank while it works alone
 
 
 class Ranks:
@@ -27,7 +27,7 @@ class Ranks:
         self._started_here = False
         self._store: dist.Store | None = None
         self._timeout_s = 0.0
-        self._n_alone = 0  # times that the main rank has worked alone
+        self._n_main_calls = 0  # times that the main rank has worked alone
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +47,7 @@ class Ranks:
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        store = meeting_store(self.rank, self.world_size, timeout)
+        store = rendezvous_store(self.rank, self.world_size, timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self._started_here = True
         self._store, self._timeout_s = store, timeout.total_seconds()
@@ -78,15 +78,15 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def main_alone(self, build):
+    def on_main_rank(self, build):
         """Run ``build()`` on rank 0 while the others wait; return its result, None elsewhere. All raise if it fails.
 
-        It may take longer than the timeout of the group: the others wait for as long as rank 0 gives signs of life.
+        It may take longer than the timeout of the group: the others wait as long as rank 0 gives signs of life.
         """
         result = error = None
-        self._n_alone += 1
+        self._n_main_calls += 1
         if self.is_main:
-            with self._signs_of_life():
+            with self._heartbeats():
                 try:
                     result = build()
                 except Exception as caught:
@@ -101,16 +101,16 @@ class Ranks:
         return result
 
     @contextlib.contextmanager
-    def _signs_of_life(self):
-        """Tell the others in the store, every few seconds, that this process is alive, and at last that it is done."""
+    def _heartbeats(self):
+        """Write signs of life to the store every few seconds, and at the end that rank 0 is done."""
         if self._store is None or self.world_size == 1:
             yield
             return
         done = threading.Event()
 
         def tell() -> None:
-            while not done.wait(min(SIGN_OF_LIFE_S, self._timeout_s / 4)):
-                self._store.add(f"minillm alone {self._n_alone}", 1)
+            while not done.wait(min(HEARTBEAT_S, self._timeout_s / 4)):
+                self._store.add(f"minillm alone {self._n_main_calls}", 1)
 
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
@@ -119,13 +119,13 @@ class Ranks:
         finally:
             done.set()
             thread.join()
-            self._store.set(f"minillm alone {self._n_alone} done", "")
+            self._store.set(f"minillm alone {self._n_main_calls} done", "")
 
     def _wait_for_main(self) -> None:
-        """Wait until rank 0 is done with what it does alone; raise UserError when it gives no sign of life."""
+        """Wait until rank 0 is done; raise UserError when it gives no sign of life."""
         if self._store is None:
             return
-        name, n_signs, since, pause_s = f"minillm alone {self._n_alone}", 0, time.monotonic(), 0.01
+        name, n_signs, since, pause_s = f"minillm alone {self._n_main_calls}", 0, time.monotonic(), 0.01
         while not self._store.check([f"{name} done"]):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.5)
@@ -135,7 +135,7 @@ class Ranks:
                 minutes = self._timeout_s / 60
                 raise UserError(f"rank 0 has given no sign of life for {minutes:g} minutes (--timeout_minutes)")
 
-    def main_first(self, build):
-        """Return ``build()``, run on rank 0 before the others, so that these find its files ready."""
-        result = self.main_alone(build)
+    def main_rank_first(self, build):
+        """Return ``build()`` of every rank. Rank 0 runs it first, so that the others find its files ready."""
+        result = self.on_main_rank(build)
         return result if self.is_main else build()

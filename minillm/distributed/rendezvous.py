@@ -10,7 +10,7 @@ import torch.distributed as dist
 from minillm.errors import UserError
 
 
-def meeting_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+def rendezvous_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
     """Return where the ranks of this attempt find each other."""
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()

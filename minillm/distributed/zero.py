@@ -22,19 +22,19 @@ class ZeRO(Engine):
     """DeepSpeed's engine around the model and our AdamW; the stage is in the file that ``--deepspeed_config`` names."""
 
     needs_group = True
-    trains_model = shows_gradients = False
+    holds_master_weights = has_whole_gradients = False
 
-    def __init__(self, ranks, scaler, args=None, dtype: torch.dtype = torch.float32):
-        super().__init__(ranks, torch.amp.GradScaler(enabled=False), args, dtype)  # DeepSpeed scales by itself
+    def __init__(self, ranks, device: torch.device, dtype: torch.dtype = torch.float32, args=None):
+        super().__init__(ranks, device, dtype, args)
+        self.scaler = torch.amp.GradScaler(enabled=False)  # DeepSpeed scales by itself
         self.deepspeed = _import_deepspeed(args.device)
         self.settings = read_settings(Path(args.deepspeed_config))
         self.is_sharded = self.settings.get("zero_optimization", {}).get("stage", 0) >= 3
         self._applied = False
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """Return ``model`` as it is, for the optimizer to be made of its parameters."""
         self.module = self.model = model
-        self.device = device
         self.whole_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model
 
@@ -68,7 +68,7 @@ class ZeRO(Engine):
         self._make_moments()
         return self.module
 
-    def autocast(self, device: torch.device):
+    def autocast(self, device: torch.device | None = None):
         """Return the context of a forward pass: none for a model that DeepSpeed keeps in a short dtype."""
         is_short = any(self.settings.get(name, {}).get("enabled") is True for name in ("bf16", "fp16"))
         return contextlib.nullcontext() if is_short else super().autocast(device)
@@ -92,7 +92,7 @@ class ZeRO(Engine):
         norm = self.module.get_global_grad_norm()
         return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float64)
 
-    def step(self) -> bool:
+    def step(self, is_finite: Tensor | None = None) -> bool:
         """Return whether the update was applied."""
         return self._applied
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minillm.errors import UserError
 from minillm.hub.names import find_adapter, run_name
-from minillm.lora.merge import merge_adapters
+from minillm.lora.more.merge import merge_adapters
 
 
 def adapter_directory(name: str, *, save_dir: str, config) -> Path:

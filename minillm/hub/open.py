@@ -20,7 +20,7 @@ from minillm.hub.names import (
     is_model,
 )
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
-from minillm.lora.base import BASE
+from minillm.lora.more.base import BASE
 from minillm.model.sizes import describe_parameters
 from minillm.precision import choose_device, choose_dtype
 from minillm.tokenizer import load_tokenizer

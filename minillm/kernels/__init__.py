@@ -1,1 +1,1 @@
-"""Faster bodies of plain expressions; they import nothing but torch."""
+"""Faster bodies of plain expressions; they import nothing but torch and each other."""

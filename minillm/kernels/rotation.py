@@ -9,6 +9,8 @@ from torch import Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return ``x`` (B, T, H, K) with its pairs (i, i + R/2) turned by angles of cos and sin (B or 1, T, 1, R/2)."""
+    if torch.compiler.is_compiling():  # the compiler fuses the plain expression, forward and backward
+        return plain(x, cos, sin)
     return _Rotation.apply(x, cos, sin)
 
 
@@ -21,8 +23,6 @@ def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler cannot trace a result written into a slice, and needs no help
-        return plain(x, cos, sin)
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]  # 2 x (B, T, H, R/2)
     turned = torch.empty_like(x, dtype=cos.dtype)  # (B, T, H, K)

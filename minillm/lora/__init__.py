@@ -1,11 +1,14 @@
-"""Low-rank adaptation (LoRA): a few percent of the parameters learn what is new, the model stays as it is."""
+"""Low-rank adaptation (LoRA): a few percent of the parameters learn what is new, the model stays as it is.
 
-from minillm.lora.adapters import delete_adapter, disable_lora, set_adapter
-from minillm.lora.config import LoRAConfig
-from minillm.lora.files import load_lora, save_lora
-from minillm.lora.inject import add_adapter, apply_lora, lora_parameters, remove_lora
-from minillm.lora.layer import LoRA
-from minillm.lora.merge import merge_lora, unmerge_lora
+``core.py`` is the idea, complete and usable alone. ``more/`` builds on it; what is exported here is from there.
+"""
+
+from minillm.lora.core import LoRA, lora_parameters
+from minillm.lora.more.adapters import delete_adapter, disable_lora, set_adapter
+from minillm.lora.more.apply import add_adapter, apply_lora, remove_lora
+from minillm.lora.more.config import LoRAConfig
+from minillm.lora.more.files import load_lora, save_lora
+from minillm.lora.more.merge import merge_lora, unmerge_lora
 
 __all__ = [
     "LoRA",

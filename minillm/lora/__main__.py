@@ -16,11 +16,11 @@ import tyro
 from minillm.errors import UserError, script
 from minillm.hub.huggingface import load_model, save_model
 from minillm.hub.names import adapters_called, find_adapter, find_weights, run_name
-from minillm.lora.base import BASE
-from minillm.lora.files import CONFIG, read_adapter
-from minillm.lora.merge import merge_adapters
+from minillm.lora.more.base import BASE
+from minillm.lora.more.files import CONFIG, read_adapter
+from minillm.lora.more.merge import merge_adapters
 
-# What a model directory holds besides weights and configuration, and a merged one needs as well.
+# What a model directory holds besides weights and configuration; it is copied into the merged one.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model",
               "generation_config.json")  # fmt: skip
 
@@ -45,13 +45,13 @@ def merge(
         save_dir: directory that holds the run directories, for names.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: there is something already; choose a new directory")
+        raise UserError(f"--output {output}: it exists already; choose a new directory")
     path = find_weights(model, save_dir=save_dir, hidden_size=512, any_width=True, flag="--model")
     merged = load_model(path)
     merged.origin = str(path)
-    folder = path if path.is_dir() else path.parent  # a .pth has its companions next to itself
+    folder = path if path.is_dir() else path.parent  # the tokenizer of a .pth is in the same folder
     suffix = run_name("", hidden_size=merged.config.hidden_size, has_experts=bool(merged.config.num_experts))
-    adapters = [_weighted(said, save_dir=save_dir, model_suffix=suffix) for said in adapter]
+    adapters = [_path_and_weight(text, save_dir=save_dir, model_suffix=suffix) for text in adapter]
     merge_adapters(merged, adapters, any_base=any_base)
     if dtype == "as the model":
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def merge(
             if file.is_file():
                 shutil.copy2(file, output / file.name)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; choose another place") from None
+        raise UserError(f"cannot write {output}: {error.strerror or error}; choose another path") from None
     print(f"saved {output} ({dtype})")
 
 
@@ -83,7 +83,7 @@ def show(*, adapter: str, save_dir: str = "out") -> None:
     except ValueError as error:
         raise UserError(f"{path / file} is damaged, copy it again: {error}") from None
     print(f"{path}: {n_parameters:,} parameters")
-    print(f"made for: {base.get('base') or base.get('base_model_name_or_path') or 'not said'}")
+    print(f"made for: {base.get('base') or base.get('base_model_name_or_path') or 'unknown'}")
     kind = [word for word, is_so in (("DoRA", config.use_dora), ("rsLoRA", config.use_rslora)) if is_so] or ["LoRA"]
     print(f"{' '.join(kind)}: rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}")
     for name, tensor in sorted(tensors.items()):
@@ -94,14 +94,14 @@ def _base_file(adapter: Path) -> str | None:
     return next((name for name in (BASE, CONFIG) if (adapter / name).is_file()), None)
 
 
-def _weighted(said: str, *, save_dir: str, model_suffix: str) -> tuple[Path, float]:
-    name, colon, weight = said.rpartition(":")
-    if not colon or Path(said).exists():
-        name, weight = said, "1"
+def _path_and_weight(text: str, *, save_dir: str, model_suffix: str) -> tuple[Path, float]:
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        name, weight = text, "1"
     try:
         share = float(weight)
     except ValueError:
-        raise UserError(f"--adapter {said}: {weight!r} is not a weight; write PATH:0.7") from None
+        raise UserError(f"--adapter {text}: {weight!r} is not a weight; write PATH:0.7") from None
     return find_adapter(name, save_dir=save_dir, model_suffix=model_suffix, flag="--adapter"), share
 
 

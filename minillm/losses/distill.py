@@ -22,22 +22,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minillm.errors import UserError
-from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets
-from minillm.losses.products import (
-    kept_dtype,
-    output_operand,
-    product_dtype,
-    product_for_sums,
-    product_in_float32,
-    scaled_gradient,
-)
+from minillm.kernels.chunked_loss import CHUNK_NUMEL, chunked_loss
+from minillm.kernels.chunks import chunks
+from minillm.kernels.products import output_operand, product_dtype, product_in_float32
+from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets, rows_with_target
 
 DIVERGENCES = ("forward", "reverse", "symmetric", "js")
-# Logits of one chunk (16 MiB in float32): a divergence keeps about ten tensors of this size at a time.
-CHUNK_NUMEL = 4 * 1024 * 1024
 LEAST_LOG = -1000.0  # of a probability that is 0: exp of it is 0 even in float64
 
 
@@ -86,6 +78,7 @@ def linear_distill_loss(
     alpha: float = 0.0,
     temperature: float = 1.0,
     divergence: str = "forward",
+    target_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``distill_loss`` of ``student_hidden @ student_weight.T`` and the teacher's, which are never whole.
 
@@ -94,6 +87,7 @@ def linear_distill_loss(
     Args:
         student_hidden, teacher_hidden: (..., D), widths of their own; (..., V) logits where the weight is None.
         student_weight, teacher_weight: (V, D), the output layers.
+        target_rows: (N,), what ``rows_with_target(targets)`` returns, where the batch knows it already.
     """
     _check(alpha, temperature, divergence)
     n_student = (student_hidden if student_weight is None else student_weight.T).shape[-1]
@@ -109,7 +103,7 @@ def linear_distill_loss(
         return _divergence(p, F.log_softmax(student / temperature, dim=-1), divergence)
 
     loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
-    return _chunked(loss, student_hidden, student_weight, targets, weights, teacher_hidden.detach())
+    return _over_targets(loss, student_hidden, student_weight, targets, weights, target_rows, teacher_hidden.detach())
 
 
 def linear_top_k_distill_loss(
@@ -124,6 +118,7 @@ def linear_top_k_distill_loss(
     alpha: float = 0.0,
     temperature: float = 1.0,
     divergence: str = "forward",
+    target_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the same loss with a teacher of whom only the k best tokens of every position are known.
 
@@ -148,7 +143,7 @@ def linear_top_k_distill_loss(
 
     loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
     teacher = teacher_ids, teacher_log_probs, teacher_log_rest
-    return _chunked(loss, student_hidden, student_weight, targets, weights, *teacher)
+    return _over_targets(loss, student_hidden, student_weight, targets, weights, target_rows, *teacher)
 
 
 @torch.no_grad()
@@ -174,7 +169,7 @@ def top_k_teacher(
     n_tokens = min(n_tokens, vocab_size or n_tokens)
     if not 1 <= k <= n_tokens:
         raise UserError(f"top_k {k}: the teacher knows {n_tokens} tokens, choose 1 to {n_tokens}")
-    rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
+    rows = rows_with_target(targets)  # (N,)
     used = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])[rows]
     dtype = product_dtype(used)
     output = None if teacher_weight is None else output_operand(teacher_weight[:n_tokens], dtype)
@@ -182,7 +177,7 @@ def top_k_teacher(
     log_probs = torch.zeros(targets.numel(), k, dtype=_wide(used), device=targets.device)
     log_rest = torch.zeros(targets.numel(), 1, dtype=_wide(used), device=targets.device)
     with torch.autocast(used.device.type, enabled=False):
-        for chunk in _chunks(len(rows), n_tokens):
+        for chunk in chunks(len(rows), n_tokens, numel=CHUNK_NUMEL, device=used.device):
             short = used[chunk].to(dtype)
             logits = short[:, :n_tokens] if output is None else product_in_float32(short, output.T)
             everything = F.log_softmax(logits.to(_wide(used)) / temperature, dim=-1)  # (n, V)
@@ -243,71 +238,19 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p_exp * (p - q) - p_exp + q.exp()).sum(dim=-1)
 
 
-# ---- chunks ---------------------------------------------------------------------------------------------------
+# ---- all positions --------------------------------------------------------------------------------------------
 
 
-def _chunked(loss: Callable, hidden: Tensor, weight: Tensor | None, targets: Tensor, weights, *teacher: Tensor):
+def _over_targets(
+    loss: Callable, hidden: Tensor, weight: Tensor | None, targets: Tensor, weights, target_rows, *teacher: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return ``(loss_sum, n_targets)`` of ``loss(logits, targets, *teacher)`` over all positions with a target."""
-    rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
+    rows = rows_with_target(targets) if target_rows is None else target_rows  # (N,)
     used = hidden.reshape(-1, hidden.shape[-1])[rows]
     flat = [t.reshape(-1, t.shape[-1])[rows] for t in teacher]
     factors = None if weights is None else weights.reshape(-1)[rows]
-    # Asked here: inside of a Function gradients are always off, and a parameter always asks for its own.
-    wants_grad = torch.is_grad_enabled()
-    loss_sum = _Chunked.apply(used, weight, wants_grad, loss, targets.reshape(-1)[rows], factors, *flat)
+    loss_sum = chunked_loss(loss, used, weight, targets.reshape(-1)[rows], factors, *flat)
     return loss_sum, count_targets(targets, weights)
-
-
-class _Chunked(torch.autograd.Function):
-    """Sums a loss over chunks of positions, and forms the gradients of each chunk at once."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, wants_grad, loss, targets, factors, *teacher):
-        need_hidden, need_weight = (wants_grad and need for need in ctx.needs_input_grad[:2])
-        dtype = product_dtype(hidden)
-        wide = torch.promote_types(dtype, torch.float32)
-        loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_dtype = kept_dtype(hidden)
-        grad_hidden = torch.zeros_like(hidden, dtype=grad_dtype) if need_hidden else None
-        grad_weight = None
-        if need_weight:
-            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        short = operand = None
-        if weight is not None:
-            short, operand = weight.to(dtype), output_operand(weight, dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in _chunks(len(hidden), (hidden if weight is None else weight.T).shape[-1]):
-                chunk_hidden = hidden[chunk].to(wide if weight is None else dtype)
-                logits = chunk_hidden if weight is None else product_in_float32(chunk_hidden, operand.T)
-                with torch.set_grad_enabled(need_hidden or need_weight):
-                    logits = logits.detach().to(wide).requires_grad_(need_hidden or need_weight)
-                    losses = loss(logits, targets[chunk], *(t[chunk] for t in teacher))  # (n,)
-                    chunk_loss = (losses if factors is None else losses * factors[chunk].to(wide)).sum()
-                loss_sum += chunk_loss.detach()
-                if not logits.requires_grad:
-                    continue
-                (grad_logits,) = torch.autograd.grad(chunk_loss, logits)
-                grad_logits = grad_logits.to(chunk_hidden.dtype)
-                if need_hidden:
-                    grad_hidden[chunk] = (grad_logits if weight is None else grad_logits @ short).to(grad_dtype)
-                if need_weight:
-                    grad_weight += product_for_sums(grad_logits.T, chunk_hidden)
-        if need_weight:  # summed in float32, it is as large as the output weight: not kept wider than needed
-            grad_weight = grad_weight.to(kept_dtype(weight))
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
-        return loss_sum
-
-    @staticmethod
-    @once_differentiable  # the saved gradients are constants
-    def backward(ctx, grad):
-        grads = [scaled_gradient(*each) for each in zip(ctx.saved_tensors, [grad] * 2, ctx.dtypes, strict=True)]
-        return (*grads, *[None] * (len(ctx.needs_input_grad) - 2))
-
-
-def _chunks(n_rows: int, n_tokens: int):
-    length = max(1, CHUNK_NUMEL // n_tokens)
-    return (slice(start, start + length) for start in range(0, n_rows, length))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 Nothing else in the model looks at devices, at the training mode or at what is frozen.
 
-Legend: B batch, T positions, S key positions, H query heads, G kv heads, K head width.
+Legend: B batch, T positions, S key positions, H query heads, G kv heads, J = H / G, K head width.
 """
 
 from typing import NamedTuple
@@ -11,33 +11,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm.kernels import varlen_attention
 from minillm.kernels.block_attention import MAX_SEQ_LEN, Blocks, block_attention, plan_blocks
+from minillm.kernels.varlen_attention import Documents
 from minillm.model.kv_cache import KVCache
 
 SHARES_HEADS_ON_MPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
-
 
 
 class AttentionPlan(NamedTuple):
     """What ``attend`` does with queries, keys and values.
 
     Attributes:
-        mask: (B or 1, 1, T, S), true where a query may look at a key.
+        mask: (B or 1, 1, T, S), true where a query may look at a key; or numbers to add to the scores.
         is_causal: without a mask: each query sees the keys up to its own position. Neither: it sees all of them.
         blocks: instead of both: the tiles of our own attention for training on a CPU (``kernels/block_attention.py``).
+        documents: instead of all: where the documents lie, for a GPU (``kernels/varlen_attention.py``).
     """
 
     mask: Tensor | None = None
     is_causal: bool = False
     blocks: Blocks | None = None
+    documents: Documents | None = None
 
 
 def plan_attention(
     input_ids: Tensor,
     *,
     document_ids: Tensor | None,
+    document_bounds: Tensor | None = None,
     cache: KVCache | None,
     window: int | None,
+    head_dim: int,
     weight: Tensor,
     in_blocks: bool,
     is_frozen: bool,
@@ -45,27 +50,33 @@ def plan_attention(
     """Return the plan of one forward pass.
 
     Args:
-        input_ids: (B, T). document_ids: (B, T) or None, as in ``Transformer.forward``.
+        input_ids: (B, T). document_ids, document_bounds: as in ``Transformer.forward``.
         cache: one whose ``begin`` has been called: it knows which of its slots each query may see.
-        window: keys that a query may look back at, itself included; None: all.
+        window: keys that a query may look back at, itself included; None: all. head_dim: K.
         weight: one of the model, for its dtype.
         in_blocks: train on a CPU with our own attention, which beats torch's there.
         is_frozen: an adapter is trained on frozen weights, so memory counts: probabilities are computed twice.
     """
     if cache is not None:
-        return AttentionPlan(mask=cache.mask)
-    seq_len = input_ids.shape[1]
+        return AttentionPlan(mask=cache.mask, is_causal=cache.is_causal)
+    seq_len, device = input_ids.shape[1], input_ids.device
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # not on "meta"
+    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype  # of queries and keys
+    if document_bounds is not None and seq_len > 1 and varlen_attention.is_available(device, dtype, head_dim):
+        return AttentionPlan(documents=Documents(document_bounds, seq_len, window))
     mask = None
     if document_ids is not None:
         mask = document_mask(document_ids, window)
     elif window is not None and window < seq_len:
-        mask = window_mask(seq_len, window, device=input_ids.device)
+        mask = window_mask(seq_len, window, device=device)
     # The tiles are numbers read out of the mask, which an exported graph or a tensor without data has not.
     has_data = not torch.compiler.is_compiling() and type(input_ids) is Tensor
-    if in_blocks and has_data and input_ids.device.type == "cpu" and 1 < seq_len <= MAX_SEQ_LEN:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        blocks = plan_blocks(mask, input_ids.shape, dtype=dtype, device=input_ids.device, keep=not is_frozen)
+    if in_blocks and has_data and device.type == "cpu" and 1 < seq_len <= MAX_SEQ_LEN:
+        blocks = plan_blocks(mask, input_ids.shape, dtype=dtype, device=device, keep=not is_frozen)
         return AttentionPlan(blocks=blocks)
+    if mask is not None and device.type == "cuda":
+        # The kernel adds numbers. Of true and false it would make them in every layer, and keep them for the gradient.
+        mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(mask.logical_not(), float("-inf"))
     return AttentionPlan(mask=mask, is_causal=mask is None)
 
 
@@ -73,15 +84,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Return softmax(q kᵀ / sqrt(K)) v over the keys that ``plan`` shows to each query, (B, H, T, K).
 
     Args:
-        q: (B, H, T, K). k, v: (B, G, S, K); each kv head serves H / G neighbouring query heads.
+        q: (B, H, T, K). k, v: (B, G, S, K); each kv head serves J neighbouring query heads.
     """
     if plan.blocks is not None:
         return block_attention(q, k, v, plan.blocks)
-    n_groups = q.shape[1] // k.shape[1]
-    if n_groups > 1 and needs_equal_heads(q.device.type, masked=plan.mask is not None):
-        k, v = (t.repeat_interleave(n_groups, dim=1) for t in (k, v))  # (B, H, S, K)
+    if plan.documents is not None:
+        return varlen_attention.varlen_attention(q, k, v, plan.documents)
+    n_rows, n_heads, n_queries, head_dim = q.shape
+    n_groups = k.shape[1]
+    if n_queries == 1 and n_groups < n_heads and not plan.is_causal:
+        # One new token: the J query heads of a kv head are J queries of it, and no kernel has to share heads.
+        grouped = q.reshape(n_rows, n_groups, -1, head_dim)  # (B, G, J, K)
+        mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=plan.mask)
+        return mixed.reshape(n_rows, n_heads, 1, head_dim)
+    if n_groups < n_heads and needs_equal_heads(q.device.type, masked=plan.mask is not None):
+        k, v = (t.repeat_interleave(n_heads // n_groups, dim=1) for t in (k, v))  # (B, H, S, K)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=k.shape[1] != q.shape[1]
+        q, k, v, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=k.shape[1] != n_heads
     )
 
 

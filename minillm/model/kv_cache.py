@@ -50,7 +50,7 @@ class KVCache:
         """Plan one forward pass of T = ``seq_len`` new positions per row: which slots, and who sees which.
 
         Afterwards ``position_ids`` is (B, T) and ``mask`` (B, 1, T, S), true where a query may look at one of the S
-        slots that ``store`` returns, or None where every query sees all of them.
+        slots that ``store`` returns. Without one each query sees those up to its own (``is_causal``) or all of them.
 
         Raises:
             UserError: the new tokens do not fit.
@@ -65,7 +65,7 @@ class KVCache:
             self._valid = valid.nonzero(as_tuple=True)  # rows and columns of what is to be stored
             self.ragged = True
         self._start, self._next_longest = self.longest, self.longest + seq_len
-        if self.ragged:
+        if document_ids is not None:  # else every row grows alike, and nothing has to be asked of the device
             self._next_longest = int((self.lengths + self._added).max())
         if self._next_longest > self.max_len:
             raise UserError(
@@ -76,8 +76,10 @@ class KVCache:
             shortest = int(self.lengths.min()) if self.ragged and len(self.lengths) else self.longest
             # The first slot that the first new query may see.
             self._first = max(0, min(shortest, self._end - 1) + 1 - self.window)
-        self.mask = None
-        if self.ragged or seq_len > 1:
+        self.mask, self.is_causal = None, False
+        if not self.ragged and self.longest == 0 and 1 < seq_len <= (self.window or seq_len):
+            self.is_causal = True  # the first tokens of rows of one length: what every kernel knows without a mask
+        elif self.ragged or seq_len > 1:
             slots = torch.arange(self._first, self._end, device=self.lengths.device)  # (S,)
             queries = self.position_ids[..., None]  # (B, T, 1)
             seen = slots <= queries  # (B, T, S)

@@ -1,6 +1,23 @@
 """How many parameters a model has, and what a training step of it costs."""
 
+from dataclasses import dataclass
+
 from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model: parameters (all, those that one token goes through, as text), FLOPs per training token."""
+
+    n_parameters: int
+    n_active: int
+    text: str
+    flops_per_token: float
+
+
+def size_of(model: nn.Module, seq_len: int) -> ModelSize:
+    """Return the size of ``model`` for rows of ``seq_len`` tokens; call it while the model is whole."""
+    return ModelSize(*active_parameters(model), describe_parameters(model), flops_per_token(model, seq_len))
 
 
 def active_parameters(model: nn.Module) -> tuple[int, int]:

@@ -123,6 +123,7 @@ class Transformer(nn.Module):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        document_bounds: Tensor | None = None,
         cache: KVCache | None = None,
         head: Callable[[Tensor, Tensor | None], Any] | None = None,
         router_stats: RouterStats | None = None,
@@ -134,6 +135,8 @@ class Transformer(nn.Module):
             position_ids: (B, T); default: from 0 per row, or per document, or after what the cache holds.
             document_ids: (B, T), equal numbers for one document, −1 for padding; without them each row is
                 one document. With a cache they only mark padding, which stands on the right.
+            document_bounds: (n + 1,) int32, where each run of equal ``document_ids`` begins in the flattened batch, and
+                its end (``minillm.data.batches.document_bounds``): on a GPU attention then needs no mask. Optional.
             cache: filled and advanced by the new tokens.
             head: takes the hidden states (B, T, D) and the output weight (V, D), or logits (B, T, V) and None where
                 the output layer has an adapter. A loss given so runs inside this forward, where DDP, FSDP and ZeRO
@@ -146,8 +149,10 @@ class Transformer(nn.Module):
         plan = plan_attention(
             input_ids,
             document_ids=document_ids,
+            document_bounds=document_bounds,
             cache=cache,
             window=self.config.sliding_window,
+            head_dim=self.config.head_dim,
             weight=weight,
             # Without gradients too: a frozen copy of a model that is trained must give the same bits as the model.
             in_blocks=self.block_attention and self.training,

@@ -11,36 +11,52 @@ from torch import Tensor, nn
 
 from minillm.checkpoints.outputs import WholeModel
 from minillm.files import use_umask
-from minillm.losses import hidden_distance, linear_distill_loss, linear_top_k_distill_loss
+from minillm.losses import causal_lm_loss, hidden_distance, linear_distill_loss, linear_top_k_distill_loss
+from minillm.objectives.objective import Batch, Objective
+from minillm.objectives.on_policy import OnPolicy
 from minillm.objectives.teacher import Teacher
 
 PROJECTION = "hidden_projection"
 
 
-class DistillLoss:
-    """The loss of a student; called as every loss of a loop.
+class DistillLoss(Objective):
+    """The loss of a student. Validation is plain cross-entropy, which compares with every other stage.
 
     Args:
-        teacher: asked for every batch that has not the columns of its best tokens.
+        student: the model that is trained. teacher: asked for every batch without the columns of its best tokens.
+        args: of the run, with the settings of the loss. on_policy: makes the student's own answers for some steps.
     """
 
-    def __init__(self, run, teacher: Teacher):
-        self.run, self.teacher = run, teacher
+    is_cross_entropy = False
+
+    def __init__(self, student: nn.Module, teacher: Teacher, args, *, on_policy: OnPolicy | None = None):
+        self.student, self.teacher, self.args, self.on_policy = student, teacher, args, on_policy
 
     def settings(self) -> dict:
-        """Return what must match to resume."""
+        """Return the settings of the loss: they must match to resume."""
         names = ("teacher", "alpha", "temperature", "divergence", "top_k", "hidden_weight", "on_policy", "from_weight")
-        return {name: getattr(self.run.args, name) for name in names} | {"teacher's weights": self.teacher.hash}
+        return {name: getattr(self.args, name) for name in names} | {"teacher's weights": self.teacher.hash}
 
-    def __call__(self, model, batch: dict[str, Tensor], router_stats=None) -> tuple[Tensor, Tensor]:
+    def prepare(self, micro_batches: list[Batch], *, training: bool, step: int) -> list[Batch]:
+        """Return the micro-batches of the data, or in some steps the student's answers to their prompts."""
+        if self.on_policy is None or not training:
+            return micro_batches
+        return self.on_policy(micro_batches, step=step)
+
+    def validation_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy."""
+        return causal_lm_loss(model, batch)
+
+    def __call__(self, model: nn.Module, batch: Batch, router_stats=None) -> tuple[Tensor, Tensor]:
         """Return ``(loss_sum, n_targets)``: per target alpha CE + (1 - alpha) T² divergence + the hidden states' part.
 
         On the student's own answers (``on_policy`` in the batch) there is no cross-entropy: they are not the truth.
         """
-        args, targets, weights = self.run.args, batch["targets"], batch.get("weights")
+        args, targets, weights = self.args, batch["targets"], batch.get("weights")
         settings = {
             "targets": targets,
             "weights": weights,
+            "target_rows": batch.get("target_rows"),
             "alpha": 0.0 if "on_policy" in batch else args.alpha,
             "temperature": args.temperature,
             "divergence": args.divergence,
@@ -54,7 +70,7 @@ class DistillLoss:
             loss = linear_top_k_distill_loss if "teacher_ids" in batch else linear_distill_loss
             loss_sum, n_targets = loss(hidden, weight, **taught, **settings)
             if args.hidden_weight:
-                projected = getattr(self.run.model, PROJECTION)(hidden)  # inside forward, where DDP sees it
+                projected = getattr(self.student, PROJECTION)(hidden)  # inside forward, where DDP sees it
                 distance, _ = hidden_distance(projected, taught["teacher_hidden"], targets, weights)
                 loss_sum = loss_sum + args.hidden_weight * distance
             return loss_sum, n_targets
@@ -65,6 +81,7 @@ class DistillLoss:
             batch["input_ids"],
             position_ids=batch.get("position_ids"),
             document_ids=batch.get("document_ids"),
+            document_bounds=batch.get("document_bounds"),
             head=head,
             router_stats=router_stats,
         )

@@ -6,54 +6,59 @@ itself, and learns the teacher's distribution on these answers.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minillm.data.batches import collate
+from minillm.data.batches import collate, example_row
 from minillm.data.packing import IGNORE_INDEX, best_fit
+from minillm.distributed.engine import Engine
 from minillm.errors import UserError
+from minillm.objectives.objective import Batch
 
 
 class OnPolicy:
-    """Replaces the micro-batches of some steps by the student's answers to their prompts; for ``Run.start(prepare=)``.
+    """Replaces the micro-batches of some steps by the student's answers to their prompts.
 
     Which steps, and what is drawn in them, follows from the seed, the step and the rank alone: a resumed run draws the
     same. It happens before the step's targets are counted.
 
     Args:
+        student: the model that answers. args: of the run. engine: for ranks and dtype.
         generate: as ``minillm.inference.generate``.
     """
 
-    def __init__(self, run, tokenizer, generate):
-        self.run, self.tokenizer, self.generate = run, tokenizer, generate
-        if run.engine.is_sharded:  # ranks answer for different times, and a rank's weights come from all of them
-            raise UserError(f"--on_policy with --parallel {run.args.parallel}: use ddp, or DeepSpeed's stages 1 and 2")
+    def __init__(self, student: nn.Module, tokenizer, args, engine: Engine, generate: Callable):
+        self.student, self.tokenizer, self.args = student, tokenizer, args
+        self.engine, self.generate = engine, generate
+        if engine.is_sharded:  # ranks answer for different times, and a rank's weights come from all of them
+            raise UserError(f"--on_policy with --parallel {args.parallel}: use ddp, or DeepSpeed's stages 1 and 2")
 
-    def __call__(self, micro_batches: list[dict[str, Tensor]], training: bool) -> list[dict[str, Tensor]]:
+    def __call__(self, micro_batches: list[Batch], *, step: int) -> list[Batch]:
         """Return what to train on: the micro-batches of the data, or the student's answers, marked ``on_policy``."""
-        run, args = self.run, self.run.args
-        all_ranks_draw_alike = np.random.default_rng([args.seed, run.step])
-        if not training or all_ranks_draw_alike.random() >= args.on_policy:
+        args, ranks = self.args, self.engine.ranks
+        all_ranks_draw_alike = np.random.default_rng([args.seed, step])
+        if all_ranks_draw_alike.random() >= args.on_policy:
             return micro_batches
-        seed = int(np.random.default_rng([args.seed, run.step, run.ranks.rank]).integers(1 << 62))
+        seed = int(np.random.default_rng([args.seed, step, ranks.rank]).integers(1 << 62))
         generator = torch.Generator().manual_seed(seed)
         new = [answered for batch in micro_batches for answered in self._answered(batch, generator)]
-        like = {name: column[0].numpy() for name, column in micro_batches[0].items()}
+        like = example_row(micro_batches[0])
         padding = collate([], n_rows=args.batch_size, like=like) | {"on_policy": torch.ones(())}
-        n = max(run.ranks.gather(len(new)))  # every rank has as many, or they would wait for each other
+        n = max(ranks.gather(len(new)))  # every rank has as many, or they would wait for each other
         return new + [padding] * (n - len(new))
 
     @torch.no_grad()
     def _answered(self, batch: dict[str, Tensor], generator: torch.Generator) -> list[dict[str, Tensor]]:
-        args, model = self.run.args, self.run.model
+        args, model = self.args, self.student
         rows = []
         prompts = prompts_of(batch)
         if prompts:
             was_training = model.training
             model.eval()
-            with self.run.autocast():
+            with self.engine.autocast():
                 answers = self.generate(
                     model,
                     prompts,
@@ -64,7 +69,7 @@ class OnPolicy:
                 )
             model.train(was_training)
             rows = packed(prompts, answers, max_seq_len=args.max_seq_len)
-        like = {name: column[0].numpy() for name, column in batch.items()}
+        like = example_row(batch)
         new = []
         for start in range(0, max(len(rows), 1), args.batch_size):
             some = rows[start : start + args.batch_size]

@@ -4,10 +4,12 @@ Legend: B rows, T positions, P pairs.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.data.pairs import count_documents, count_pairs, count_replies
+from minillm.distributed.engine import Engine
 from minillm.losses import dpo_loss, kto_baseline, kto_loss, sequence_log_probs
+from minillm.objectives.objective import Batch, Objective
 from minillm.objectives.reference import COLUMN, Reference, reply_log_probs
 from minillm.reports.measures import Measures
 
@@ -16,11 +18,11 @@ PAIR_FIGURES = (
     "length_rejected",
 )  # fmt: skip
 KTO_FIGURES = ("accuracy", "reward_good", "reward_bad", "log_prob_good", "log_prob_bad", "length", "baseline")
-FALL = 0.5  # nats below the reference, as a mean per reply, from which on a fall is worth a word
+FALL = 0.5  # nats below the reference, mean per reply: a larger fall is reported
 
 
-class PreferenceLoss:
-    """The loss of preference tuning; called as every loss of a loop, with what ``prepare`` has added to the batch.
+class PreferenceLoss(Objective):
+    """The loss of preference tuning, on batches to which ``prepare`` has added the reference's log-probabilities.
 
     Figures, means since the last row of metrics: ``reward`` = beta (log pi - log reference) of a reply (without a
     reference: beta times its mean log-probability), ``margin`` = chosen minus rejected, ``accuracy`` the share of
@@ -29,12 +31,12 @@ class PreferenceLoss:
     2020), ``length`` in tokens.
 
     Args:
-        run: after its ``wrap``; its arguments hold the settings of the loss.
-        reference: None for losses that have none.
+        policy: the model that is trained. reference: None for losses that have none.
+        args: of the run, with the settings of the loss. engine: for device, dtype and ranks.
     """
 
-    def __init__(self, run, reference: Reference | None):
-        self.run, self.reference, args = run, reference, run.args
+    def __init__(self, policy: nn.Module, reference: Reference | None, args, engine: Engine):
+        self.policy, self.reference, self.args, self.engine = policy, reference, args, engine
         self.is_kto = args.loss_type == "kto"
         self.unit, self.count = ("reply", count_replies) if self.is_kto else ("pair", count_pairs)
         figures = KTO_FIGURES if self.is_kto else PAIR_FIGURES
@@ -50,10 +52,10 @@ class PreferenceLoss:
         names = ("loss_type", "beta", "label_smoothing", "gamma", "sft_weight", "desirable_weight",
                  "undesirable_weight", "from_weight")  # fmt: skip
         weights = self.reference.hash if self.reference else ""
-        return {name: getattr(self.run.args, name) for name in names} | {"reference's weights": weights}
+        return {name: getattr(self.args, name) for name in names} | {"reference's weights": weights}
 
     @torch.no_grad()
-    def prepare(self, micro_batches: list[dict[str, Tensor]], training: bool) -> list[dict[str, Tensor]]:
+    def prepare(self, micro_batches: list[Batch], *, training: bool, step: int) -> list[Batch]:
         """Return the micro-batches of a step with the reference's log-probabilities and, for KTO, the baseline.
 
         The baseline is a mean over the whole step, all micro-batches and ranks, so it is there before the first
@@ -65,14 +67,14 @@ class PreferenceLoss:
             micro_batches = [batch | self.reference.columns(batch) for batch in micro_batches]
         if not self.is_kto:
             return micro_batches
-        total = torch.zeros(2, dtype=self.run.sum_dtype, device=self.run.device)
+        total = torch.zeros(2, dtype=self.engine.sum_dtype, device=self.engine.device)
         for batch in micro_batches:
-            batch = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
-            with self.run.autocast():
-                policy = reply_log_probs(self.run.model, batch, prefix="other_")
+            batch = self.engine.to_device(batch)
+            with self.engine.autocast():
+                policy = reply_log_probs(self.policy, batch, prefix="other_")
             n = count_documents(batch["other_document_ids"]).sum()
             total += torch.stack([(policy - batch["other_" + COLUMN]).sum().to(total), n.to(total)])
-        baseline = kto_baseline(*self.run.ranks.sum(total))
+        baseline = kto_baseline(*self.engine.ranks.sum(total))
         return [batch | {"baseline": baseline} for batch in micro_batches]
 
     def __call__(self, model, batch: dict[str, Tensor], router_stats=None) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,7 @@ class PreferenceLoss:
         return (loss_sum if router_stats is None else loss_sum + router_stats.finish()), n
 
     def _pairs(self, batch, sums, lengths, reference, divergence) -> tuple[Tensor, Tensor]:
-        args, n = self.run.args, sums.shape[1] // 2
+        args, n = self.args, sums.shape[1] // 2
         is_pair = lengths[:, 0 : 2 * n : 2] > 0
 
         def sides(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +119,7 @@ class PreferenceLoss:
         return loss_sum, n_pairs
 
     def _kto(self, batch, sums, lengths, reference, divergence) -> tuple[Tensor, Tensor]:
-        args, is_reply = self.run.args, lengths > 0
+        args, is_reply = self.args, lengths > 0
         good = sequence_log_probs(batch["labels"].to(sums.dtype), batch["targets"], batch["document_ids"])[0] > 0
         policy, ref, labels = sums[is_reply], reference[is_reply], good[is_reply]
         loss_sum, n_replies = kto_loss(
@@ -140,9 +142,9 @@ class PreferenceLoss:
         if self.reference is None or self.is_kto:
             return []
         rewards = row["reward_chosen"], row["reward_rejected"]
-        fallen = max(rewards) < -FALL * self.run.args.beta
-        said, self._has_fallen = self._has_fallen, fallen
-        if not fallen or said:
+        fallen = max(rewards) < -FALL * self.args.beta
+        is_known, self._has_fallen = self._has_fallen, fallen
+        if not fallen or is_known:
             return []
         return [
             f"warning: the log-probabilities of chosen and rejected replies both fall below the reference's (rewards "

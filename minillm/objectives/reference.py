@@ -1,6 +1,6 @@
 """The reference of preference tuning: the model as it was, which must not move while the policy does.
 
-Three ways to have it: a frozen copy (twice the weights in memory), the same model with its adapter off (no memory at
+There are three ways: a frozen copy (twice the weights in memory), the same model with its adapter off (no memory at
 all), or its log-probabilities computed beforehand and kept on disk (no memory, and one forward pass for all epochs).
 """
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minillm.distributed.engine import Engine
+from minillm.kernels import compiled
 from minillm.lora import disable_lora
 from minillm.losses import linear_log_probs
 from minillm.objectives.column_cache import cached_columns, model_hash
@@ -30,32 +32,36 @@ def reply_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=Non
         batch[prefix + "input_ids"],
         position_ids=batch[prefix + "position_ids"],
         document_ids=batch[prefix + "document_ids"],
-        head=partial(linear_log_probs, targets=batch[prefix + "targets"]),
+        document_bounds=batch.get(prefix + "document_bounds"),
+        head=partial(
+            linear_log_probs, targets=batch[prefix + "targets"], target_rows=batch.get(prefix + "target_rows")
+        ),
         router_stats=router_stats,
     )
 
 
 class Reference:
-    """The model before it is tuned. Make it before the model gets an adapter.
+    """The model before it is tuned. Create it before the model gets an adapter.
 
     Args:
-        kind: "copy", "adapter" or "cached".
+        kind: "copy", "adapter" or "cached". model: the policy, as it is now.
+        args: of the run. engine: for device, dtype and ranks.
 
     It takes the policy's way through the kernels, which may differ between training and validation, so that both are
-    bit-equal at first: a copy follows the policy's mode, and a cache is made in the mode that its rows are used in.
+    bit-equal at first: a copy follows the policy's mode, and a cache is computed in the mode that its rows are used in.
     There is no dropout in the model.
 
     Attributes:
         hash: of its weights and configuration.
     """
 
-    def __init__(self, kind: str, model: nn.Module, run):
-        self.kind, self.run, self.hash = kind, run, model_hash(model)
+    def __init__(self, kind: str, model: nn.Module, args, engine: Engine):
+        self.kind, self.policy, self.args, self.engine, self.hash = kind, model, args, engine, model_hash(model)
         self.model = copy.deepcopy(model) if kind == "copy" else model
-        if run.args.compile:
+        if compiled.is_wanted(args.compile, engine.device, parallel=args.parallel):
             self.model.block_attention = False  # as Run.wrap does with the policy
         if kind == "copy":
-            self.model.to(run.device).requires_grad_(False)
+            self.model.to(engine.device).requires_grad_(False)
 
     def add_to(self, rows, *, training: bool = True):
         """Return ``rows`` with a column of the reference's log-probabilities, if this kind has them on disk.
@@ -65,18 +71,18 @@ class Reference:
         """
         if self.kind != "cached":
             return rows
-        args = self.run.args
-        announce.check_rows(rows, args, flag="the data")  # before time is spent on it
-        self.model.to(self.run.device).train(training)
-        return self.run.ranks.main_first(
+        args, engine = self.args, self.engine
+        announce.check_rows(rows, allow=args.allow_rejected, flag="the data")  # before time is spent on it
+        self.model.to(engine.device).train(training)
+        return engine.ranks.main_rank_first(
             lambda: cached_columns(
                 rows,
                 Path(args.reference_cache or Path(args.save_dir) / ".reference_cache"),
                 identity={
                     "reference": self.hash,
-                    "dtype": str(self.run.dtype).removeprefix("torch."),
-                    "device": self.run.device.type,
-                    "compile": args.compile,
+                    "dtype": str(engine.dtype).removeprefix("torch."),
+                    "device": engine.device.type,
+                    "compile": compiled.is_wanted(args.compile, engine.device, parallel=args.parallel),
                     "training": training,
                 },
                 compute=self.columns,
@@ -90,12 +96,9 @@ class Reference:
     def columns(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the log-probabilities of a batch's targets, and of those of its other rows where it has such."""
         if self.kind == "copy":
-            self.model.train(self.run.model.training)
-        on_device = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
+            self.model.train(self.policy.training)
+        batch = self.engine.to_device(batch)
         prefixes = ["", "other_"] if "other_input_ids" in batch else [""]
-        with self.run.autocast(), self._as_it_was():
-            return {prefix + COLUMN: reply_log_probs(self.model, on_device, prefix=prefix) for prefix in prefixes}
-
-    def _as_it_was(self):
-        return disable_lora(self.model) if self.kind == "adapter" else contextlib.nullcontext()
-
+        without_adapter = disable_lora(self.model) if self.kind == "adapter" else contextlib.nullcontext()
+        with self.engine.autocast(), without_adapter:
+            return {prefix + COLUMN: reply_log_probs(self.model, batch, prefix=prefix) for prefix in prefixes}

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minillm.distributed.engine import Engine
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import find_weights
@@ -27,8 +28,8 @@ class Teacher:
             different texts.
     """
 
-    def __init__(self, run, tokenizer):
-        self.run, args = run, run.args
+    def __init__(self, args, engine: Engine, tokenizer):
+        self.args, self.engine = args, engine
         path = find_teacher(args)
         config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
         folder = path if path.is_dir() else path.parent
@@ -40,13 +41,13 @@ class Teacher:
                     f"({tokenizer.vocab_size}): logits compare over one vocabulary only; give both the same one, or "
                     f"let the teacher write texts and train on them with train_sft.py"
                 )
-            if run.ranks.is_main and (difference := other_format(tokenizer, theirs)):
+            if engine.ranks.is_main and (difference := other_format(tokenizer, theirs)):
                 print(
                     f"note: --teacher {args.teacher} was trained with {difference} than the student's: both read the "
                     f"student's, which the teacher may know less well",
                     file=sys.stderr,
                 )
-        self.model = load_model(path, device=run.device, dtype=torch.float32, config=config).requires_grad_(False)
+        self.model = load_model(path, device=engine.device, dtype=torch.float32, config=config).requires_grad_(False)
         self.hash = model_hash(self.model)
         # In training mode, as the student: both take the same way through the same kernels, and there is no dropout.
         self.model.train()
@@ -66,6 +67,7 @@ class Teacher:
             batch["input_ids"],
             position_ids=batch.get("position_ids"),
             document_ids=batch.get("document_ids"),
+            document_bounds=batch.get("document_bounds"),
             head=lambda hidden, weight: (hidden, weight),
         )
         return {"teacher_hidden": hidden, "teacher_weight": weight}
@@ -73,13 +75,13 @@ class Teacher:
     def add_to(self, rows, *, vocab_size: int):
         """Return ``rows`` with the columns of ``top_k_teacher``: ``teacher_ids``, ``teacher_log_probs`` (T, k) and
         ``teacher_log_rest`` (T, 1)."""
-        args = self.run.args
-        announce.check_rows(rows, args, flag="--data_path")  # before time is spent on it
+        args, engine = self.args, self.engine
+        announce.check_rows(rows, allow=args.allow_rejected, flag="--data_path")  # before time is spent on it
         id_dtype = torch.int16 if vocab_size <= 1 << 15 else torch.int32
 
         def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            batch = {name: tensor.to(self.run.device) for name, tensor in batch.items()}
-            with self.run.autocast():
+            batch = engine.to_device(batch)
+            with engine.autocast():
                 ids, log_probs, log_rest = top_k_teacher(
                     **self.outputs(batch),
                     targets=batch["targets"],
@@ -90,7 +92,7 @@ class Teacher:
             columns = {"teacher_ids": ids.to(id_dtype), "teacher_log_probs": log_probs.to(torch.float16)}
             return columns | {"teacher_log_rest": log_rest.float()}
 
-        return self.run.ranks.main_first(
+        return engine.ranks.main_rank_first(
             lambda: cached_columns(
                 rows,
                 Path(args.teacher_cache or Path(args.save_dir) / ".teacher_cache"),
@@ -99,8 +101,8 @@ class Teacher:
                     "top_k": args.top_k,
                     "temperature": args.temperature,
                     "vocab_size": vocab_size,
-                    "dtype": str(self.run.dtype).removeprefix("torch."),
-                    "device": self.run.device.type,
+                    "dtype": str(engine.dtype).removeprefix("torch."),
+                    "device": engine.device.type,
                     "columns": "ids, log-probabilities, log of the rest",
                 },
                 compute=compute,

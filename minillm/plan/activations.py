@@ -6,8 +6,8 @@ what the gradient of its weight or of its input needs. The sums here are those o
 * the stream (B, T, D): what each of two norms got, and one float32 number per position;
 * attention: the normalised input once for three projections, queries, keys, values, the mixed values for the output
   projection. RoPE keeps angles alone, once for all blocks. On a CPU up to 1,024 positions the probabilities of the
-  blocks of 64 queries that are computed; else torch's kernel keeps a log-sum per query and, since rows hold
-  documents, the mask as numbers (B, T, T), rebuilt by every block;
+  blocks of 64 queries that are computed; else torch's kernel keeps a log-sum per query and, on a CPU, the mask of the
+  documents as numbers (B, T, T), rebuilt by every block;
 * SwiGLU: the normalised input, gate, up and their product, 3·F numbers per position. With an adapter the product is
   made again;
 * experts: the same for the k copies of each token, the copies themselves, what comes back, and the router's numbers.
@@ -79,6 +79,11 @@ def uses_blocks(seq_len: int, *, on_gpu: bool) -> bool:
     return not on_gpu and 1 < seq_len <= MAX_SEQ_LEN
 
 
+def uses_varlen(step: Step) -> bool:
+    """Return whether attention takes the documents one by one (``minillm/kernels/varlen_attention.py``)."""
+    return step.on_gpu and step.product_bytes == 2
+
+
 def visible_pairs(seq_len: int) -> int:
     """Return the pairs of query and key that our blocks compute for a row of one document: about T·(T + 64) / 2."""
     starts = range(0, seq_len, BLOCK_LEN)
@@ -129,10 +134,12 @@ def _attention(step: Step) -> int:
     if uses_blocks(step.seq_len, on_gpu=step.on_gpu):
         kept = 0 if step.lora_rank else visible_pairs(step.seq_len)  # next to an adapter they are computed again
         size += 2 * kv * c + step.batch_size * n_heads * kept * c
+    elif uses_varlen(step):
+        size += 2 * kv * c + 4 * n * n_heads
     else:
         # With a mask the fast kernels on a GPU take no grouped heads: keys and values are repeated.
         size += 2 * (q if step.on_gpu else kv) * c
-        size += 4 * n * n_heads + step.batch_size * step.seq_len**2 * c
+        size += 4 * n * n_heads + (0 if step.on_gpu else step.batch_size * step.seq_len**2 * c)
     return size + _thin(step, 4)
 
 

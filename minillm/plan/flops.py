@@ -57,7 +57,7 @@ def attention_shares(seq_len: int, *, on_gpu: bool) -> tuple[float, float]:
     Needed by a row of one document: a query meets itself and what comes before, (T + 1) / 2T. Packed documents need
     less: those of length t only (t + 1) / 2T. Computed: our blocks on a CPU skip what lies ahead of a block of 64
     queries (and, for packed rows, before its first document; one document is assumed here); torch's kernel with a
-    mask, which documents make necessary, computes all pairs.
+    mask computes all pairs. (In 16 bits a GPU takes the documents one by one, without a mask.)
     """
     computed = visible_pairs(seq_len) if uses_blocks(seq_len, on_gpu=on_gpu) else seq_len**2
     return (seq_len + 1) / (2 * seq_len), computed / seq_len**2

@@ -18,8 +18,9 @@ number.
 import dataclasses
 from dataclasses import dataclass
 
-from minillm.losses.cross_entropy import CHUNK_NUMEL
-from minillm.plan.activations import Step, block_activations, kept_activations, tables, uses_blocks
+from minillm.kernels.chunks import chunk_len
+from minillm.kernels.linear_cross_entropy import CHUNK_NUMEL
+from minillm.plan.activations import Step, block_activations, kept_activations, tables, uses_blocks, uses_varlen
 from minillm.plan.parameters import Parameters
 
 
@@ -143,27 +144,28 @@ def _batch(step: Step) -> tuple[int, int]:
     pairs = step.batch_size * step.seq_len**2
     in_blocks = uses_blocks(step.seq_len, on_gpu=step.on_gpu)
     ids = 4 if step.lora_rank else 3  # else they are among the activations: the embedding's gradient needs them
-    bias = pairs * step.product_bytes * in_blocks
-    return step.n_positions * 8 * ids + bias, bias or pairs
+    on_gpu_with_mask = step.on_gpu and not uses_varlen(step)  # as numbers, the same for all blocks
+    bias = pairs * step.product_bytes * (in_blocks or on_gpu_with_mask)
+    return step.n_positions * 8 * ids + bias, bias or (0 if uses_varlen(step) else pairs)
 
 
 def _loss(step: Step) -> tuple[int, int]:
     """Return the most bytes that the chunked loss holds: (of logits, of what lies next to them).
 
-    ``minillm/losses/cross_entropy.py``: a chunk of n positions has logits (n, V), and a second tensor of that size
-    while the softmax is taken, both at least float32. From the second chunk on, the last one's gradient is still there.
+    ``minillm/kernels/linear_cross_entropy.py``: a chunk of n positions has logits (n, V), and a second tensor of that
+    size while the softmax is taken, both at least float32. From the second chunk on, the last one's gradient is still
+    there.
     """
     config, c = step.config, step.product_bytes
     vocab, dim, n_positions = config.vocab_size, config.hidden_size, step.n_positions
-    chunk = min(n_positions, max(1, CHUNK_NUMEL // vocab))
+    chunk = min(n_positions, chunk_len(vocab, numel=CHUNK_NUMEL, device_type="cuda" if step.on_gpu else "cpu"))
     second = min(chunk, n_positions - chunk)
     weight, is_trained = vocab * dim, not step.lora_rank
     # Hidden states and their gradient; the output weight in the dtype of products; its gradient so far, in float32.
     extra = 2 * n_positions * dim * c + weight * c * step.is_mixed
     so_far = weight * 4 * is_trained * (second > 0)
-    last_product = so_far * (n_positions > 2 * chunk)  # of the chunk before, which has been added
     short = c if c < 4 else 0  # the gradient of the logits has a copy of its own in a shorter dtype
-    softmax = [8 * chunk * vocab, so_far + last_product]
+    softmax = [8 * chunk * vocab, so_far]
     if second:  # logits are made in the short dtype and widened while the last chunk's are still there
         softmax[0] = max(
             softmax[0], (4 * chunk + 8 * second) * vocab, (4 + short) * (chunk + second) * vocab * bool(short)

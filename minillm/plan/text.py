@@ -64,8 +64,9 @@ def _flops(plan: dict) -> str:
     lines = [f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]}".rstrip() for row in rows]
     note = (
         f"  Causal rows of one document need {flops['attention_needed']:.1%} of that attention, packed short documents "
-        f"less. A GPU's\n  kernel with a document mask computes {flops['attention_computed']:.0%}, ours on a CPU "
-        f"{flops['attention_computed_cpu']:.1%}. MFU counts all of it (PaLM, appendix B)."
+        f"less. A GPU's\n  kernel computes little more in 16 bits, and with a document mask, in float32, "
+        f"{flops['attention_computed']:.0%}; ours on a\n  CPU {flops['attention_computed_cpu']:.1%}. "
+        f"MFU counts all of it (PaLM, appendix B)."
     )
     return f"FLOPS PER TOKEN, rows of {args['max_seq_len']} tokens\n" + "\n".join(lines) + "\n" + note
 

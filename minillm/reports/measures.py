@@ -43,9 +43,7 @@ class Measures:
             return dict.fromkeys(self.names)
         sums, counts = ranks.sum(self._sums).tolist()
         self._sums = None
-        return {
-            name: value / n if n else None for name, value, n in zip(self.names, sums, counts, strict=True)
-        }
+        return {name: value / n if n else None for name, value, n in zip(self.names, sums, counts, strict=True)}
 
     def notes(self, row: dict) -> list[str]:
         """Return what is to be said about a row."""
@@ -55,7 +53,7 @@ class Measures:
         """Return the figures that are shown to people behind a loss."""
         return "".join(f", {name} {row[name]:.4g}" for name in self.shown if row.get(name) is not None)
 
-    def exchange(self, sums: Tensor | None) -> Tensor | None:
+    def swap_sums(self, sums: Tensor | None) -> Tensor | None:
         """Put other sums in place and return those that were there: validation counts apart from training."""
         before, self._sums = self._sums, sums
         return before

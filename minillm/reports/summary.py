@@ -1,14 +1,12 @@
 """What a run leaves for people: ``run.yaml``, ``summary.png``, ``summary.html`` and the model card ``README.md``."""
 
 import base64
-import dataclasses
 import html
 import os
 import platform
 import re
-import shlex
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,47 +18,47 @@ from minillm.model.router_stats import relative_entropy
 from minillm.reports.tracking import read_metrics
 
 
-def write_run_file(run) -> None:
-    """Write ``run.yaml``: resolved configuration, model, data, versions and git revision."""
-    content = {
-        "stage": run.stage,
-        "command": shlex.join(sys.argv),
-        "arguments": dataclasses.asdict(run.args),
-        "resolved": {
-            "device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "ranks": run.ranks.world_size,
-            "rows_per_step": run.rows_per_step, "total_steps": run.total_steps,
-        },
-        "model": dataclasses.asdict(run.model.config),
-        "n_parameters": run.n_parameters[0],
-        "n_active_parameters": run.n_parameters[1],
-        "data": {"hash": run.loader.rows.data_hash, "summary": _plain(run.loader.rows.summary)},
-        "versions": {
-            "minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()
-        },
-        "git_revision": git_revision(),
-    }  # fmt: skip
-    temporary = run.directory / "run.yaml.tmp"
-    with writable(run.directory):
+def write_run_file(directory: Path, content: dict) -> None:
+    """Write ``run.yaml``: ``content``, the versions of the software, and the git revision."""
+    versions = {"minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    content = _plain(content) | {"versions": versions, "git_revision": git_revision()}
+    temporary = directory / "run.yaml.tmp"
+    with writable(directory):
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(temporary, run.directory / "run.yaml")
+        os.replace(temporary, directory / "run.yaml")
 
 
-def write_summary(run, samples: list[tuple[str, str]]) -> None:
+def write_summary(
+    directory: Path,
+    facts: dict[str, str],
+    samples: list[tuple[str, str]],
+    *,
+    unit: str,
+    stage: str,
+    tags: str,
+    usage: str,
+    report: Callable[[str], None],
+) -> None:
     """Write the picture, the page and the model card of a finished run.
 
     Without matplotlib the page has no picture and says how to get one; nothing else is lost.
+
+    Args:
+        facts: rows of the page's table. samples: pairs (prompt, text). unit: what the loss counts.
+        stage, tags, usage: of the model card. report: prints a line.
     """
-    rows = read_metrics(run.directory / "metrics.jsonl")
-    picture, facts = run.directory / "summary.png", summary_facts(run)
-    with writable(run.directory):
+    rows = read_metrics(directory / "metrics.jsonl")
+    picture = directory / "summary.png"
+    with writable(directory):
         try:
-            draw_curves(rows, picture, title=run.directory.name, unit=run.unit)
+            draw_curves(rows, picture, title=directory.name, unit=unit)
         except ImportError:
             picture = None
-            run.tracker.print("no summary.png: drawing needs matplotlib: pip install matplotlib")
-        page, card = _page(run.directory.name, facts, samples, picture), _model_card(run, facts, samples, picture)
-        (run.directory / "summary.html").write_text(page, encoding="utf-8")
-        (run.directory / "README.md").write_text(card, encoding="utf-8")
+            report("no summary.png: drawing needs matplotlib: pip install matplotlib")
+        page = _page(directory.name, facts, samples, picture)
+        head = f"---\n{tags}\n---\n\n# {directory.name}\n\nTrained with minillm, stage `{stage}`. {usage}\n\n"
+        (directory / "summary.html").write_text(page, encoding="utf-8")
+        (directory / "README.md").write_text(head + _model_card(facts, samples, picture), encoding="utf-8")
 
 
 def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token") -> None:
@@ -152,31 +150,6 @@ def _draw_preference(axes: list, train: list[dict], valid: list[dict]) -> None:
             axis.legend(fontsize="small")
 
 
-def summary_facts(run) -> dict[str, str]:
-    """Return the run's facts as (name, text), in the order in which they are shown."""
-    facts = {
-        "command": "python " + shlex.join(sys.argv),
-        "parameters": run.parameters_text,
-        "steps": f"{run.step:,} of {run.rows_per_step} rows x {run.args.max_seq_len} tokens",
-        "tokens seen": f"{run.tokens:,}",
-        "training time": f"{run.seconds:.0f} s on {run.device} ({str(run.dtype).removeprefix('torch.')})",
-        "data": f"{run.args.data_path} (hash {run.loader.rows.data_hash[:16]})",
-    }
-    if run.skipped_steps:
-        facts["skipped steps (float16 overflow)"] = str(run.skipped_steps)
-    if run.alarm.messages:
-        facts["warnings"] = "; ".join(run.alarm.messages)
-    names = {
-        "loss": f"validation loss (nats/{run.unit})",
-        "bits_per_byte": "bits per byte",
-        "floor": "entropy floor (nats/token)",
-        "accuracy": "pairs with the chosen reply ahead" if run.unit == "pair" else "replies on the right side",
-        "margin": "margin of the rewards",
-        "kl": "distance from the reference (nats/reply)",
-    }
-    return facts | {text: f"{run.last_eval[key]:.4f}" for key, text in names.items() if key in run.last_eval}
-
-
 def git_revision() -> str | None:
     """Return the revision of the code's own checkout, or None outside one."""
     try:
@@ -205,15 +178,11 @@ def _page(title: str, facts: dict[str, str], samples: list[tuple[str, str]], pic
     )
 
 
-def _model_card(run, facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:
+def _model_card(facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     texts = "\n\n".join(f"**{prompt.strip() or '(empty)'}**\n\n{_fenced(text)}" for prompt, text in samples)
     curves = f"![curves]({picture.name})\n\n" if picture is not None else ""
-    return (
-        f"---\n{run.output.tags}\n---\n\n# {run.directory.name}\n\n"
-        f"Trained with minillm, stage `{run.stage}`. {run.output.usage}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"{curves}## Samples\n\n{texts or 'none'}\n"
-    )
+    return f"| | |\n|---|---|\n{table}\n\n{curves}## Samples\n\n{texts or 'none'}\n"
 
 
 def _fenced(text: str) -> str:

@@ -147,7 +147,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class NotWatched:
+class NoWatch:
     """Where no ``minillm.reports.watch.Watch`` watches: its calls, doing nothing."""
 
     def before_update(self, step: int) -> None:

@@ -1,11 +1,14 @@
 """``--monitor``: an adapter's figures go into ``monitor.jsonl`` and ``monitor.png``, what is wrong onto the screen."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import numpy as np
+from tqdm import tqdm
 
-from minillm.lora.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
+from minillm.lora.more.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
 from minillm.reports.tracking import read_metrics, truncate_metrics
 
 SPECIAL_SHARE, ONE_TOKEN_SHARE = 0.25, 0.30  # of the targets, above which it is reported
@@ -13,16 +16,28 @@ COLORS = ("#2f5fa8", "#c2571a", "#3b7d3b", "#8a5a9e", "#b3402a", "#5f6b73", "#b8
 
 
 class Watch:
-    """Watches a run's adapter; ``Run`` calls it on the main rank.
+    """Watches the adapter of a model while it is trained; ``Run`` calls it on the main rank.
 
     Args:
-        rows: training rows with ``target_counts``, looked at once, before the first step.
-        interval: steps between looks.
+        directory: of the run. rows: training rows with ``target_counts``, looked at once, before the first step.
+        interval: steps between looks. replays: whether old data is mixed in already, which some warnings advise.
+        report: prints a line.
     """
 
-    def __init__(self, run, tokenizer, rows, *, interval: int):
-        self.run, self.monitor = run, Monitor(run.model, interval=interval)
-        self.path = run.directory / "monitor.jsonl"
+    def __init__(
+        self,
+        model,
+        directory: Path,
+        tokenizer,
+        rows,
+        *,
+        interval: int,
+        replays: bool = False,
+        report: Callable[[str], None] = tqdm.write,
+    ):
+        self.monitor, self.directory, self.replays = Monitor(model, interval=interval), directory, replays
+        self.report = report
+        self.path = directory / "monitor.jsonl"
         self.before_start = target_warnings(rows.target_counts, tokenizer)
         self._is_open = False
 
@@ -32,11 +47,11 @@ class Watch:
 
     def after_update(self, step: int, optimizer) -> None:
         """See what the update did, and write it down if a look was due."""
-        last_look = self.monitor.last_look
+        last_look = self.monitor.last_check
         row = self.monitor.after_update(step, optimizer)
         if row is None:
             return
-        if not self._is_open:  # rows behind the checkpoint that the run resumed from are rewritten
+        if not self._is_open:  # rows past the checkpoint that the run resumed from are written again
             truncate_metrics(self.path, after_step=last_look)
             self._is_open = True
         if not last_look:
@@ -44,21 +59,21 @@ class Watch:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for warning in row["warnings"]:
-            if self.run.args.replay_path:  # which is that advice, taken
+            if self.replays:
                 warning = warning.replace("mix in old data, or ", "").replace(", or mix in old data", "")
-            self.run.tracker.print(f"warning, step {step}: {warning}")
+            self.report(f"warning, step {step}: {warning}")
 
     def finish(self) -> None:
         """Print what the last look says, and draw all of them."""
         for note in self.monitor.notes():
-            self.run.tracker.print(f"adapter: {note}")
+            self.report(f"adapter: {note}")
         rows = read_metrics(self.path)
         if not rows:
             return  # resumed after the last look
         try:
-            draw_monitor(rows, self.path.with_suffix(".png"), title=self.run.directory.name)
+            draw_monitor(rows, self.path.with_suffix(".png"), title=self.directory.name)
         except ImportError:
-            self.run.tracker.print("no monitor.png: drawing needs matplotlib: pip install matplotlib")
+            self.report("no monitor.png: drawing needs matplotlib: pip install matplotlib")
 
     def state(self) -> dict:
         """Return what a checkpoint keeps."""

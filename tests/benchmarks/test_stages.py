@@ -41,8 +41,8 @@ def demo(tmp_path_factory):
 
 
 def test_every_part_runs_for_every_seed(demo, capsys):
-    argv = ["--demo", str(demo / "demo"), "--data", str(demo / "data"), "--seeds", "1,2", "--max_steps", "2"]
-    results = stages.main([*argv, "--n_test", "3", "--num_threads", "1", "--output", str(demo / "stages.json")])
+    argv = ["--demo", str(demo / "demo"), "--data", str(demo / "data"), "--seeds", "1,2", "--max_steps", "1"]
+    results = stages.main([*argv, "--n_test", "2", "--num_threads", "1", "--output", str(demo / "stages.json")])
     expected = ["before DPO", "DPO", "student, hard labels", "student, teacher", "answering at once",
                 "reasoning, tag weight 10", "reasoning, tag weight 1"]  # fmt: skip
     assert [list(result) for result in results] == [expected, expected]

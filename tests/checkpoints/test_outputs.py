@@ -10,7 +10,7 @@ from minillm.errors import UserError
 from minillm.hub.adapters import add_adapters
 from minillm.hub.huggingface import load_model
 from minillm.lora import LoRAConfig, apply_lora, load_lora, save_lora
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
 from tests.contracts.harness import CONFIG, MOE_CONFIG, tiny_model
 
 IDS = torch.arange(11)[None]

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 
 from minillm.checkpoints import checkpoint, saving
 from minillm.checkpoints.checkpoint import list_checkpoints, load_state, newest_checkpoint, save_checkpoint
+from minillm.checkpoints.outputs import WholeModel
 from minillm.checkpoints.saving import ModelCopy, Saver, copied, n_bytes_of
 from minillm.distributed.engine import changing_state
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.lora import apply_lora
-from minillm.lora.state import trained_state
+from minillm.lora.more.state import trained_state
 from minillm.objectives.distill import add_projection
+from minillm.training.run import Run
 from tests.contracts import pair_runs
 from tests.contracts.harness import CONFIG, LORA, MOE_CONFIG, arguments, tiny_model, train
 from tests.contracts.test_resume import assert_same
@@ -139,11 +141,9 @@ def test_bytes_are_those_of_the_tensors():
         (False, True, False, True, True),  # every rank reads the checkpoint
     ],
 )
-def test_memory_is_taken_only_where_a_copy_is_needed(is_main, is_sharded, async_save, from_resume, is_needed):
-    args = SimpleNamespace(async_save=async_save, from_resume=from_resume, auto_resume=False)
-    ranks = SimpleNamespace(is_main=is_main, is_restart=False)
-    engine = SimpleNamespace(trains_model=not is_sharded)
-    saver = Saver(SimpleNamespace(args=args, model=tiny_model(), ranks=ranks, engine=engine))
+def test_memory_is_taken_only_where_a_copy_is_needed(tmp_path, is_main, is_sharded, async_save, from_resume, is_needed):
+    engine = SimpleNamespace(holds_master_weights=not is_sharded, ranks=SimpleNamespace(is_main=is_main))
+    saver = Saver(tiny_model(), engine, WholeModel(), tmp_path, is_async=async_save, may_resume=from_resume)
     saver.close()
     assert (saver.copy is not None) == is_needed
 
@@ -158,17 +158,15 @@ def watched(monkeypatch):
     ``held(run, step)`` is called in the writing thread before it writes.
     """
     seen = SimpleNamespace(moments={}, writing=0, order=[], held=lambda run, step: None)
-    real_save, real_write = Saver.save, checkpoint.save_checkpoint
+    real_save, real_write = Run.save, checkpoint.save_checkpoint
 
-    def save(self):
-        seen.run = self.run
-        model = self.run.model
-        weights = trained_state(model) if hasattr(self.run.output, "args") else model.state_dict()
-        optimizer = self.run.engine.optimizer_state()
-        counters = {name: getattr(self.run, name) for name in ("step", "tokens", "epoch")}
-        state = {"weights": weights, "optimizer": optimizer, "rng": checkpoint.rng_state(), "counters": counters}
-        seen.moments[self.run.step] = copied(state)
-        real_save(self)
+    def save(run):
+        seen.run, model = run, run.model
+        weights = trained_state(model) if hasattr(run.output, "args") else model.state_dict()
+        counters = {name: getattr(run.progress, name) for name in ("step", "tokens", "epoch")}
+        state = {"weights": weights, "optimizer": run.engine.optimizer_state(), "rng": checkpoint.rng_state()}
+        seen.moments[run.step] = copied(state | {"counters": counters})
+        real_save(run)
 
     def write(directory, step, *args, **options):
         seen.writing += 1
@@ -178,7 +176,7 @@ def watched(monkeypatch):
         seen.order.append(step)
         seen.writing -= 1
 
-    monkeypatch.setattr(Saver, "save", save)
+    monkeypatch.setattr(Run, "save", save)
     monkeypatch.setattr(checkpoint, "save_checkpoint", write)
     return seen
 

@@ -25,6 +25,7 @@ class Toy:
     quiet: bool = False
     loud: bool = True
     shape: Literal["round", "square"] = "round"
+    fuse: Literal["auto", "0", "1"] = "auto"
 
 
 @pytest.fixture
@@ -53,6 +54,39 @@ def test_booleans_bare_as_digits_and_as_words(words, expected):
         assert args.quiet is expected
         assert args.count == (5 if after[:1] == ["--count"] else 2)
         assert args.loud is (after[:1] != ["--loud"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "auto"), (["--fuse"], "1"), (["--fuse", "1"], "1"), (["--fuse=0"], "0"), (["--fuse", "auto"], "auto"),
+        (["--fuse", "true"], "1"), (["--fuse", "No"], "0"), (["--fuse=auto"], "auto"),
+    ],
+)  # fmt: skip
+def test_a_switch_may_be_automatic(words, expected):
+    for after in ([], ["--count", "5"]):
+        args = parse(Toy, ["--path", "p", *words, *after])
+        assert (args.fuse, args.count) == (expected, 5 if after else 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("true", "1"), ("false", "0"), ("1", "1"), ("0", "0"), ("auto", "auto"), ("'1'", "1"), ("2", None), ("on", "1")],
+)
+def test_a_switch_of_an_older_file_is_true_or_false(config, text, expected):
+    argv = [*config(f"fuse: {text}\n"), "--path", "p"]
+    if expected is None:
+        with pytest.raises(UserError, match="not one of auto, 0, 1"):
+            parse(Toy, argv)
+    else:
+        assert parse(Toy, argv).fuse == expected
+        assert parse(Toy, [*argv, "--fuse", "auto"]).fuse == "auto"
+
+
+def test_compile_is_a_switch(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    argv = ["--data_path", str(tmp_path / "a.jsonl")]
+    assert [parse(PretrainArguments, [*argv, *more]).compile for more in ([], ["--compile"])] == ["auto", "1"]
 
 
 def test_a_boolean_of_another_word_is_a_usage_error(capsys):

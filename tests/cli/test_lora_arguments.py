@@ -47,7 +47,7 @@ def test_every_flag_reaches_the_adapter(file):
         ("lora_layers", "a,1", "--lora_layers a,1: must be numbers"),
         ("rank_pattern", "down_proj", "--rank_pattern down_proj: must be NAME=NUMBER"),
         ("rank_pattern", "down_proj=1.5", "--rank_pattern down_proj=1.5: must be NAME=NUMBER"),
-        ("rank_pattern", "down_proj=0", "rank_pattern 'down_proj' is 0"),
+        ("rank_pattern", "down_proj=0", "rank_pattern 'down_proj': rank is 0"),
         ("alpha_pattern", "=3", "--alpha_pattern =3: must be NAME=NUMBER"),
         ("from_weight", "", "--from_weight is empty"),
         ("lora_name", "", "--lora_name ''"), ("lora_name", "a/b", "--lora_name 'a/b'"),
@@ -64,5 +64,5 @@ def test_a_value_out_of_range_is_named(file, name, value, message):
 
 
 def test_settings_that_do_not_go_together_are_refused(file):
-    with pytest.raises(UserError, match="use_dora does not go with init 'pissa'"):
+    with pytest.raises(UserError, match="use_dora does not work with init 'pissa'"):
         LoRAArguments(data_path=file, use_dora=True, lora_init="pissa").check()

@@ -49,8 +49,8 @@ def test_limits_below_hold_too(parsed):
 
 def test_defaults_keep_a_run_without_a_flag(parsed):
     args = parsed()
-    assert (args.parallel, args.async_save, args.keep_last, args.save_interval) == ("ddp", True, 2, 100)
-    assert (args.from_resume, args.auto_resume, args.save_minutes) == (False, False, 0)
+    assert (args.parallel, args.async_save, args.keep_last, args.save_interval) == ("ddp", True, 2, 0)
+    assert (args.from_resume, args.auto_resume, args.save_minutes) == (False, False, 10)
 
 
 def test_what_parallel_takes(parsed, capsys):

@@ -124,10 +124,14 @@ def parameters_of(values: dict) -> int:
 
 
 def pytest_generate_tests(metafunc):
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", SPECIAL)
+    """Every family; where there is a scaling, too, each family with two of the seven, each of them at least twice."""
     if "scaling" in metafunc.fixturenames:
-        metafunc.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+        names = list(SCALINGS)
+        pairs = [(family, names[(number + shift) % 7]) for number, family in enumerate(SPECIAL) for shift in (0, 3)]
+        values = [(family, SCALINGS[name]) for family, name in pairs]
+        metafunc.parametrize("family, scaling", values, ids=["-".join(pair) for pair in pairs])
+    elif "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", SPECIAL)
 
 
 @pytest.fixture

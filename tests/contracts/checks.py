@@ -43,7 +43,7 @@ def partition_invariance(
 
     whole = gradients(global_batch_size)
     assert len(whole) == 3
-    for batch_size in (1, 2, 3, 4, 6):
+    for batch_size in (1, 3, 4):
         for step, cut in enumerate(gradients(batch_size)):
             difference = largest_difference(cut, whole[step])
             assert difference <= bound, f"step {step}, micro-batches of {batch_size}: {difference:.1e}"
@@ -156,8 +156,9 @@ def norms_do_not_decay(directory: Path) -> None:
 class ScaledEngine(Engine):
     """One process with a loss scale of 1,024, as under float16, on products that stay exact."""
 
-    def __init__(self, ranks, scaler, *more):
-        super().__init__(ranks, torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True), *more)
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
 
 
 def loss_scale_changes_nothing(directory: Path) -> None:

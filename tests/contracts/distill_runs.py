@@ -8,7 +8,6 @@ from minillm.cli.arguments import DistillArguments
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
 from minillm.hub.huggingface import save_model
-from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.objectives.distill import DistillLoss, StudentAlone, add_projection
 from minillm.objectives.teacher import Teacher
@@ -54,7 +53,7 @@ def student(*, double: bool = False, seed: int = 0, **changes) -> Transformer:
 def train(args, tokenizer, *, double: bool = False, before_update=lambda run: None, finish: bool = False) -> Run:
     """Run the loop of ``train_distill.py`` on ragged rows; return the run."""
     with Run(args, stage="distill", output=StudentAlone()) as run:
-        teacher = Teacher(run, tokenizer)
+        teacher = Teacher(args, run.engine, tokenizer)
         model = student(double=double)
         if double:
             teacher.model.double()
@@ -66,9 +65,9 @@ def train(args, tokenizer, *, double: bool = False, before_update=lambda run: No
             rows = teacher.add_to(rows, vocab_size=V)
         loader = StepBatches(rows, **run.batching())
         module = run.wrap(model)
-        loss = DistillLoss(run, teacher)
+        loss = DistillLoss(model, teacher, args)
         optimizer = adamw(module, learning_rate=args.learning_rate, weight_decay=0.0)
-        model = run.start(optimizer, loader, tokenizer=tokenizer, loss=causal_lm_loss, settings=loss.settings())
+        model = run.start(optimizer, loader, tokenizer=tokenizer, loss=loss)
         for step in run.steps(loader):
             for batch in step:
                 with run.autocast():

@@ -1,12 +1,15 @@
 """A run of the real loop on every engine; started by ``test_engines.py`` under torchrun.
 
--m tests.contracts.engines OUT ddp fsdp zero2 zero3off ddp_moe ddp_lora      three steps
--m tests.contracts.engines OUT --stop 3 fsdp zero3                               of six steps, then a signal
--m tests.contracts.engines OUT --from SAVED fsdp:zero3 ddp:fsdp                  the others: engine:engine before
-    -m tests.contracts.engines OUT --from SAVED fsdp_bf16                            all six: no engine before
+-m tests.contracts.engines OUT zero2off ddp_moe fsdp@3 fsdp_bf16@6 zero3:fsdp
+
+    ddp_moe      three steps, of a model with experts
+    fsdp_bf16@6  six steps, in bfloat16
+    fsdp@3       six steps, but a signal comes in the third
+    zero3:fsdp   the other three, on zero3, from what fsdp@3 has left in OUT or in the directory of --from
 """
 
 import argparse
+import contextlib
 import shutil
 import signal
 from pathlib import Path
@@ -38,12 +41,12 @@ def flags_of(engine: str) -> dict:
     return {"parallel": "fsdp" if engine == "fsdp" else "ddp"}
 
 
-def run_one(name: str, directory: Path, *, stop: int, max_steps: int, resume: bool) -> dict | None:
+def run_one(name: str, directory: Path, *, stops: bool, max_steps: int, resume: bool) -> dict | None:
     """Train on the engine that ``name`` begins with; return the result, or None where a signal ended it."""
     engine, _, kind = name.partition("_")
 
     def send_signal(run) -> None:
-        if stop and run.step == stop - 1 and run.ranks.rank == run.ranks.world_size - 1:
+        if stops and run.step == 2 and run.ranks.rank == run.ranks.world_size - 1:
             signal.raise_signal(signal.SIGTERM)  # to one rank alone: all must stop
 
     n_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -70,23 +73,35 @@ def run_one(name: str, directory: Path, *, stop: int, max_steps: int, resume: bo
         return None
 
 
+def spare_the_build() -> None:
+    """Let DeepSpeed's ranks speak through gloo alone, as they do between machines.
+
+    On one machine without a GPU it compiles a shared-memory all-reduce at first, which takes a minute.
+    """
+    with contextlib.suppress(ImportError):
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
+    spare_the_build()
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+")
-    parser.add_argument("--stop", type=int, default=0)
     parser.add_argument("--from", dest="source", type=Path)
     said = parser.parse_args()
     torch.distributed.init_process_group("gloo")  # one group for all: every Run finds it and leaves it alone
     is_main = torch.distributed.get_rank() == 0
-    for name in said.names:
-        engine, _, before = name.partition(":")
-        directory = said.out / name.replace(":", "-after-")
+    for word in said.names:
+        rest, _, before = word.partition(":")
+        name, _, n_steps = rest.partition("@")
+        directory = said.out / word.replace(":", "-after-")
         if before and is_main:
-            shutil.copytree(said.source / before, directory)
+            shutil.copytree((said.source or said.out) / f"{before}@3", directory)
         torch.distributed.barrier()
-        max_steps = 6 if said.stop or said.source else 3
-        result = run_one(engine, directory, stop=said.stop, max_steps=max_steps, resume=bool(before))
+        max_steps = 6 if before or n_steps else 3
+        result = run_one(name, directory, stops=n_steps == "3", max_steps=max_steps, resume=bool(before))
         if is_main and result:
             kept = {key: result[key] for key in ("metrics", "validations", "weights", "optimizer")}
             torch.save(kept, said.out / f"{directory.name}.pt")

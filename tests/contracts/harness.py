@@ -135,6 +135,7 @@ def train(
     config: ModelConfig = CONFIG,
     lora: bool = False,
     weighted: bool = False,
+    loss: Callable = causal_lm_loss,
     prepare: Callable[[Run], None] = lambda run: None,
     before_update: Callable[[Run], None] = lambda run: None,
     finish: bool = False,
@@ -143,7 +144,7 @@ def train(
     """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
 
     Args:
-        lora: train an adapter of the settings ``LORA`` alone. weighted: see ``RaggedRows``.
+        lora: train an adapter of the settings ``LORA`` alone. weighted: see ``RaggedRows``. loss: of tokens.
         prepare: called with the run before the loop. before_update: called before every ``run.update(step)``.
         finish: save a checkpoint and the model at the end, as the scripts do. validate: every ``eval_interval`` steps.
     """
@@ -154,12 +155,12 @@ def train(
         loader = StepBatches(RaggedRows(n_rows, weighted=weighted), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         valid_loader = StepBatches(RaggedRows(7, seed=1), **run.batching(), shuffle=False) if validate else None
-        model = run.start(optimizer, loader, valid_loader=valid_loader, tokenizer=None, loss=causal_lm_loss)
+        model = run.start(optimizer, loader, valid_loader, tokenizer=None, loss=loss)
         prepare(run)
         for step in run.steps(loader):
             for batch in step:
                 with run.autocast():
-                    loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
+                    loss_sum, n_targets = loss(model, batch, run.router_stats)
                 step.backward(loss_sum, n_targets)
             before_update(run)
             run.update(step)
@@ -176,7 +177,7 @@ def train(
             ],
             "weights": weights_of(run),
             "optimizer": copied(run.engine.optimizer_state()),
-            "skipped_steps": run.skipped_steps,
+            "skipped_steps": run.progress.skipped_steps,
         }
 
 

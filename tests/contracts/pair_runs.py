@@ -79,17 +79,16 @@ def train(
     """Run the loop of ``train_dpo.py`` on ragged pairs; return the run and its reference."""
     with Run(args, stage="rlhf", output=AdapterAlone(args) if args.lora_name else None) as run:
         model = tiny_model(double=double, config=config)
-        reference = Reference(args.reference_kind, model, run) if args.reference_kind else None
+        reference = Reference(args.reference_kind, model, args, run.engine) if args.reference_kind else None
         rows = RaggedPairs(n_rows, judged=args.loss_type == "kto")
         rows = rows if reference is None else reference.add_to(rows)
         if args.lora_name:
             apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(1))
         loader = StepBatches(rows, **run.batching())
         module = run.wrap(model)
-        loss = PreferenceLoss(run, reference)
+        loss = PreferenceLoss(model, reference, args, run.engine)
         optimizer = adamw(module, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
-        model = run.start(optimizer, loader, tokenizer=None, loss=loss, count=loss.count, prepare=loss.prepare,
-                          measures=loss.measures, unit=loss.unit, settings=loss.settings())  # fmt: skip
+        model = run.start(optimizer, loader, tokenizer=None, loss=loss)
         for step in run.steps(loader):
             for batch in step:
                 with run.autocast():

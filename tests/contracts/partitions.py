@@ -1,4 +1,4 @@
-"""Gradients of three steps of 16 rows, the last step a single one, for every way to cut them on this many ranks.
+"""Gradients of three steps of 16 rows, the last step a single one, in every stage, on this many ranks.
 
 Started by ``test_partition.py`` under torchrun: ``-m tests.contracts.partitions OUT``, where OUT/teacher is a model.
 """
@@ -60,10 +60,13 @@ KINDS = {
 }
 IN_FLOAT32 = {"tokens", "pairs", "distilled"}
 CASES = [(kind, double) for kind in KINDS for double in (True, False) if double or kind in IN_FLOAT32]
+BATCH_SIZES = {1: 1, 2: 2, 4: 2}  # of a micro-batch, by number of ranks: 16, 4 and 2 of them are a step
+ON_FOUR_RANKS = ("experts", "pairs", "judged", "distilled_best")  # each way to count, once
 
 
-# Micro-batch sizes by number of ranks: from one row at a time to all of a rank's rows at once.
-BATCH_SIZES = {1: (1, 4), 2: (2, 8), 4: (1, 4)}
+def cases(n_ranks: int) -> list[tuple[str, bool]]:
+    """Return which (kind, in float64) this many ranks try."""
+    return CASES if n_ranks < 4 else [(kind, True) for kind in ON_FOUR_RANKS]
 
 
 def gradients(kind: str, double: bool, out: Path, *, teacher: Path, batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -82,11 +85,11 @@ def main(out: Path) -> None:
     torch.distributed.init_process_group("gloo")  # one group for all: every Run finds it and leaves it alone
     n_ranks = torch.distributed.get_world_size()
     found = {}
-    for kind, double in CASES:
-        for batch_size in BATCH_SIZES[n_ranks]:
-            found[kind, double, batch_size] = gradients(
-                kind, double, out / f"runs{n_ranks}", teacher=out / "teacher", batch_size=batch_size
-            )
+    for kind, double in cases(n_ranks):
+        directory = out / f"runs{n_ranks}"
+        found[kind, double] = gradients(
+            kind, double, directory, teacher=out / "teacher", batch_size=BATCH_SIZES[n_ranks]
+        )
     if torch.distributed.get_rank() == 0:
         torch.save(found, out / f"ranks{n_ranks}.pt")
     torch.distributed.destroy_process_group()

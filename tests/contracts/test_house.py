@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "hub": {"config", "model", "lora", "tokenizer", "distributed"},
     "checkpoints": {"hub", "lora", "distributed"},
     "reports": {"model", "lora", "data", "checkpoints"},
-    "objectives": {"losses", "lora", "tokenizer", "data", "hub", "checkpoints", "reports"},
-    "training": {"kernels", "model", "losses", "data", "distributed", "checkpoints", "reports"},
+    "objectives": {"kernels", "losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints", "reports"},
+    "training": {"kernels", "model", "data", "distributed", "checkpoints", "objectives", "reports"},
     "cli": {"config", "losses", "lora", "data", "distributed", "hub", "checkpoints"},
     "evaluation": {"losses", "tokenizer", "data", "inference", "hub", "cli"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},
@@ -187,7 +187,7 @@ def test_importing_minillm_is_quick():
                 totals.setdefault(match[2], int(match[1]))  # microseconds, with what it imported
         return (totals["minillm"] - totals.get("torch", 0)) / 1e6
 
-    assert min(seconds() for _ in range(3)) <= 0.3
+    assert any(seconds() <= 0.3 for _ in range(3))  # the first one that is not disturbed
 
 
 # ---- the scripts -------------------------------------------------------------------------------------------------

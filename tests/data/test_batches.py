@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.data.batches import StepBatches, collate
+from minillm.data.batches import DERIVED, StepBatches, collate
 from minillm.data.text import TextRows
 from minillm.errors import UserError
 
@@ -83,7 +83,7 @@ def test_short_ranks_get_rows_of_padding():
     assert sum(n >= 0 for batch in members(first) for n in batch) == 2
     assert sum(n >= 0 for batch in members(second) for n in batch) == 1
     empty = second[1]
-    assert set(empty) == {"input_ids", "targets", "position_ids", "document_ids"}
+    assert set(empty) == {"input_ids", "targets", "position_ids", "document_ids", *DERIVED}
     assert empty["input_ids"].shape == (2, 8)
     assert (empty["input_ids"] == 0).all()
     assert (empty["targets"] == -100).all()
@@ -123,8 +123,10 @@ def test_collate():
         "position_ids": [[0, 1, 0], [0, 0, 0]],
         "document_ids": [[0, 0, -1], [0, -1, -1]],
         "weights": [[1.0, 1.0, 0.0], [0.5, 0.0, 0.0]],
+        "document_bounds": [0, 2, 3, 4, 6],  # padding counts as a document
+        "target_rows": [0, 3],
     }
-    assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64", "torch.float32"}
+    assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64", "torch.float32", "torch.int32"}
     assert collate(rows[:1])["input_ids"].tolist() == [[5, 6]]
     assert "weights" not in collate(rows[:1], 4, n_rows=2)
 

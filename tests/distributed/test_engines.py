@@ -5,12 +5,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from minillm.checkpoints.checkpoint import list_checkpoints
 from minillm.checkpoints.interrupt import Interrupted
-from minillm.distributed import engines
 from minillm.distributed.engine import Engine
+from minillm.distributed.engines import engine_class
 from minillm.distributed.fsdp import FSDP
 from minillm.distributed.zero import ZeRO
 from minillm.errors import UserError
@@ -19,21 +20,21 @@ from tests.contracts.harness import arguments, train
 
 
 def test_parallel_names_the_engine():
-    assert engines.find("ddp") is Engine
-    assert engines.find("fsdp") is FSDP
-    assert engines.find("deepspeed") is ZeRO
+    assert engine_class("ddp") is Engine
+    assert engine_class("fsdp") is FSDP
+    assert engine_class("deepspeed") is ZeRO
 
 
 def test_a_missing_deepspeed_names_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     args = arguments("unused", parallel="deepspeed")
     with pytest.raises(UserError, match=r"--parallel deepspeed needs .*pip install deepspeed"):
-        engines.find("deepspeed")(None, None, args)
+        engine_class("deepspeed")(None, torch.device("cpu"), torch.float32, args)
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """A run at step 5 of 9, saved at step 4, on rank 0 of 2; ``run.calls`` are those to its parts, in order."""
+    """The parts of a run on rank 0 of 2; ``run.calls`` are those to them, in order."""
     monkeypatch.setattr("sys.argv", ["train_pretrain.py", "--data_path", "a b.jsonl", "--from_resume"])
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     calls = []
@@ -43,18 +44,16 @@ def run(monkeypatch):
 
     ranks = part(barrier=1)
     ranks.is_main, ranks.rank, ranks.world_size = True, 0, 2
-    return SimpleNamespace(
-        calls=calls, ranks=ranks, saver=part(wait=1), tracker=part(close=1), step=5, total_steps=9, _save_step=4
-    )
+    return SimpleNamespace(calls=calls, ranks=ranks, tracker=part(close=1))
 
 
 @pytest.mark.parametrize("is_main", [True, False])
-def test_stop_waits_for_the_checkpoint_and_for_the_others(run, capsys, is_main):
+def test_stop_waits_for_the_others(run, capsys, is_main):
     run.ranks.is_main = is_main
     with pytest.raises(Interrupted) as ended:
-        endings.stop(run, signal.SIGTERM)
+        endings.stop(run.ranks, signal.SIGTERM, tracker=run.tracker, step=5, total_steps=9)
     assert ended.value.code == 143
-    assert run.calls == ["wait", *(["close"] if is_main else []), "barrier"]
+    assert run.calls == [*(["close"] if is_main else []), "barrier"]
     shown = capsys.readouterr()
     assert shown.out == ""
     expected = (
@@ -78,7 +77,7 @@ GONE = [
 def test_a_rank_that_is_gone_is_said_plainly(run, error):
     run.ranks.rank = 1
     with pytest.raises(UserError) as said:
-        endings.explain(error, run)
+        endings.explain(error, run.ranks, step=5, is_saved=True)
     message = str(said.value)
     assert message.startswith("rank 1 of 2 lost the others after step 5: ")
     assert str(error).splitlines()[0] in message
@@ -89,30 +88,30 @@ def test_a_rank_that_is_gone_is_said_plainly(run, error):
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), UserError("gloomy"), KeyError("gloo")])
 def test_other_errors_are_left_as_they_are(run, error, capsys):
-    endings.explain(error, run)
+    endings.explain(error, run.ranks, step=5, is_saved=True)
     assert capsys.readouterr() == ("", "")
 
 
 def test_an_error_without_a_message_is_no_error_of_ours(run):
-    endings.explain(RuntimeError(), run)
+    endings.explain(RuntimeError(), run.ranks, step=5, is_saved=True)
     with pytest.raises(UserError, match="lost the others"):
-        endings.explain(dist.DistError(), run)
+        endings.explain(dist.DistError(), run.ranks, step=5, is_saved=True)
 
 
 def test_alone_there_is_no_other_to_lose(run):
     run.ranks.world_size = 1
     for error in GONE:
-        endings.explain(error, run)
+        endings.explain(error, run.ranks, step=5, is_saved=True)
 
 
-@pytest.mark.parametrize(("is_main", "save_step"), [(True, 4), (True, -1), (False, 4)])
-def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_from(run, capsys, is_main, save_step):
-    run.ranks.is_main, run._save_step = is_main, save_step
+@pytest.mark.parametrize(("is_main", "is_saved"), [(True, True), (True, False), (False, True)])
+def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_from(run, capsys, is_main, is_saved):
+    run.ranks.is_main = is_main
     with pytest.raises(Interrupted) as ended:
-        endings.explain(KeyboardInterrupt(), run)
+        endings.explain(KeyboardInterrupt(), run.ranks, step=5, is_saved=is_saved)
     assert ended.value.code == 130
     shown = capsys.readouterr().err
-    says = is_main and save_step >= 0
+    says = is_main and is_saved
     assert ("interrupted after step 5; resume with: python train_pretrain.py" in shown) == says
     assert ("interrupted after step 5, before its first checkpoint" in shown) == (is_main and not says)
     assert bool(shown) == is_main

@@ -18,8 +18,8 @@ def test_one_process_is_the_main_rank():
     assert not torch.distributed.is_initialized()
     assert ranks.sum(torch.tensor([2.0])).item() == 2
     assert ranks.gather({"a": 1}) == [{"a": 1}]
-    assert ranks.main_first(lambda: 7) == 7
-    assert ranks.main_alone(lambda: 7) == 7
+    assert ranks.main_rank_first(lambda: 7) == 7
+    assert ranks.on_main_rank(lambda: 7) == 7
     ranks.barrier()
     ranks.stop()
 
@@ -29,7 +29,7 @@ def test_main_first_passes_errors_on():
         raise ValueError("no such file")
 
     with pytest.raises(ValueError, match="no such file"):
-        Ranks().main_first(fail)
+        Ranks().main_rank_first(fail)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -37,12 +37,12 @@ def test_what_the_main_rank_does_alone_the_others_only_hear_of(monkeypatch, rank
     done, ranks = [], Ranks()
     ranks.rank, ranks.world_size = rank, 2
     monkeypatch.setattr(ranks, "gather", lambda value: [None, None])
-    assert ranks.main_alone(lambda: done.append(rank) or 7) == (7 if rank == 0 else None)
+    assert ranks.on_main_rank(lambda: done.append(rank) or 7) == (7 if rank == 0 else None)
     assert done == ([0] if rank == 0 else [])
     monkeypatch.setattr(ranks, "gather", lambda value: ["the disk is full", None])
     if rank:
         with pytest.raises(UserError, match="rank 0 failed: the disk is full"):
-            ranks.main_alone(lambda: done.append(rank))
+            ranks.on_main_rank(lambda: done.append(rank))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_main_rank_may_work_longer_than_the_timeout(two_ranks, monkeypatch):
 
     clock = Clock(main_rank)
     monkeypatch.setattr(ranks_module, "time", clock)
-    assert other.main_alone(lambda: pytest.fail("rank 1 builds")) is None
+    assert other.on_main_rank(lambda: pytest.fail("rank 1 builds")) is None
     assert clock.now > 3 * 3600
 
 
@@ -89,13 +89,13 @@ def test_a_main_rank_that_is_silent_is_given_up(two_ranks, monkeypatch):
     clock = Clock(lambda now: None)
     monkeypatch.setattr(ranks_module, "time", clock)
     with pytest.raises(UserError, match="no sign of life for 30 minutes"):
-        two_ranks[1].main_alone(lambda: None)
+        two_ranks[1].on_main_rank(lambda: None)
     assert 1800 < clock.now < 1810
 
 
 def test_the_main_rank_gives_signs_of_life_while_it_works(two_ranks, monkeypatch):
     main, other = two_ranks
-    monkeypatch.setattr(ranks_module, "SIGN_OF_LIFE_S", 0.01)
+    monkeypatch.setattr(ranks_module, "HEARTBEAT_S", 0.01)
     for name in ("minillm alone 1", "minillm alone 2"):
 
         def build(name=name):
@@ -103,9 +103,9 @@ def test_the_main_rank_gives_signs_of_life_while_it_works(two_ranks, monkeypatch
                 pass
             return "built"
 
-        assert main.main_alone(build) == "built"
-        assert other.main_alone(build) is None  # it is done by now
-    assert main.main_first(lambda: "again") == other.main_first(lambda: "again") == "again"
+        assert main.on_main_rank(build) == "built"
+        assert other.on_main_rank(build) is None  # it is done by now
+    assert main.main_rank_first(lambda: "again") == other.main_rank_first(lambda: "again") == "again"
 
 
 def test_ranks_come_from_the_launcher(monkeypatch):
@@ -118,8 +118,8 @@ def test_ranks_come_from_the_launcher(monkeypatch):
 @pytest.fixture
 def engine():
     model = torch.nn.Linear(3, 2)
-    engine = Engine(Ranks(), torch.amp.GradScaler("cpu", enabled=False))
-    assert engine.wrap(model, torch.device("cpu")) is model  # one process: nothing to wrap
+    engine = Engine(Ranks(), torch.device("cpu"))
+    assert engine.wrap(model) is model  # one process: nothing to wrap
     assert engine.attach(adamw(model, learning_rate=0.1)) is model
     return engine
 
@@ -140,8 +140,8 @@ def test_backward_adds_up_and_step_clears(engine):
 def test_frozen_parameters_are_left_alone():
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    engine = Engine(Ranks(), torch.amp.GradScaler("cpu", enabled=False))
-    engine.wrap(model, torch.device("cpu"))
+    engine = Engine(Ranks(), torch.device("cpu"))
+    engine.wrap(model)
     engine.attach(adamw(model, learning_rate=0.1))
     bias = model.bias.clone()
     engine.backward(model(torch.ones(1, 3)).sum())
@@ -151,7 +151,7 @@ def test_frozen_parameters_are_left_alone():
 
 
 def step_of(engine, n_targets=5.0):
-    settings = {"n_tokens": 7.0, "began": 0.0, "device": torch.device("cpu"), "sum_dtype": torch.float64}
+    settings = {"number": 1, "n_tokens": 7, "began": 0.0}
     batches = [{"x": torch.ones(1)}, {"x": torch.zeros(1)}]
     return Step(batches, n_targets=n_targets, engine=engine, **settings)
 
@@ -171,7 +171,12 @@ def test_a_loss_that_counts_other_targets_is_an_error_with_both_numbers(engine, 
     for n in (2.0, 3.0):
         step.backward(torch.tensor(1.5), torch.tensor(n, dtype=torch.float64))
     assert (step.loss_sum.item(), step.n_counted.item()) == (3.0, 5.0)
-    step.check_count(step.n_counted.item())
-    step.backward(torch.tensor(1.5), torch.tensor(1.0))
+    assert step.close(torch.tensor(7.0), added=0.5)
+    step.read()
+    assert (step.loss_sum, step.grad_norm) == (2.5, 7.0)
+
+    step = step_of(engine, n_targets=5.0)
+    step.backward(torch.tensor(1.5), torch.tensor(6.0))
+    assert not step.close(torch.tensor(torch.inf))
     with pytest.raises(RuntimeError, match="the losses counted 6 targets, the batches of the step hold 5"):
-        step.check_count(step.n_counted.item())
+        step.read()

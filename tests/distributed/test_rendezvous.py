@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from minillm.distributed.rendezvous import agree_on_attempt, meeting_store
+from minillm.distributed.rendezvous import agree_on_attempt, rendezvous_store
 from minillm.errors import UserError
 
 SHORT = datetime.timedelta(seconds=20)
@@ -60,7 +60,7 @@ def test_ranks_meet_in_the_corner_of_their_attempt(agents, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for word in ("first", "second"):
         with ThreadPoolExecutor(2) as pool:
-            stores = list(pool.map(lambda rank: meeting_store(rank, 2, SHORT), range(2)))
+            stores = list(pool.map(lambda rank: rendezvous_store(rank, 2, SHORT), range(2)))
         assert not stores[1].check(["word"])  # what the attempt before has written is not seen
         stores[0].set("word", word)
         assert stores[1].get("word").decode() == word
@@ -68,4 +68,4 @@ def test_ranks_meet_in_the_corner_of_their_attempt(agents, monkeypatch):
 
 def test_alone_without_a_launcher(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert isinstance(meeting_store(0, 1, SHORT), dist.HashStore)
+    assert isinstance(rendezvous_store(0, 1, SHORT), dist.HashStore)

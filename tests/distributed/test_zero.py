@@ -1,6 +1,7 @@
 """DeepSpeed's settings: read, and filled from the flags. The engine itself is in tests/contracts, on several ranks."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -35,28 +36,27 @@ def test_there_is_a_file_for_each_stage():
     assert stages == {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
 
 
-@pytest.mark.parametrize("on_cuda", [False, True])
-@pytest.mark.parametrize("short_weights", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_auto_of_every_file_is_filled(path, dtype, short_weights, on_cuda):
+def test_every_auto_of_every_file_is_filled(path):
     settings = read_settings(path)
     before = copy.deepcopy(settings)
-    found = leaves(filled(settings, dtype=dtype, short_weights=short_weights, on_cuda=on_cuda))
-    assert settings == before
-    assert "auto" in leaves(settings).values()
-    assert "auto" not in found.values()
-    assert found["train_batch_size"] == 24
-    assert found["train_micro_batch_size_per_gpu"] == 4
-    assert found["gradient_accumulation_steps"] == 3
-    assert found["gradient_clipping"] == 0.7
-    assert found["zero_optimization.reduce_bucket_size"] == 4_000_000  # 2,000 squared
-    if "zero3" in path.stem:
-        assert found["zero_optimization.stage3_prefetch_bucket_size"] == 4_000_000
-        assert found["zero_optimization.stage3_param_persistence_threshold"] == 20_000
-    pinned = {name: value for name, value in found.items() if name.endswith("pin_memory")}
-    assert len(pinned) == {"zero2_offload": 1, "zero3_offload": 2}.get(path.stem, 0)
-    assert set(pinned.values()) <= {on_cuda}  # without a card there is nothing to copy to in the background
+    kinds = itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True))
+    for dtype, short_weights, on_cuda in kinds:
+        found = leaves(filled(settings, dtype=dtype, short_weights=short_weights, on_cuda=on_cuda))
+        assert settings == before
+        assert "auto" in leaves(settings).values()
+        assert "auto" not in found.values()
+        assert found["train_batch_size"] == 24
+        assert found["train_micro_batch_size_per_gpu"] == 4
+        assert found["gradient_accumulation_steps"] == 3
+        assert found["gradient_clipping"] == 0.7
+        assert found["zero_optimization.reduce_bucket_size"] == 4_000_000  # 2,000 squared
+        if "zero3" in path.stem:
+            assert found["zero_optimization.stage3_prefetch_bucket_size"] == 4_000_000
+            assert found["zero_optimization.stage3_param_persistence_threshold"] == 20_000
+        pinned = {name: value for name, value in found.items() if name.endswith("pin_memory")}
+        assert len(pinned) == {"zero2_offload": 1, "zero3_offload": 2}.get(path.stem, 0)
+        assert set(pinned.values()) <= {on_cuda}  # without a card there is nothing to copy to in the background
 
 
 def test_a_narrow_model_has_no_tiny_buckets():

@@ -11,8 +11,8 @@ from minillm.config import ModelConfig
 from minillm.data.records import read_records
 from minillm.errors import UserError
 from minillm.evaluation import perplexity
+from minillm.kernels import linear_log_probs
 from minillm.lora import apply_lora, merge_lora
-from minillm.losses import log_probs
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
 
@@ -149,7 +149,7 @@ def test_an_adapted_output_layer_gives_the_same(tokenizer):
 
 def test_logits_in_chunks_give_the_same(model, tokenizer, monkeypatch):
     whole = perplexity(model, TEXTS, tokenizer)
-    monkeypatch.setattr(log_probs, "CHUNK_NUMEL", 3 * 270)
+    monkeypatch.setattr(linear_log_probs, "CHUNK_NUMEL", 3 * 270)
     monkeypatch.setattr(sys.modules[perplexity.__module__], "TEXTS_AT_ONCE", 2)
     assert perplexity(model, TEXTS, tokenizer).loss_sum == pytest.approx(whole.loss_sum, rel=1e-12)
 

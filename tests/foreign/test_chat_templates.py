@@ -76,26 +76,26 @@ CONVERSATIONS = {
 ALTERNATES = {"answer first", "late system", "user twice"}  # what Llama 2's template refuses
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("layout", WITH_CHAT)
-def test_ids_are_those_of_apply_chat_template(opened, layout, name):
+def test_ids_are_those_of_apply_chat_template(opened, layout):
     ours, theirs = opened(layout)
-    messages = CONVERSATIONS[name]
-    if layout == "llama2" and name in ALTERNATES:
-        with pytest.raises(
-            UserError, match=r"chat_template.jinja does not accept this conversation: roles must alternate"
-        ):
-            encode_chat(ours, messages)
-        return
-    ids, mask = encode_chat(ours, messages)
-    assert ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
-    assert len(mask) == len(ids)
-    assert mask[0] == 0
-    if name not in ALTERNATES:
-        prompt = messages[:-1]
-        ids, mask = encode_chat(ours, prompt, add_generation_prompt=True)
-        assert ids == theirs.apply_chat_template(prompt, return_dict=True, add_generation_prompt=True)["input_ids"]
-        assert not any(mask)
+    for name, messages in CONVERSATIONS.items():
+        if layout == "llama2" and name in ALTERNATES:
+            with pytest.raises(
+                UserError, match=r"chat_template.jinja does not accept this conversation: roles must alternate"
+            ):
+                encode_chat(ours, messages)
+            continue
+        ids, mask = encode_chat(ours, messages)
+        assert ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"], name
+        assert len(mask) == len(ids)
+        assert mask[0] == 0
+        if name not in ALTERNATES:
+            prompt = messages[:-1]
+            ids, mask = encode_chat(ours, prompt, add_generation_prompt=True)
+            wanted = theirs.apply_chat_template(prompt, return_dict=True, add_generation_prompt=True)["input_ids"]
+            assert ids == wanted, name
+            assert not any(mask)
 
 
 REASONED = [say("user", "q"), say("assistant", "a", reasoning_content="r")]
@@ -256,7 +256,7 @@ TEXTS = st.lists(WORDS, max_size=6).map("".join)
 
 
 @pytest.mark.parametrize("layout", WITH_CHAT)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(contents=st.lists(TEXTS, min_size=2, max_size=5).map(lambda texts: texts[: len(texts) // 2 * 2]))
 def test_any_conversation_is_read_whole_or_refused(opened, layout, contents):
     """Each stretch ends with its answer and an end token, and the same ids stand in the prompt before it."""
@@ -330,9 +330,13 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("talk", RELEASED)
 @pytest.mark.parametrize("name", RELEASES)
-def test_published_templates(opened, name, talk):
+def test_published_templates(opened, name):
+    for talk in RELEASED:
+        compare_with_release(opened, name, talk)
+
+
+def compare_with_release(opened, name, talk):
     """trl's variant marks the newline behind an end token too, and for some the header; a model writes neither."""
     ours, theirs, variant = release(opened, name)
     messages = RELEASED[talk]

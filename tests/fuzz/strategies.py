@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minillm.errors import UserError
 
-FACTOR = float(os.environ.get("MINILLM_FUZZ_EXAMPLES", "0.4"))
+FACTOR = float(os.environ.get("MINILLM_FUZZ_EXAMPLES", "0.1"))
 TIMEOUT_S = max(60, 60 * FACTOR)  # of one test
 
 

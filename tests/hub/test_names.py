@@ -10,7 +10,7 @@ import torch
 from minillm.errors import UserError
 from minillm.hub.names import HUB_FILES, download, find_adapter, find_weights, how_to_make
 from minillm.hub.pth import infer_config
-from minillm.lora.files import read_adapter
+from minillm.lora.more.files import read_adapter
 
 
 def make(out, *names):

@@ -7,14 +7,19 @@ import torch._dynamo
 import train_lora
 import train_pretrain
 import train_sft
-from minillm.checkpoints.checkpoint import is_earlier
+from minillm.checkpoints.directory import is_earlier
 from minillm.config import ModelConfig
+from minillm.data.batches import document_bounds
 from minillm.inference import generate
-from minillm.kernels import compiled
+from minillm.kernels import compiled, varlen_attention
 from minillm.kernels.compiled import compile_blocks
+from minillm.kernels.varlen_attention import Documents
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
+from minillm.model.attention_plan import AttentionPlan, document_mask
+from minillm.model.moe import Routing
+from minillm.model.rope import rope_tables
 from minillm.reports.tracking import read_metrics
 from tests.stages.conftest import call, flags, make_world, tiny_tokenizer, world  # noqa: F401 - fixtures
 
@@ -107,6 +112,77 @@ def test_the_limit_is_enough_for_adapted_blocks(graphs):
     model = make_model(num_hidden_layers=24)
     compile_blocks(model)
     assert torch._dynamo.config.recompile_limit >= compiled.GRAPHS_PER_BLOCK * 24
+
+
+@pytest.mark.parametrize("documents", ["causal", "mask", "documents"])
+@pytest.mark.parametrize("settings", [{}, {"use_qk_norm": True}, {"sliding_window": 4}], ids=str)
+def test_a_block_is_one_graph_of_plain_expressions(settings, documents):
+    """``fullgraph`` raises at a break. The graph is not run: the kernel for documents needs a GPU."""
+    shape = {"vocab_size": V, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = ModelConfig(**shape, num_hidden_layers=1, **settings)
+    if documents == "documents" and not varlen_attention._torch_has_it():
+        pytest.skip("this torch has no such attention")
+    block, x = Transformer(config).train().model.layers[0], torch.randn(2, 12, 32, requires_grad=True)
+    ids = torch.arange(12).expand(2, 12) // 5
+    plan = {
+        "causal": AttentionPlan(is_causal=True),
+        "mask": AttentionPlan(mask=document_mask(ids, config.sliding_window)),
+        "documents": AttentionPlan(documents=Documents(document_bounds(ids), 12, config.sliding_window)),
+    }[documents]
+    traced = []
+
+    def backend(graph, example_inputs):
+        traced.append(graph)
+        return lambda *args: (torch.zeros_like(x),)
+
+    torch._dynamo.reset()
+    rope = rope_tables(torch.arange(12)[None], config, dtype=torch.float32)
+    torch.compile(block, backend=backend, fullgraph=True)(x, rope, plan, None, Routing())
+    (graph,) = traced
+    operators = [str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "get_attr")]
+    assert not [name for name in operators if "autograd_function" in name or "fwd_body" in name]
+    assert ("varlen" in " ".join(operators)) == (documents == "documents")
+    torch._dynamo.reset()
+
+
+def test_any_number_of_documents_is_one_graph_more():
+    if not varlen_attention._torch_has_it():
+        pytest.skip("this torch has no such attention")
+    config = make_model(1).config
+    block, x = make_model(1).model.layers[0], torch.randn(2, 24, 32, requires_grad=True)
+    rope = rope_tables(torch.arange(24)[None], config, dtype=torch.float32)
+    traced = []
+
+    def backend(graph, example_inputs):
+        traced.append(graph)
+        return lambda *args: (torch.zeros_like(x),)
+
+    torch._dynamo.reset()
+    compiled_block = torch.compile(block, backend=backend)
+    for length in (3, 24, 5, 8, 2, 11):
+        bounds = document_bounds(torch.arange(24).expand(2, 24) // length)
+        compiled_block(x, rope, AttentionPlan(documents=Documents(bounds, 24)), None, Routing())
+    assert len(traced) == 2
+    torch._dynamo.reset()
+
+
+def test_auto_compiles_on_cuda_where_it_can(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.delenv("CC", raising=False)
+    assert compiled.is_wanted("auto", cuda)
+    assert not compiled.is_wanted("auto", cpu)
+    assert not compiled.is_wanted("auto", torch.device("mps"))
+    assert not compiled.is_wanted("auto", cuda, parallel="deepspeed")
+    assert compiled.is_wanted("1", cpu)
+    assert not compiled.is_wanted("0", cuda)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    assert not compiled.is_wanted("auto", cuda)
+    monkeypatch.setenv("CC", "clang")
+    assert compiled.is_wanted("auto", cuda)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    assert not compiled.is_wanted("auto", cuda)
 
 
 STAGES = {

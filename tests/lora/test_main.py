@@ -76,28 +76,47 @@ def test_several_with_weights_and_another_dtype(tools, world, capsys):
     assert not merged.config.tie_word_embeddings  # the second changes the output layer alone
 
 
+def test_merging_into_float16(tools, world, capsys):
+    large = load_model(world / "base")
+    load_lora(large, world / "one")
+    with torch.no_grad():
+        for name, parameter in large.named_parameters():
+            if name.endswith("lora.B.weight"):
+                parameter.mul_(1e8)
+    save_lora(large, world / "large")
+    with pytest.raises(SystemExit) as ended:
+        main(argv(world, "--dtype", "float16", adapter="large"))
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "has the number" in message
+    assert "float16 ends at 6.55e+04: nothing was written; choose bfloat16 or float32" in message
+    assert not (world / "merged").exists()
+    main(argv(world, "--dtype", "bfloat16", adapter="large"))
+    assert load_model(world / "merged").lm_head.weight.isfinite().all()
+
+
 def test_show(world, capsys):
     main(["show", "--adapter", str(world / "one")])
     shown = capsys.readouterr().out
     assert "LoRA: rank 3, alpha 16, dropout 0" in shown
     assert "model.layers.1.mlp.down_proj.A (3, 40) float32" in shown
-    assert "made for: not said" in shown
+    assert "made for: unknown" in shown
 
 
-def test_show_a_broken_note(world, capsys):
+def test_show_a_damaged_base_json(world, capsys):
     (world / "one" / "base.json").write_text("{")
     with pytest.raises(SystemExit):
         main(["show", "--adapter", str(world / "one")])
     assert "base.json is damaged, copy it again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("said, written", [({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "torch.float16"},
+@pytest.mark.parametrize("stored, written", [({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "torch.float16"},
                                            "float16"), ({"torch_dtype": "auto"}, "float32")])  # fmt: skip
-def test_the_dtype_is_that_of_the_model_under_either_name(world, capsys, said, written):
+def test_the_dtype_is_that_of_the_model_under_either_name(world, capsys, stored, written):
     path = world / "base" / "config.json"
     raw = json.loads(path.read_text())
     raw.pop("torch_dtype")
-    path.write_text(json.dumps(raw | said))
+    path.write_text(json.dumps(raw | stored))
     main(argv(world))
     assert capsys.readouterr().out.endswith(f"({written})\n")
 
@@ -105,7 +124,7 @@ def test_the_dtype_is_that_of_the_model_under_either_name(world, capsys, said, w
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda argv: [*argv[:-1], argv[2]], "there is something already; choose a new directory"),
+        (lambda argv: [*argv[:-1], argv[2]], "it exists already; choose a new directory"),
         (lambda argv: [*argv[:4], "nowhere", *argv[5:]], "no adapter 'nowhere'"),
         (lambda argv: [*argv[:4], f"{argv[4]}:much", *argv[5:]], "'much' is not a weight; write PATH:0.7"),
         (lambda argv: [*argv[:4], f"{argv[4]}:nan", *argv[5:]], "one has the weight nan: give a number"),
@@ -118,13 +137,13 @@ def test_refusals_are_one_line(world, change, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(change(argv(world)))
     assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
     assert not (world / "merged").exists()
 
 
-def test_another_base_is_refused_unless_said(tools, world, capsys):
+def test_another_base_is_refused_without_any_base(tools, world, capsys):
     other = load_model(world / "base")
     with torch.no_grad():
         for parameter in other.parameters():
@@ -137,11 +156,11 @@ def test_another_base_is_refused_unless_said(tools, world, capsys):
     assert (world / "merged" / "model.safetensors").is_file()
 
 
-def test_a_full_disk_is_said(world, monkeypatch, capsys):
+def test_a_full_disk_is_named(world, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("minillm.lora.__main__.save_model", full)
     with pytest.raises(SystemExit):
         main(argv(world))
-    assert "No space left on device; choose another place" in capsys.readouterr().err
+    assert "No space left on device; choose another path" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 
 from minillm.losses import causal_lm_loss, count_targets, cross_entropy, linear_cross_entropy
 
-module = importlib.import_module("minillm.losses.cross_entropy")  # the package exports a function of this name
+module = importlib.import_module("minillm.kernels.linear_cross_entropy")
 
 
 def formula(logits, targets, weights=None):
@@ -173,7 +173,7 @@ def test_the_models_forward_holds_the_loss():
     """A wrapper around the model (DDP, FSDP) must see the use of its output weight."""
     seen = {}
 
-    def model(input_ids, *, position_ids, document_ids, head, router_stats):
+    def model(input_ids, *, position_ids, document_ids, document_bounds, head, router_stats):
         assert router_stats is None
         seen.update(input_ids=input_ids, position_ids=position_ids, document_ids=document_ids)
         return head(torch.ones(1, 2, 3), torch.eye(3)[:2])
@@ -199,7 +199,7 @@ def test_the_routers_losses_join_the_sum():
             calls.append(("finish", None))
             return torch.tensor(0.5, requires_grad=True)
 
-    def model(input_ids, *, position_ids, document_ids, head, router_stats):
+    def model(input_ids, *, position_ids, document_ids, document_bounds, head, router_stats):
         calls.append(("forward", router_stats))
         return head(torch.ones(1, 2, 3), torch.eye(3)[:2])
 

@@ -21,6 +21,7 @@ from minillm.losses import (
 )
 
 module = importlib.import_module("minillm.losses.distill")
+chunked_loss = importlib.import_module("minillm.kernels.chunked_loss")
 B, T, V, D, DT = 3, 5, 11, 8, 6  # DT: the teacher's width
 DIVERGENCES = module.DIVERGENCES
 SETTINGS = [(alpha, temperature) for alpha in (0.0, 0.3, 1.0) for temperature in (1.0, 2.5)]
@@ -40,7 +41,8 @@ def case():
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_NUMEL", 3 * V)  # seven targets: chunks of 3, 3 and 1
+    for holder in (module, chunked_loss):  # seven targets: chunks of 3, 3 and 1
+        monkeypatch.setattr(holder, "CHUNK_NUMEL", 3 * V)
 
 
 def columns(ids, log_probs, log_rest):
@@ -364,9 +366,7 @@ def test_hidden_states_are_compared_at_length_1(case):
             expected, count = expected + weight * (one - other).square().sum().item(), count + weight
     found, n_targets = hidden_distance(student, teacher, case["targets"], case["weights"])
     assert (found.item(), n_targets.item()) == pytest.approx((expected, count), rel=1e-12)
-    assert gradcheck(
-        lambda h: hidden_distance(h, teacher, case["targets"])[0], (student.requires_grad_(),)
-    )
+    assert gradcheck(lambda h: hidden_distance(h, teacher, case["targets"])[0], (student.requires_grad_(),))
     assert hidden_distance(3 * teacher, teacher, case["targets"])[0].item() < 1e-12
 
 

@@ -125,8 +125,32 @@ def tools():
     return Tools
 
 
+def sample() -> list[tuple]:
+    """Return (shape, family, whether): every family twice, with True and with False, each time in another shape.
+
+    Every shape meets four families, two of them with True. Shape, family and a third setting are dealt with in three
+    places of the code, so all 64 triples would say no more.
+    """
+    shapes, triples = list(SHAPES), []
+    for number, family in enumerate(FAMILIES):
+        triples += [(shapes[number % 4], family, True), (shapes[(number + 1 + number // 4) % 4], family, False)]
+    return triples
+
+
+THIRD = {
+    "blocks": ("blocks", "torch"),  # attention: our own, which trains on a CPU, or torch's
+    "sharded": ("sharded", "one file"),
+    "packed": ("packed", "whole rows"),
+}
+
+
 def pytest_generate_tests(metafunc):
-    if "shape" in metafunc.fixturenames:
-        metafunc.parametrize("shape", SHAPES)
-    if "family" in metafunc.fixturenames:
+    triples, names = sample(), [name for name in ("shape", "family", *THIRD) if name in metafunc.fixturenames]
+    if names == ["family"]:
         metafunc.parametrize("family", FAMILIES)
+    elif names == ["shape", "family"]:
+        metafunc.parametrize(names, [triple[:2] for triple in triples[::2]])
+    elif names and names[-1] in THIRD:
+        values = [triple[-len(names) :] for triple in triples] if len(names) > 1 else [(True,), (False,)]
+        kinds = THIRD[names[-1]]
+        metafunc.parametrize(names, values, ids=["-".join([*value[:-1], kinds[not value[-1]]]) for value in values])

@@ -25,11 +25,14 @@ def documents(seq_len):
     return ids
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, BLOCK_LEN, BLOCK_LEN + 9])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("seq_len", [2, 11, BLOCK_LEN, BLOCK_LEN + 1, 3 * BLOCK_LEN - 7])
-@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
-def test_equals_torch(seq_len, packed, heads, window):
+HEADS = [(6, 2), (3, 3), (4, 1)]
+
+
+@pytest.mark.parametrize("window_number, window", enumerate([None, 1, 5, BLOCK_LEN, BLOCK_LEN + 9]))
+@pytest.mark.parametrize("length_number, seq_len", enumerate([2, 11, BLOCK_LEN, BLOCK_LEN + 1, 3 * BLOCK_LEN - 7]))
+def test_equals_torch(length_number, seq_len, window_number, window):
+    """Every length with every window; documents, and the three ways to share keys, in turn."""
+    packed, heads = (length_number + window_number) % 2 == 1, HEADS[(length_number + window_number) % 3]
     q, k, v = qkv(seq_len, *heads)
     mask = document_mask(documents(seq_len), window) if packed else None
     if window is not None and not packed:
@@ -116,7 +119,6 @@ def test_where_it_is_used(tools, monkeypatch, seq_len, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
 def test_computing_the_probabilities_again_gives_the_same_bits_and_keeps_less(packed, dtype):
     seq_len = 3 * BLOCK_LEN - 7
     mask = document_mask(documents(seq_len)) if packed else None

@@ -160,8 +160,13 @@ def test_logits_are_minimind_s(tools, layout, tmp_path):
     assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("layout, top_k", [("v2", 0), ("v3", 0), ("v3", 1), ("v3", 2)])
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize(
+    "layout, top_k, file",
+    [
+        ("v2", 0, "pytorch_model.bin"), ("v3", 0, "model.safetensors"), ("v3", 1, "model.safetensors"),
+        ("v3", 2, "pytorch_model.bin"),
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_minimind_s_export_is_read_as_a_directory(tools, layout, top_k, file, tmp_path):
     """With the class of its own that transformers writes it in: the file says all, so nothing else must."""
@@ -195,8 +200,9 @@ def test_the_experts_of_version_3_are_qwen3_moe(tools, top_k, normalise, tmp_pat
     assert tools.difference(model(torch.tensor([IDS]))[0].double(), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("shared", [1, 2])
-@pytest.mark.parametrize("file", ["x.pth", "old.pth", "pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize(
+    "shared, file", [(1, "x.pth"), (2, "old.pth"), (1, "pytorch_model.bin"), (2, "model.safetensors")]
+)
 @torch.no_grad()
 def test_the_experts_of_version_2_are_an_ungated_qwen2_moe(tools, shared, file, tmp_path):
     layout = "old" if file == "old.pth" else "v2"

@@ -166,7 +166,7 @@ def test_compiled_code_serves_all_layers_and_batches(tools):
     """Neither the number of a layer nor the number of tokens per expert may be compiled in."""
     batches = [ragged_batch(tools), ragged_batch(tools, [1, 9, 3, 5, 0]), ragged_batch(tools, [9, 9, 9, 9, 9])]
     n_compiled = []
-    for n_layers in (3, 5):
+    for n_layers in (2, 3):
         torch._dynamo.reset()
         model = tools.model(tools.config(family="glm4_moe", num_hidden_layers=n_layers))
         stats, graphs = make_stats(model), []

@@ -35,8 +35,9 @@ def logits_of(model, batch):
 
 
 def objective(tmp_path, teacher, tokenizer, **settings):
-    run = Run(arguments(tmp_path, teacher, **settings), stage="distill")
-    return DistillLoss(run, Teacher(run, tokenizer)), run
+    args = arguments(tmp_path, teacher, **settings)
+    run = Run(args, stage="distill")
+    return DistillLoss(student(), Teacher(args, run.engine, tokenizer), args), run
 
 
 @pytest.mark.parametrize("on_policy", [False, True])

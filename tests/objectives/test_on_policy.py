@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import precision
 from minillm.data import StepBatches
+from minillm.data.batches import DERIVED
+from minillm.distributed.engine import Engine
 from minillm.distributed.ranks import Ranks
 from minillm.inference import generate
+from minillm.objectives.distill import DistillLoss
 from minillm.objectives.on_policy import OnPolicy, packed, prompts_of
 from tests.contracts.harness import CONFIG, RaggedRows, tiny_model
 
@@ -47,15 +49,13 @@ def test_answers_alone_are_targets():
 
 @pytest.fixture
 def make():
-    """Call it with settings: an OnPolicy of a tiny model, at step 0."""
+    """Call it with settings: an OnPolicy of a tiny model."""
 
     def make(**changes):
         usual = {"seed": 1, "on_policy": 1.0, "max_new_tokens": 6, "sampling_temperature": 1.0, "max_seq_len": 24,
                  "batch_size": 3}  # fmt: skip
-        run = SimpleNamespace(args=SimpleNamespace(**(usual | changes)), step=0, ranks=Ranks())
-        run.engine = SimpleNamespace(is_sharded=False)
-        run.model, run.autocast = tiny_model().train(), lambda: precision.autocast(CPU, torch.float32)
-        return OnPolicy(run, TOKENIZER, generate)
+        args = SimpleNamespace(**(usual | changes))
+        return OnPolicy(tiny_model().train(), TOKENIZER, args, Engine(Ranks(), CPU), generate)
 
     return make
 
@@ -63,10 +63,9 @@ def make():
 def test_the_answers_follow_from_seed_and_step_alone(make):
     micro_batches = StepBatches(RaggedRows(), batch_size=3, global_batch_size=6).step(0, 0)
     on_policy = make()
-    first, again = on_policy(micro_batches, True), make()(micro_batches, True)
-    on_policy.run.step = 1
-    later = on_policy(micro_batches, True)
-    assert on_policy.run.model.training
+    first, again = on_policy(micro_batches, step=0), make()(micro_batches, step=0)
+    later = on_policy(micro_batches, step=1)
+    assert on_policy.student.training
     for one, two in zip(first, again, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
         assert "on_policy" in one
@@ -84,23 +83,21 @@ def test_the_share_of_steps_is_as_asked_and_validation_has_none(make):
     on_policy = make(on_policy=0.3, max_new_tokens=1)
     on_policy._answered = lambda batch, generator: ["answered"]
     data = StepBatches(RaggedRows(), batch_size=3, global_batch_size=3).step(0, 0)
-    took = []
-    for step in range(400):
-        on_policy.run.step = step
-        took.append(on_policy(data, True) == ["answered"])
+    took = [on_policy(data, step=step) == ["answered"] for step in range(400)]
     assert 0.22 < np.mean(took) < 0.38
-    assert on_policy(data, False) is data
-    never = make(on_policy=0.0)
-    assert never(data, True) is data
+    assert make(on_policy=0.0)(data, step=0) is data
+    loss = DistillLoss(None, None, None, on_policy=make())
+    assert loss.prepare(data, training=False, step=0) is data
+    assert loss.prepare(data, training=True, step=0) is not data
 
 
 def test_every_rank_has_as_many_micro_batches(make, monkeypatch):
     """Answers are of any length, so ranks pack them into unlike numbers of rows: padding evens it."""
     data = StepBatches(RaggedRows(), batch_size=3, global_batch_size=6).step(0, 0)
     on_policy = make()
-    alone = on_policy(data, True)
-    monkeypatch.setattr(on_policy.run.ranks, "gather", lambda n: [n, n + 2])
-    with_another = on_policy(data, True)
+    alone = on_policy(data, step=0)
+    monkeypatch.setattr(on_policy.engine.ranks, "gather", lambda n: [n, n + 2])
+    with_another = on_policy(data, step=0)
     assert len(with_another) == len(alone) + 2
     for padding in with_another[-2:]:
         assert padding.keys() == alone[0].keys()
@@ -112,7 +109,7 @@ def test_every_rank_has_as_many_micro_batches(make, monkeypatch):
 def test_rows_without_a_prompt_become_padding(make):
     empty = {name: torch.full((3, 4), fill) for name, fill in
              (("input_ids", 0), ("targets", -100), ("position_ids", 0), ("document_ids", -1))}  # fmt: skip
-    (batch,) = make()([empty], True)
-    assert set(batch) == {*empty, "on_policy"}
+    (batch,) = make()([empty], step=0)
+    assert set(batch) == {*empty, *DERIVED, "on_policy"}
     assert (batch["targets"] == -100).all()
     assert CONFIG.vocab_size > 3

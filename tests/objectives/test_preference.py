@@ -52,10 +52,10 @@ def test_value_and_gradient_are_those_of_single_replies(tmp_path, name):
     policy, other = tiny_model(double=True), changed(tiny_model(double=True))
     with Run(args, stage="rlhf") as run:
         run.wrap(policy)
-        reference = Reference("copy", other, run) if args.reference_kind else None
-        loss = PreferenceLoss(run, reference)
+        reference = Reference("copy", other, args, run.engine) if args.reference_kind else None
+        loss = PreferenceLoss(policy, reference, args, run.engine)
         micro_batches = StepBatches(rows, batch_size=4, global_batch_size=12, shuffle=False).step(0, 0)
-        micro_batches = loss.prepare(micro_batches, True)
+        micro_batches = loss.prepare(micro_batches, training=True, step=0)
         found = [loss(policy, batch) for batch in micro_batches]
     total, count = sum(each[0] for each in found), sum(float(each[1]) for each in found)
     ours = torch.autograd.grad(total, list(policy.parameters()))
@@ -134,9 +134,9 @@ def test_figures_are_means_over_pairs(tmp_path):
 
 
 def test_a_fall_of_both_is_said_once(tmp_path):
-    with Run(arguments(tmp_path), stage="rlhf") as run:
-        run.wrap(tiny_model())
-        loss = PreferenceLoss(run, Reference("copy", run.model, run))
+    args, model = arguments(tmp_path), tiny_model()
+    with Run(args, stage="rlhf") as run:
+        loss = PreferenceLoss(model, Reference("copy", model, args, run.engine), args, run.engine)
     row = dict.fromkeys(loss.measures.names, 0.0)
     both = row | {"reward_chosen": -0.2, "reward_rejected": -0.9}
     one = row | {"reward_chosen": 0.1, "reward_rejected": -0.9}

@@ -68,7 +68,7 @@ def test_validation_is_ln_2_too(tmp_path, kind):
     def validate(run, reference):
         rows = reference.add_to(RaggedPairs(3), training=False)
         loader = StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False)
-        results.append(evaluate_loss(run.engine.module, loader, run))
+        results.append(evaluate_loss(run.engine, loader, run.objective))
 
     args = arguments(tmp_path, max_steps=1, dtype="bfloat16", batch_size=3, **KINDS[kind])
     train(args, before_update=validate, n_rows=3)

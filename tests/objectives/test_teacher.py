@@ -25,8 +25,8 @@ def teach(tmp_path, tokenizer):
 
     def teach(path=None, **changes):
         path = path or make_teacher(tmp_path / "out" / "full_sft_24", tokenizer)
-        run = Run(arguments(tmp_path / "out", path, **changes), stage="distill")
-        return Teacher(run, tokenizer), path
+        args = arguments(tmp_path / "out", path, **changes)
+        return Teacher(args, Run(args, stage="distill").engine, tokenizer), path
 
     return teach
 

@@ -134,7 +134,15 @@ def test_checkpointing_keeps_the_inputs_alone():
     assert kept["stream"] == 4 * step.stream + 4 * 256  # three inputs, that of the last norm, its scales
 
 
-def test_on_a_gpu_keys_are_repeated_and_the_mask_is_kept():
+def test_on_a_gpu_with_a_mask_keys_are_repeated_and_the_mask_is_shared():
     cpu, gpu = (Step(config=ModelConfig(**SMALL), batch_size=2, seq_len=2048, on_gpu=where) for where in (False, True))
     more = block_activations(gpu, 0)["attention"] - block_activations(cpu, 0)["attention"]
-    assert more == 2 * 2 * 2048 * 96 // 2 * 4  # keys and values of 4 heads instead of 2 groups
+    assert more == 2 * 2 * 2048 * 96 // 2 * 4 - 4 * 2 * 2048**2  # keys and values of 4 heads instead of 2 groups
+
+
+def test_on_a_gpu_short_products_need_no_mask_and_no_repeated_keys():
+    config, n = ModelConfig(**SMALL), 2 * 2048
+    step = Step(config=config, batch_size=2, seq_len=2048, on_gpu=True, dtype="bfloat16")
+    q, kv = (n * heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    wanted = 2 * (n * config.hidden_size + 2 * q + 2 * kv) + 4 * n * config.num_attention_heads
+    assert block_activations(step, 0)["attention"] == wanted

@@ -1,24 +1,22 @@
 """--dry_run: the first batch as text with its targets marked, the cost, and no trace left."""
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minillm import hardware, precision
+from minillm import hardware
 from minillm.cli.arguments import PretrainArguments
 from minillm.config import ModelConfig
 from minillm.data import ChatRows, StepBatches, TextRows
 from minillm.data.report import CONTEXT, RESET, TARGET
-from minillm.distributed.ranks import Ranks
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.model.sizes import describe_parameters
-from minillm.reports.dry_run import dry_run
 from minillm.tokenizer import train_bpe
 from minillm.training.balance import Balance
+from minillm.training.run import Run
 
 TALK = '{"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]}\n'
 
@@ -46,18 +44,16 @@ def make(tmp_path, tokenizer):
         torch.manual_seed(0)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
         model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **shape, **(experts or {}))).eval()
-        cpu = torch.device("cpu")
-        args, ranks = PretrainArguments(data_path="-", **more), Ranks()
-        stats = Balance(model, args, ranks).stats
-        run = SimpleNamespace(ranks=ranks, model=model, device=cpu, args=args, router_stats=stats)
-        run.autocast = lambda: precision.autocast(cpu, torch.float32)
+        run = Run(PretrainArguments(data_path="-", device="cpu", dtype="float32", **more), stage="pretrain")
+        run.model, run.balance = model, Balance(model, run.args, run.ranks)
         return run, loader
 
     return make
 
 
 def test_every_token_of_a_text_is_a_target_but_the_first(make, tokenizer, capsys):
-    dry_run(*make(TextRows, '{"text": "the fox\\n\\nsaw"}\n'), tokenizer, causal_lm_loss)
+    run, loader = make(TextRows, '{"text": "the fox\\n\\nsaw"}\n')
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     shown = capsys.readouterr().out
     row = shown.split("first row, targets coloured:\n")[1].split("\n\nparameters")[0]
     lines = [f"{TARGET}the fox{RESET}", "", f"{TARGET}saw<|endoftext|>{RESET}"]
@@ -67,7 +63,8 @@ def test_every_token_of_a_text_is_a_target_but_the_first(make, tokenizer, capsys
 
 
 def test_only_the_answer_of_a_conversation_is_marked(make, tokenizer, capsys):
-    dry_run(*make(ChatRows, TALK), tokenizer, causal_lm_loss)
+    run, loader = make(ChatRows, TALK)
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     shown = capsys.readouterr().out
     marked = re.findall(re.escape(TARGET) + "(.*?)" + re.escape(RESET), shown, re.S)
     assert marked == ["a dog<|im_end|>"]
@@ -87,7 +84,7 @@ def test_the_cost_is_measured_over_all_micro_batches(make, tokenizer, capsys, mo
         seen.append(batch)
         return causal_lm_loss(model, batch, router_stats)
 
-    dry_run(run, loader, tokenizer, loss)
+    run.dry_run(loader, tokenizer, loss)
     shown = capsys.readouterr().out
     n_parameters = sum(p.numel() for p in run.model.parameters())
     n_tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in seen[:2])
@@ -102,7 +99,8 @@ def test_the_cost_is_measured_over_all_micro_batches(make, tokenizer, capsys, mo
 
 
 def test_max_steps_decides_the_total(make, tokenizer, capsys):
-    dry_run(*make(TextRows, '{"text": "the fox"}\n', epochs=3, max_steps=77), tokenizer, causal_lm_loss)
+    run, loader = make(TextRows, '{"text": "the fox"}\n', epochs=3, max_steps=77)
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     assert "steps: 1 per epoch, 77 in all" in capsys.readouterr().out
 
 
@@ -112,7 +110,7 @@ EXPERTS = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "
 def test_frozen_parameters_and_those_of_experts_not_chosen(make, tokenizer, capsys):
     run, loader = make(TextRows, '{"text": "the fox"}\n', experts=EXPERTS)
     run.model.model.norm.weight.requires_grad_(False)
-    dry_run(run, loader, tokenizer, causal_lm_loss)
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     total = sum(p.numel() for p in run.model.parameters())
     shown = f"parameters: {describe_parameters(run.model)}\n"
     assert "active per token" in shown
@@ -125,7 +123,7 @@ def test_the_loss_of_the_experts_is_part_of_the_step(make, tokenizer):
     run, loader = make(TextRows, '{"text": "the fox"}\n', experts=EXPERTS)
     gradients = []
     run.model.model.layers[0].mlp.gate.weight.register_hook(gradients.append)
-    dry_run(run, loader, tokenizer, causal_lm_loss)
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     n_tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in loader.step(0, 0))
     assert run.router_stats.counts.sum() == 2 * 2 * n_tokens  # two passes, two experts per token
     (batch,) = loader.step(0, 0)
@@ -140,7 +138,7 @@ def test_nothing_is_changed_or_written(make, tokenizer, tmp_path):
     loader.step(0, 0)
     files = sorted(tmp_path.rglob("*"))
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    dry_run(run, loader, tokenizer, causal_lm_loss)
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     assert sorted(tmp_path.rglob("*")) == files
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
     assert all(parameter.grad is None for parameter in run.model.parameters())
@@ -149,7 +147,7 @@ def test_nothing_is_changed_or_written(make, tokenizer, tmp_path):
 def test_other_ranks_are_silent(make, tokenizer, capsys):
     run, loader = make(TextRows, '{"text": "the fox"}\n')
     run.ranks.rank = 1
-    dry_run(run, loader, tokenizer, causal_lm_loss)
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     assert capsys.readouterr().out == ""
 
 
@@ -157,7 +155,7 @@ def test_a_row_with_padding_shows_no_padding(make, tokenizer, capsys):
     run, loader = make(TextRows, '{"text": "the fox"}\n')
     (batch,) = loader.step(0, 0)
     assert np.count_nonzero(batch["document_ids"] < 0) > 20
-    dry_run(run, loader, tokenizer, causal_lm_loss)
+    run.dry_run(loader, tokenizer, causal_lm_loss)
     row = capsys.readouterr().out.split("coloured:\n")[1].split("\n\n")[0]
     plain = re.sub(r"\x1b\[[0-9;]*m", "", row)
     assert plain == "<|endoftext|>the fox<|endoftext|>"

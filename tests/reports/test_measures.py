@@ -31,10 +31,10 @@ def test_ranks_are_added_up():
 def test_validation_counts_apart():
     measures = Measures(("margin",))
     measures.add(margin=torch.tensor([1.0]))
-    before = measures.exchange(None)
+    before = measures.swap_sums(None)
     measures.add(margin=torch.tensor([100.0]))
     assert measures.row(ALONE) == {"margin": 100.0}
-    measures.exchange(before)
+    measures.swap_sums(before)
     measures.add(margin=torch.tensor([3.0]))
     assert measures.row(ALONE) == {"margin": 2.0}
 

@@ -14,11 +14,16 @@ import yaml
 from minillm.checkpoints.outputs import WholeModel
 from minillm.cli.arguments import PretrainArguments
 from minillm.config import ModelConfig
+from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.model.sizes import active_parameters, describe_parameters
+from minillm.model.sizes import size_of
+from minillm.objectives.objective import Objective
 from minillm.reports import summary
+from minillm.training.describe import facts_of, run_file_of
+from minillm.training.step import Progress
 
 FLOOR = 1.2345
+LAST_EVAL = {"loss": 1.5, "n_targets": 9.0, "bits_per_byte": 0.75, "floor": FLOOR}
 
 pytestmark = pytest.mark.usefixtures("real_pictures")
 
@@ -40,24 +45,23 @@ def run(tmp_path, monkeypatch):
         directory=tmp_path / "pretrain_16",
         args=PretrainArguments(data_path="a b.jsonl", max_seq_len=24),
         model=model,
-        n_parameters=active_parameters(model),
-        parameters_text=describe_parameters(model),
+        size=size_of(model, 24),
         loader=SimpleNamespace(rows=SimpleNamespace(data_hash="ab" * 32, summary={"rows": np.int64(7), "t": (1, 2)})),
         ranks=SimpleNamespace(world_size=2),
         device=torch.device("cpu"),
         dtype=torch.bfloat16,
         rows_per_step=6,
         total_steps=3,
-        step=3,
-        tokens=1234,
-        seconds=2.4,
-        skipped_steps=0,
-        last_eval={"loss": 1.5, "n_targets": 9.0, "bits_per_byte": 0.75, "floor": FLOOR},
-        tracker=SimpleNamespace(print=printed.append),
+        progress=Progress(step=3, tokens=1234, seconds=2.4, last_eval=LAST_EVAL),
+        log=SimpleNamespace(print=printed.append, alarm=SimpleNamespace(messages=[])),
         printed=printed,
-        unit="token",
-        alarm=SimpleNamespace(messages=[]),
+        objective=Objective(causal_lm_loss),
     )
+
+
+def write_page(run, samples):
+    texts = {"tags": run.output.tags, "usage": run.output.usage, "stage": run.stage, "unit": run.objective.unit}
+    summary.write_summary(run.directory, facts_of(run), samples, **texts, report=run.log.print)
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def lines_of(axis):
 
 
 def test_the_curves_are_the_rows(run, drawn):
-    summary.write_summary(run, [])
+    write_page(run, [])
     (figure,) = drawn
     loss, rate, norm = (lines_of(axis) for axis in figure.axes)
     assert loss["training"] == [(1, 4), (2, 3), (3, 2)]
@@ -109,11 +113,11 @@ def test_facts_and_run_yaml_tell_the_active_share(run):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     experts = {"num_experts": 4, "scoring_func": "sigmoid", "n_shared_experts": 1, "moe_intermediate_size": 8}
     run.model = Transformer(ModelConfig(vocab_size=31, **shape, **experts))
-    run.n_parameters, run.parameters_text = active_parameters(run.model), describe_parameters(run.model)
+    run.size = size_of(run.model, 24)
     total, active = run.model.config.num_parameters(), run.model.config.num_parameters(active=True)
     assert active == total - 2 * 3 * 16 * 8
-    assert summary.summary_facts(run)["parameters"] == f"{total:,} ({active:,} active per token, {active / total:.0%})"
-    summary.write_run_file(run)
+    assert facts_of(run)["parameters"] == f"{total:,} ({active:,} active per token, {active / total:.0%})"
+    summary.write_run_file(run.directory, run_file_of(run))
     content = yaml.safe_load((run.directory / "run.yaml").read_text(encoding="utf-8"))
     assert (content["n_parameters"], content["n_active_parameters"]) == (total, active)
 
@@ -130,14 +134,14 @@ def test_without_a_floor_there_is_no_line_and_any_rows_will_do(run, drawn, tmp_p
 def test_figures_are_closed(run):
     plt = pytest.importorskip("matplotlib.pyplot")
     before = plt.get_fignums()
-    summary.write_summary(run, [])
+    write_page(run, [])
     assert plt.get_fignums() == before
 
 
 def test_the_page_escapes_what_models_and_users_write(run):
     nasty = "<script>alert('1')</script> & \"2\""
     run.args = PretrainArguments(data_path="<b>.jsonl")
-    summary.write_summary(run, [(nasty, nasty + "\n<img>")])
+    write_page(run, [(nasty, nasty + "\n<img>")])
     page = (run.directory / "summary.html").read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "<b>.jsonl" not in page
@@ -148,7 +152,7 @@ def test_the_page_escapes_what_models_and_users_write(run):
 
 
 def test_facts_say_what_was_done(run):
-    facts = summary.summary_facts(run)
+    facts = facts_of(run)
     assert facts["command"] == "python train_pretrain.py --data_path 'a b.jsonl'"  # can be pasted as it is
     assert facts["steps"] == "3 of 6 rows x 24 tokens"
     assert facts["tokens seen"] == "1,234"
@@ -158,14 +162,14 @@ def test_facts_say_what_was_done(run):
     assert facts["validation loss (nats/token)"] == "1.5000"
     assert facts["bits per byte"] == "0.7500"
     assert "skipped steps (float16 overflow)" not in facts
-    run.skipped_steps, run.last_eval = 3, {}
-    facts = summary.summary_facts(run)
+    run.progress.skipped_steps, run.progress.last_eval = 3, {}
+    facts = facts_of(run)
     assert facts["skipped steps (float16 overflow)"] == "3"
     assert not any("validation" in name for name in facts)
 
 
 def test_the_model_card_has_metadata_facts_and_samples(run):
-    summary.write_summary(run, [("a question", "an\nanswer"), ("  ", "after nothing")])
+    write_page(run, [("a question", "an\nanswer"), ("  ", "after nothing")])
     card = (run.directory / "README.md").read_text(encoding="utf-8")
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(head) == {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -177,7 +181,7 @@ def test_the_model_card_has_metadata_facts_and_samples(run):
 
 def test_a_sample_with_backticks_does_not_break_the_card(run):
     """The fence around a sample must be longer than any run of backticks within it."""
-    summary.write_summary(run, [("code", "```\nprint(1)\n```\n# not a heading")])
+    write_page(run, [("code", "```\nprint(1)\n```\n# not a heading")])
     card = (run.directory / "README.md").read_text(encoding="utf-8")
     assert "````\n```\nprint(1)\n```\n# not a heading\n````" in card
 
@@ -191,7 +195,7 @@ def test_without_matplotlib_only_the_picture_is_missing(run, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    summary.write_summary(run, [("q", "a")])
+    write_page(run, [("q", "a")])
     (line,) = run.printed
     assert "pip install matplotlib" in line
     page = (run.directory / "summary.html").read_text(encoding="utf-8")
@@ -203,7 +207,7 @@ def test_without_matplotlib_only_the_picture_is_missing(run, monkeypatch):
 
 
 def test_run_yaml_is_plain_and_complete(run):
-    summary.write_run_file(run)
+    summary.write_run_file(run.directory, run_file_of(run))
     content = yaml.safe_load((run.directory / "run.yaml").read_text(encoding="utf-8"))
     assert content["resolved"] == {
         "device": "cpu", "dtype": "bfloat16", "ranks": 2, "rows_per_step": 6, "total_steps": 3
@@ -233,8 +237,8 @@ def test_preference_tuning_has_its_figures_below(run, drawn):
              "reward_chosen": s, "reward_rejected": -s, "log_prob_chosen": -9, "log_prob_rejected": None}
             for s in (1, 2, 3) for split in ("train", "valid")]  # fmt: skip
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run.unit, run.last_eval = "pair", {"loss": 0.6, "accuracy": 0.75}
-    summary.write_summary(run, [])
+    run.objective.unit, run.progress.last_eval = "pair", {"loss": 0.6, "accuracy": 0.75}
+    write_page(run, [])
     (figure,) = drawn
     loss, _, _, accuracy, rewards, log_probs, distance = figure.axes
     assert loss.get_ylabel() == "nats per pair"

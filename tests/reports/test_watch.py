@@ -33,8 +33,9 @@ class FakeRun:
         self.model = Transformer(CONFIG)
         apply_lora(self.model, rank=3, generator=torch.Generator().manual_seed(1))
         self.directory, self.printed = directory, []
-        self.tracker = SimpleNamespace(print=self.printed.append)
-        self.args = SimpleNamespace(replay_path="")
+
+    def watch(self, tokenizer, rows, **options):
+        return Watch(self.model, self.directory, tokenizer, rows, report=self.printed.append, **options)
 
 
 def even_rows():
@@ -53,7 +54,7 @@ def train(run, watch, steps, lr=1e-3):
 
 def test_rows_picture_and_notes(tmp_path, tokenizer):
     run = FakeRun(tmp_path)
-    watch = Watch(run, tokenizer, even_rows(), interval=3)
+    watch = run.watch(tokenizer, even_rows(), interval=3)
     train(run, watch, range(1, 8))
     watch.finish()
     rows = read_metrics(tmp_path / "monitor.jsonl")
@@ -69,15 +70,15 @@ def test_rows_picture_and_notes(tmp_path, tokenizer):
 def test_a_new_run_begins_a_new_file_and_a_resumed_one_goes_on(tmp_path, tokenizer):
     (tmp_path / "monitor.jsonl").write_text('{"step": 99, "layers": {}}\n')
     run = FakeRun(tmp_path)
-    watch = Watch(run, tokenizer, even_rows(), interval=2)
+    watch = run.watch(tokenizer, even_rows(), interval=2)
     train(run, watch, range(1, 5))
     state = json.loads(json.dumps(watch.state()))  # plain values
     train(run, watch, range(5, 9))  # these are lost: the checkpoint is older
-    later = Watch(run, tokenizer, even_rows(), interval=2)
+    later = run.watch(tokenizer, even_rows(), interval=2)
     later.load_state(state)
     train(run, later, range(5, 7))
     assert [row["step"] for row in read_metrics(tmp_path / "monitor.jsonl")] == [1, 2, 4, 6]
-    unwatched = Watch(run, tokenizer, even_rows(), interval=2)
+    unwatched = run.watch(tokenizer, even_rows(), interval=2)
     unwatched.load_state(None)
     train(run, unwatched, range(5, 7))
     assert [row["step"] for row in read_metrics(tmp_path / "monitor.jsonl")] == [6]
@@ -87,7 +88,7 @@ def test_warnings_are_printed_and_kept(tmp_path, tokenizer):
     run = FakeRun(tmp_path)
     counts = np.zeros(290, dtype=np.int64)
     counts[tokenizer.token_id("<|im_end|>")], counts[100] = 43, 57
-    watch = Watch(run, tokenizer, SimpleNamespace(target_counts=counts), interval=1)
+    watch = run.watch(tokenizer, SimpleNamespace(target_counts=counts), interval=1)
     train(run, watch, range(1, 6), lr=0.3)
     rows = read_metrics(tmp_path / "monitor.jsonl")
     first, *others = [warning for row in rows for warning in row["warnings"]]
@@ -100,8 +101,7 @@ def test_warnings_are_printed_and_kept(tmp_path, tokenizer):
 
 def test_with_replayed_data_no_warning_advises_to_mix_in_old_data(tmp_path, tokenizer):
     run = FakeRun(tmp_path)
-    run.args.replay_path = "old.jsonl"
-    train(run, Watch(run, tokenizer, even_rows(), interval=1), range(1, 6), lr=0.3)
+    train(run, run.watch(tokenizer, even_rows(), interval=1, replays=True), range(1, 6), lr=0.3)
     said = [line for line in run.printed if "lower the learning rate" in line]
     assert any("update ratio" in line for line in said)
     assert not any("old data" in line for line in said)
@@ -114,7 +114,7 @@ def test_ordinary_targets_give_no_warning(tokenizer):
 
 def test_one_look_is_drawn_and_none_is_not(tmp_path, tokenizer):
     run = FakeRun(tmp_path)
-    watch = Watch(run, tokenizer, even_rows(), interval=100)
+    watch = run.watch(tokenizer, even_rows(), interval=100)
     watch.finish()
     assert not list(tmp_path.iterdir())
     assert run.printed == []
@@ -126,7 +126,7 @@ def test_one_look_is_drawn_and_none_is_not(tmp_path, tokenizer):
 def test_without_matplotlib_nothing_else_is_lost(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     run = FakeRun(tmp_path)
-    watch = Watch(run, tokenizer, even_rows(), interval=1)
+    watch = run.watch(tokenizer, even_rows(), interval=1)
     train(run, watch, range(1, 3))
     watch.finish()
     assert run.printed[-1] == "no monitor.png: drawing needs matplotlib: pip install matplotlib"

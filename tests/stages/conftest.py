@@ -1,6 +1,7 @@
 """A tiny world on disk, and a way to run a training script in it from its command line."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,24 @@ def make_world(tiny_tokenizer):
 @pytest.fixture
 def world(make_world, tmp_path):
     return make_world(tmp_path)
+
+
+@pytest.fixture
+def world_with(once, make_world, flags, tmp_path):
+    """Call it with a name, a script's main and its flags: a world in which that has run, once for all tests.
+
+    {text} and the like in the flags are files of the world.
+    """
+
+    def world_with(name, main, *argv):
+        def build(folder):
+            made = make_world(folder)
+            main([*flags(made), *(str(word).format(**vars(made)) for word in argv)])
+
+        shutil.copytree(once(name, build), tmp_path, dirs_exist_ok=True)
+        return make_world(tmp_path)
+
+    return world_with
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import train_dpo
 import train_lora
 import train_pretrain
 import train_sft
-from minillm.reports.announce import few_updates
+from minillm.training.describe import few_updates
 from tests.contracts.harness import arguments
 from tests.stages.conftest import conversations, documents
 
@@ -18,12 +18,11 @@ UNKNOWN_ROLE = {"conversations": [{"from": "narrator", "value": "x"}, {"from": "
 
 
 @pytest.fixture
-def pretrained(world, call):
+def pretrained(world_with):
     """A world with a pretrained model."""
-    argv = ["--data_path", world.text, "--max_seq_len", "64", "--batch_size", "4", "--max_steps", "20",
+    argv = ["--data_path", "{text}", "--max_seq_len", "64", "--batch_size", "4", "--max_steps", "20",
             "--learning_rate", "1e-2"]  # fmt: skip
-    assert call(train_pretrain.main, world, *argv).code == 0
-    return world
+    return world_with("announced", train_pretrain.main, *argv)
 
 
 def test_a_run_says_what_it_does_and_how_to_go_on(pretrained, call):

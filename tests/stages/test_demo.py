@@ -18,9 +18,11 @@ SIZES = {
 @pytest.mark.timeout(720)
 def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
     sizes = " ".join(f"--n_{name} {size}" for name, size in SIZES.items())
+    evaluation = f"python eval_model.py --save_dir {tmp_path}/out --preset demo --max_new_tokens 8"
     training = "--max_steps 6 --batch_size 4 --eval_interval 3 --save_interval 3 --log_interval 2 --dtype float32"
     path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
     settings = {"DEMO": f"{tmp_path}/out", "DATA": f"{tmp_path}/data", "DATA_FLAGS": sizes, "TRAIN_FLAGS": training}
+    settings["EVAL"] = evaluation  # as in the Makefile, but with short answers
     done = subprocess.run(
         ["make", "demo-run", *(f"{name}={value}" for name, value in settings.items())],
         cwd=ROOT,

@@ -24,14 +24,14 @@ def agent(world, flags, python):
     """Call it with torchrun's flags and a run's directory: torchrun, started, in a session of its own."""
     started = []
 
-    def agent(*launcher: str, out: Path) -> subprocess.Popen:
+    def agent(*launcher: str, out: Path, interpreter: str = python) -> subprocess.Popen:
         program = [
             str(ROOT / "train_pretrain.py"), *flags(world), "--save_dir", str(out), "--tokenizer_path",
             str(world.out / "tokenizer"), "--data_path", str(world.text), "--max_seq_len", "48", "--batch_size", "2",
             "--global_batch_size", "8", "--max_steps", "60", "--save_interval", "5", "--log_interval", "1",
         ]  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *launcher, "--no-python", python, *program],
+            [interpreter, "-m", "torch.distributed.run", *launcher, "--no-python", python, *program],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -73,7 +73,8 @@ def test_a_killed_worker_is_started_anew_and_nothing_changes(agent, world):
         assert process.returncode == 0, output[-3000:]
 
     out = world.folder / "killed"
-    process = agent("--standalone", "--nproc_per_node", "2", "--max-restarts", "2", out=out)
+    standalone = ["--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
+    process = agent(*standalone, out=out, interpreter=sys.executable)  # its workers are its children
     end = time.monotonic() + 100
     while not list_checkpoints(out / "pretrain_32" / "checkpoints") and time.monotonic() < end:
         time.sleep(0.02)

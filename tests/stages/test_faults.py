@@ -17,11 +17,10 @@ import pytest
 import torch
 
 import train_pretrain
-from minillm.checkpoints import lock
+from minillm.checkpoints import directory, lock
 from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import train_bpe
-from minillm.training import run
 from minillm.training.run import Run
 from tests.contracts.test_resume import assert_same, outcome
 
@@ -38,7 +37,7 @@ update = Run.update
 def slow_update(run, step):
     if run.step == 5 and run.ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1.0 if run.step > 4 else 0.0)
+    time.sleep(0.5 if run.step > 4 else 0.0)
     update(run, step)
 Run.update = slow_update
 del sys.argv[0]
@@ -70,14 +69,13 @@ def command(base, flags, out: Path, *more) -> list[str]:
 
 @pytest.fixture
 def started(base, flags, tmp_path):
-    """A slow run in a session of its own; ``started.run`` is its directory."""
+    """A slow run in a session of its own, of the Python given; ``started.run`` is its directory."""
     processes = []
 
-    def started(*more):
-        words = [sys.executable, str(base.slow), str(SCRIPT), *command(base, flags, tmp_path, *more)]
-        process = subprocess.Popen(
-            words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+    def started(interpreter, *more):
+        words = [interpreter, str(base.slow), str(SCRIPT), *command(base, flags, tmp_path, *more)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(words, env=environment(interpreter), start_new_session=True, **pipes)
         processes.append(process)
         until(lambda: len(read_metrics(tmp_path / "pretrain_32" / "metrics.jsonl")) >= 5, process)
         return process
@@ -90,9 +88,9 @@ def started(base, flags, tmp_path):
         process.communicate()
 
 
-def environment() -> dict:
-    """Return the environment in which ``python`` is the one of these tests."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def environment(python: str) -> dict:
+    """Return the environment in which ``python`` is the one given."""
+    path = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
 
 
@@ -168,10 +166,11 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_that_says_how_to_go_on(started, whole, tmp_path, number):
-    """Ctrl-C in a terminal, torchrun and schedulers reach every process of a run, those that prepare data too."""
-    process = started("--num_workers", "1")
-    os.killpg(process.pid, number)
+def test_a_signal_ends_a_run_that_says_how_to_go_on(started, whole, tmp_path, number, python):
+    """A scheduler sends SIGTERM to a run; Ctrl-C in a terminal reaches those processes, too, that prepare its data."""
+    is_group = number == signal.SIGINT
+    process = started(sys.executable, "--num_workers", "1") if is_group else started(python)
+    (os.killpg if is_group else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     (line,) = [line for line in err.splitlines() if line.startswith("resume with: ")]
@@ -181,18 +180,15 @@ def test_a_signal_ends_a_run_that_says_how_to_go_on(started, whole, tmp_path, nu
     assert find_damage(newest) is None
     assert f"{number.name}: saved after step {int(newest.name[5:])} of {LAST_STEP}" in err
     assert 5 <= int(newest.name[5:]) < LAST_STEP
-    if number == signal.SIGTERM:
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        assert f"resumed from {newest}" in done.stdout
-    else:  # the same without the seconds that a process takes to begin
-        train_pretrain.main(words[2:])
+    done = subprocess.run(words, env=environment(python), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {newest}" in done.stdout
     assert_same(outcome(tmp_path), whole)
 
 
 def test_one_run_per_directory_and_a_dead_one_is_none(started, start, whole, tmp_path, monkeypatch):
-    process = started()
-    monkeypatch.setattr(run, "lock_directory", lambda path: lock.lock_directory(path, patience_s=0.2))
+    process = started(sys.executable)
+    monkeypatch.setattr(directory, "lock_directory", lambda path: lock.lock_directory(path, patience_s=0.2))
     for more in ([], ["--from_resume"], ["--auto_resume"]):
         line = error_of(start(*more))
         assert f"{start.run} is in use by another run (process {process.pid} on " in line
@@ -377,9 +373,8 @@ def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(
     launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", python]
     argv = [*command(base, flags, tmp_path / "two"), "--batch_size", "1"]
     began = time.monotonic()
-    done = subprocess.run(
-        [*launcher, str(base.slow), str(SCRIPT), *argv], env=environment(), capture_output=True, text=True, timeout=100
-    )
+    words = [*launcher, str(base.slow), str(SCRIPT), *argv]
+    done = subprocess.run(words, env=environment(python), capture_output=True, text=True, timeout=100)
     assert time.monotonic() - began < 60
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if "error: " in line and "rank 0 of 2" in line]

@@ -13,6 +13,7 @@ import train_lora
 import train_pretrain
 import train_sft
 from minillm.checkpoints.checkpoint import list_checkpoints, load_state
+from minillm.distributed.engine import Engine
 from minillm.errors import UserError
 from minillm.reports import tracking
 from minillm.reports.tracking import read_metrics
@@ -199,17 +200,24 @@ def rows_of(directory) -> list[dict]:
 def test_what_ends_in_a_validation_is_saved_and_validates_again(pretrain, directory, world, monkeypatch, step, how):
     flags = ["--valid_path", world.text_valid, "--eval_interval", 2, "--save_interval", 4 if how == "error" else 0]
     assert pretrain(*flags, "--run_name", "whole").code == 0
-    autocast, n_validations = Run.autocast, step // 2
+    to_device, n_validations, loop = Engine.to_device, step // 2, Run.steps
 
-    def interrupting(run):
-        if not torch.is_grad_enabled() and run.step == step:
+    runs = []
+
+    def steps(run, loader):
+        runs.append(run)
+        return loop(run, loader)
+
+    def interrupting(engine, batch):
+        if not torch.is_grad_enabled() and runs[0].step == step:
             if how == "error":
                 raise torch.OutOfMemoryError("out of memory")
             signal.raise_signal(signal.SIGTERM)
-        return autocast(run)
+        return to_device(engine, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "autocast", interrupting)
+        patch.setattr(Run, "steps", steps)
+        patch.setattr(Engine, "to_device", interrupting)
         if how == "error":
             with pytest.raises(torch.OutOfMemoryError):
                 pretrain(*flags)
@@ -219,7 +227,7 @@ def test_what_ends_in_a_validation_is_saved_and_validates_again(pretrain, direct
             assert f"SIGTERM: saved after step {step} of 6" in done.err
     newest = list_checkpoints(directory / "checkpoints")[0]
     assert newest.name == f"step-{step:08d}"
-    assert load_state(newest)["counters"]["_validation_due"]
+    assert load_state(newest)["counters"]["validation_due"]
     assert sum(row["split"] == "valid" for row in rows_of(directory)) == n_validations - 1
     assert pretrain(*flags, "--from_resume").code == 0
     assert rows_of(directory) == rows_of(directory.parent / "whole")

@@ -15,11 +15,10 @@ FEW = ["--max_steps", "3", "--learning_rate", "1e-3", "--save_interval", "2"]
 
 
 @pytest.fixture
-def taught(world, call):
+def taught(world_with):
     """A world with a teacher in it, of another width than the students'."""
-    argv = ["--data_path", world.text, *DATA, "--max_steps", "40", "--learning_rate", "1e-2", *TEACHER]
-    done = call(train_pretrain.main, world, *argv)
-    assert done.code == 0, done.err
+    argv = ["--data_path", "{text}", *DATA, "--max_steps", "40", "--learning_rate", "1e-2", *TEACHER]
+    world = world_with("taught", train_pretrain.main, *argv)
     world.teacher, world.run = world.out / "pretrain_48", world.out / "distill_32"
     return world
 

@@ -29,11 +29,10 @@ def pair(number: int) -> dict:
 
 
 @pytest.fixture
-def tuned(world, call):
+def tuned(world_with):
     """A world with a fine-tuned model in it, and pairs."""
-    argv = ["--data_path", world.chat, "--max_seq_len", "300", "--batch_size", "4", "--from_weight", ""]
-    done = call(train_sft.main, world, *argv, "--max_steps", "3", "--learning_rate", "1e-2")
-    assert done.code == 0, done.err
+    argv = ["--data_path", "{chat}", "--max_seq_len", "300", "--batch_size", "4", "--from_weight", ""]
+    world = world_with("tuned", train_sft.main, *argv, "--max_steps", "3", "--learning_rate", "1e-2")
     world.base, world.run = world.out / "full_sft_32", world.out / "rlhf_32"
     world.pairs = world.write(world.folder / "pairs.jsonl", [pair(n) for n in range(14)])
     world.held = world.write(world.folder / "held.jsonl", [pair(n) for n in range(40, 47)])

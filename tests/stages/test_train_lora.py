@@ -12,7 +12,7 @@ import train_sft
 from minillm.checkpoints.checkpoint import find_damage, list_checkpoints
 from minillm.hub.huggingface import load_model
 from minillm.lora import load_lora
-from minillm.lora.layer import adapted_layers
+from minillm.lora.core import adapted_layers
 from minillm.reports.tracking import read_metrics
 
 DATA = ["--max_seq_len", "300", "--batch_size", "4", "--log_interval", "1"]
@@ -21,11 +21,10 @@ IDS = torch.arange(40)[None]
 
 
 @pytest.fixture
-def tuned(world, call):
+def tuned(world_with):
     """A world with a fine-tuned model in it."""
-    argv = ["--data_path", world.chat, *DATA, "--from_weight", "", "--max_steps", "3", "--learning_rate", "1e-2"]
-    done = call(train_sft.main, world, *argv)
-    assert done.code == 0, done.err
+    argv = ["--data_path", "{chat}", "--max_seq_len", "300", "--batch_size", "4", "--from_weight", ""]
+    world = world_with("tuned", train_sft.main, *argv, "--max_steps", "3", "--learning_rate", "1e-2")
     world.base, world.run = world.out / "full_sft_32", world.out / "lora" / "lora_32"
     return world
 

@@ -29,11 +29,10 @@ def thoughts(n, first=0):
 
 
 @pytest.fixture
-def tuned(world, call):
+def tuned(world_with):
     """A world with a fine-tuned model in it, and files of thoughts."""
-    argv = ["--data_path", world.chat, *DATA, "--from_weight", "", "--max_steps", "3", "--learning_rate", "1e-2"]
-    done = call(train_sft.main, world, *argv)
-    assert done.code == 0, done.err
+    argv = ["--data_path", "{chat}", "--max_seq_len", "300", "--batch_size", "4", "--from_weight", ""]
+    world = world_with("tuned", train_sft.main, *argv, "--max_steps", "3", "--learning_rate", "1e-2")
     world.base, world.run = world.out / "full_sft_32", world.out / "reason_32"
     world.thoughts = world.write(world.folder / "thoughts.jsonl", thoughts(12))
     world.thoughts_valid = world.write(world.folder / "thoughts_valid.jsonl", thoughts(5, first=50))
@@ -84,7 +83,7 @@ def test_tags_weigh_more_in_training_and_not_in_validation(tuned, reason):
 
 
 def test_thoughts_are_learned_by_heart_in_their_form(tuned, reason):
-    reason(tuned, "--max_steps", "120", "--learning_rate", "2e-2", "--weight_decay", "0", "--save_interval", "0",
+    reason(tuned, "--max_steps", "80", "--learning_rate", "2e-2", "--weight_decay", "0", "--save_interval", "0",
            "--data_path", tuned.write(tuned.folder / "few.jsonl", thoughts(2, first=1)))  # fmt: skip
     model, tokenizer = load_model(tuned.run).eval(), tuned.tokenizer
     for record in thoughts(2, first=1):

@@ -19,11 +19,10 @@ DATA = ["--max_seq_len", "300", "--batch_size", "4"]
 
 
 @pytest.fixture
-def pretrained(world, call):
+def pretrained(world_with):
     """A world with a pretrained model in it."""
-    argv = ["--data_path", world.text, "--max_seq_len", "32", "--max_steps", "3", "--learning_rate", "1e-2"]
-    done = call(train_pretrain.main, world, *argv)
-    assert done.code == 0, done.err
+    argv = ["--data_path", "{text}", "--max_seq_len", "32", "--max_steps", "3", "--learning_rate", "1e-2"]
+    world = world_with("pretrained", train_pretrain.main, *argv)
     world.pretrain, world.run = world.out / "pretrain_32", world.out / "full_sft_32"
     return world
 

@@ -199,10 +199,10 @@ def test_directory_without_permission(capsys, data, tmp_path):
     assert "not a writable directory" in refuse(capsys, "--data_path", data, "--save_dir", tmp_path / "locked")
 
 
-def test_as_a_program(data, tmp_path):
+def test_as_a_program(data, tmp_path, python):
     script = Path(train_tokenizer.__file__)
     command = [
-        sys.executable,
+        python,
         str(script),
         "--data_path",
         data,

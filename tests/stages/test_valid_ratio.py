@@ -8,9 +8,9 @@ import train_lora
 import train_pretrain
 import train_reason
 import train_sft
-from minillm.checkpoints.resume import identity_of
 from minillm.data import DataFiles, read_records
 from minillm.training.run import Run
+from minillm.training.state import identity_of
 
 from .conftest import conversations, documents, sentence
 

@@ -11,6 +11,7 @@ from minillm.distributed.engine import Engine
 from minillm.distributed.launcher import resume_command
 from minillm.errors import UserError
 from minillm.training.run import MAX_SKIPPED_IN_A_ROW, Run
+from minillm.training.step import Step
 from tests.contracts.checks import ScaledEngine
 from tests.contracts.harness import RaggedRows, arguments, train
 
@@ -85,6 +86,50 @@ def test_nonfinite_update_is_not_applied(tmp_path):
         assert torch.equal(parameter, before)
 
 
+class LateEngine(Engine):
+    """Reads a step's numbers one step late, as on a GPU."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.reads_late = True
+
+
+@pytest.mark.parametrize("log_interval", [1, 3])
+def test_numbers_read_late_are_the_same(tmp_path, log_interval):
+    flags = {"batch_size": 4, "max_steps": 7, "log_interval": log_interval, "save_interval": 3}
+    plain = train(arguments(tmp_path / "plain", **flags))
+    late = train(arguments(tmp_path / "late", **flags), engine=LateEngine)
+    assert late["metrics"] == plain["metrics"]
+    assert all(torch.equal(late["weights"][name], weight) for name, weight in plain["weights"].items())
+
+
+def test_numbers_are_read_one_step_late_between_log_steps(tmp_path, monkeypatch):
+    reads, run_of = [], {}
+    real = Step.read
+    monkeypatch.setattr(Step, "read", lambda step: (reads.append((step.number, run_of["run"].step)), real(step)))
+    flags = {"batch_size": 4, "max_steps": 6, "log_interval": 5}
+    train(arguments(tmp_path, **flags), engine=LateEngine, prepare=lambda run: run_of.update(run=run))
+    assert reads == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 5)]  # (step, updates counted by then)
+
+
+def test_a_late_look_finds_an_update_that_is_not_finite_and_was_left_out(tmp_path):
+    """The optimizer leaves the update out by itself; the run ends one step later, before anything is saved."""
+    seen = []
+
+    def look(run):
+        poison_step(2)(run)
+        seen.append([p.detach().clone() for p in run.model.parameters()])
+
+    args = arguments(tmp_path, batch_size=4, max_steps=6, log_interval=6, save_interval=2)
+    with pytest.raises(UserError, match=r"step 3: .*not finite, the update was not applied"):
+        train(args, engine=LateEngine, before_update=look)
+    assert len(seen) == 4
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3], strict=True))
+    saved = torch.load(tmp_path / "pretrain_16" / "nonfinite-step-00000003-rank0.pt", weights_only=True)
+    assert saved["step"] == 3
+    assert [p.name for p in (tmp_path / "pretrain_16" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_under_a_loss_scale_the_step_is_skipped_and_counted(tmp_path):
     """As under float16: the update is left out, the scale halved, the run goes on, the loss row says so."""
     weights = []
@@ -115,7 +160,7 @@ def test_too_many_skips_stop_the_run(tmp_path):
 @pytest.mark.parametrize("wrong", [True, False])
 def test_first_loss_is_compared_with_ln_v(tmp_path, capsys, wrong):
     def prepare(run):
-        run.alarm.from_scratch = True
+        run.log.alarm.from_scratch = True
         with torch.no_grad():
             for parameter in run.model.parameters():
                 parameter.mul_(3.0 if wrong else 0.1)
@@ -128,10 +173,10 @@ def test_clipping_bounds_the_update_but_not_the_reported_norm(tmp_path):
     norms = []
 
     class Watched(Engine):
-        def step(self):
+        def step(self, is_finite=None):
             gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
             norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
-            return super().step()
+            return super().step(is_finite)
 
     metrics = train(arguments(tmp_path / "a", batch_size=8, grad_clip=0.25), engine=Watched)["metrics"]
     assert norms == pytest.approx([0.25] * 3, rel=1e-4)  # torch adds 1e-6 to the norm it divides by

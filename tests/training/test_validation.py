@@ -1,20 +1,18 @@
 """The validation loss against a loop over single tokens: one sum, one count, one division."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minillm import precision
-from minillm.checkpoints.interrupt import StopSignals
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
+from minillm.distributed.engine import Engine
 from minillm.distributed.ranks import Ranks
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.reports.measures import Measures
+from minillm.objectives.objective import Objective
 from minillm.training.validation import evaluate_loss
 
 V = 37
@@ -64,13 +62,10 @@ def sparse_model():
     return Transformer(ModelConfig(vocab_size=V, initializer_range=0.3, **shape, **experts)).double()
 
 
-@pytest.fixture
-def run():
-    cpu = torch.device("cpu")
-    fields = {"device": cpu, "sum_dtype": torch.float64, "loss": causal_lm_loss}
-    fields |= {"ranks": Ranks(), "signals": StopSignals()}
-    fields |= {"measures": Measures(), "prepare": lambda micro_batches, training: micro_batches}
-    return SimpleNamespace(**fields, autocast=lambda: precision.autocast(cpu, torch.float32))
+def evaluate(model, loader):
+    engine = Engine(Ranks(), torch.device("cpu"))
+    engine.wrap(model)
+    return evaluate_loss(engine, loader, Objective(causal_lm_loss))
 
 
 def by_hand(model, rows):
@@ -89,49 +84,49 @@ def by_hand(model, rows):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("batch_size", "global_batch_size"), [(1, 1), (3, 3), (2, 6), (8, 8)])
-def test_the_loss_is_the_sum_over_the_count_however_it_is_cut(model, run, weighted, batch_size, global_batch_size):
+def test_the_loss_is_the_sum_over_the_count_however_it_is_cut(model, weighted, batch_size, global_batch_size):
     rows = Rows(weighted=weighted)
     loader = StepBatches(rows, batch_size=batch_size, global_batch_size=global_batch_size, shuffle=False)
-    result = evaluate_loss(model, loader, run)
+    result = evaluate(model, loader)
     loss_sum, n_targets = by_hand(model, rows)
     assert result["n_targets"] == pytest.approx(n_targets, rel=1e-12)
     assert result["loss"] == pytest.approx(loss_sum / n_targets, rel=1e-12)
     assert set(result) == {"loss", "n_targets"}  # nothing is known of bytes or a floor
 
 
-def test_bits_per_byte_and_the_floor(model, run):
+def test_bits_per_byte_and_the_floor(model):
     rows = Rows()
     rows.target_bytes, rows.log_prob = 91, -13.5
-    result = evaluate_loss(model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False), run)
+    result = evaluate(model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False))
     loss_sum, n_targets = by_hand(model, rows)
     assert result["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / 91, rel=1e-12)
     assert result["floor"] == pytest.approx(13.5 / n_targets, rel=1e-12)
 
 
-def test_experts_add_nothing_to_the_validation_loss(sparse_model, run):
+def test_experts_add_nothing_to_the_validation_loss(sparse_model):
     rows = Rows()
-    result = evaluate_loss(sparse_model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False), run)
+    result = evaluate(sparse_model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False))
     loss_sum, n_targets = by_hand(sparse_model, rows)
     assert result == {"loss": pytest.approx(loss_sum / n_targets, rel=1e-12), "n_targets": n_targets}
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_meanwhile_and_the_mode_comes_back(model, run, training):
+def test_dropout_is_off_meanwhile_and_the_mode_comes_back(model, training):
     model.model.layers[0].mlp.register_forward_hook(
         lambda module, _, out: torch.nn.functional.dropout(out, 0.9, module.training)
     )
     model.train(training)
     loader = StepBatches(Rows(), batch_size=3, global_batch_size=3, shuffle=False)
-    results = [evaluate_loss(model, loader, run) for _ in range(2)]
+    results = [evaluate(model, loader) for _ in range(2)]
     assert results[0] == results[1]
     assert model.training == training
     assert all(module.training == training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_no_target_at_all_is_zero(model, run):
+def test_no_target_at_all_is_zero(model):
     rows = Rows()
     for row in rows.rows:
         row["targets"][:] = -100
-    result = evaluate_loss(model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False), run)
+    result = evaluate(model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False))
     assert result == {"loss": 0.0, "n_targets": 0.0}

@@ -1,0 +1,96 @@
+"""The cross-entropy of an output layer: the plain expression, and one that never holds all logits.
+
+The logits (N, V) are the largest tensor of a small model's training step. Here they exist for one chunk of positions at
+a time. The gradient with respect to the logits is ``w·(softmax − one_hot)``, known as soon as the forward pass knows
+the softmax; so each chunk's part of the gradients of ``hidden`` and ``weight`` is formed at once, and nothing is
+recomputed in the backward pass.
+
+Legend: N positions, n of them with a target, D hidden, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minillm.kernels.chunks import chunks
+from minillm.kernels.products import add_product, kept_dtype, product_dtype, product_for_sums, scaled_gradient
+
+# Logits of one chunk: at most this many numbers (32 Mi × 4 bytes = 128 MiB in float32). Small vocabularies
+# fit into one chunk, which costs nothing; on a CPU a chunk is 256 positions at V = 128k.
+CHUNK_NUMEL = 32 * 1024 * 1024
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, rows: Tensor
+) -> Tensor:
+    """Return Σ w·(−log softmax(hidden Wᵀ)[target]) over the positions ``rows``; the others cost nothing.
+
+    Args:
+        hidden: (N, D). weight: (V, D). targets, weights: (N,). rows: (n,) positions that have a target, ascending.
+    """
+    # Asked here: inside of a Function gradients are always off, and a parameter always asks for its own.
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, rows, torch.is_grad_enabled())
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, rows: Tensor) -> Tensor:
+    """Return the same with all logits at once, as autograd would have it."""
+    losses = F.cross_entropy(hidden[rows] @ weight.T, targets[rows], reduction="none")  # (n,)
+    return losses.sum() if weights is None else (losses * weights[rows]).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The chunked product, softmax and gradient behind ``linear_cross_entropy_sum``."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, rows, wants_grad):
+        dtype = product_dtype(hidden)
+        need_hidden, need_weight = (wants_grad and need for need in ctx.needs_input_grad[:2])
+
+        everywhere = rows.numel() == targets.numel()
+        used = hidden if everywhere else hidden[rows]  # (n, D)
+        row_targets = targets if everywhere else targets[rows]
+        row_weights = None if weights is None else (weights if everywhere else weights[rows])
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight_cast = weight.to(dtype)
+            acc_dtype = torch.promote_types(dtype, torch.float32)
+            loss_sum = torch.zeros((), dtype=acc_dtype, device=hidden.device)
+            grad_used = torch.empty_like(used, dtype=kept_dtype(used)) if need_hidden else None
+            grad_weight = None
+            for chunk in chunks(rows.numel(), weight.shape[0], numel=CHUNK_NUMEL, device=hidden.device):
+                chunk_hidden = used[chunk].to(dtype)  # (n, D)
+                log_probs = product_for_sums(chunk_hidden, weight_cast.T)  # (n, V), still logits here
+                log_probs = F.log_softmax(log_probs, dim=-1)
+                chunk_targets = row_targets[chunk, None]  # (n, 1)
+                losses = -log_probs.gather(1, chunk_targets).squeeze(1)  # (n,)
+                scale = None if row_weights is None else row_weights[chunk].to(acc_dtype)
+                loss_sum = loss_sum + (losses.sum() if scale is None else (losses * scale).sum())
+                if not (need_hidden or need_weight):
+                    continue
+                grad_logits = log_probs.exp_()  # (n, V): softmax, in place
+                grad_logits.scatter_add_(1, chunk_targets, grad_logits.new_full((), -1.0).expand_as(chunk_targets))
+                if scale is not None:
+                    grad_logits *= scale[:, None]
+                grad_logits = grad_logits.to(dtype)
+                if need_hidden:
+                    grad_used[chunk] = grad_logits @ weight_cast
+                if need_weight:
+                    grad_weight = add_product(grad_weight, grad_logits.T, chunk_hidden)  # (V, D)
+
+        grad_hidden = grad_used
+        if need_hidden and not everywhere:
+            grad_hidden = torch.zeros_like(hidden, dtype=kept_dtype(hidden)).index_copy_(0, rows, grad_used)
+        if need_weight and grad_weight is None:  # no target at all: exactly zero
+            grad_weight = torch.zeros_like(weight)
+        if need_weight:  # summed in float32, it is as large as the output weight: not kept wider than needed
+            grad_weight = grad_weight.to(kept_dtype(weight))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable  # the saved gradients are constants: differentiating them again would give a wrong answer
+    def backward(ctx, grad_loss):
+        grads = (scaled_gradient(*each) for each in zip(ctx.saved_tensors, [grad_loss] * 2, ctx.dtypes, strict=True))
+        return (*grads, None, None, None, None)

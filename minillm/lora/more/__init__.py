@@ -1,0 +1,1 @@
+"""What there is besides plain LoRA: variants, several adapters at once, whole layers, peft's files, the monitor."""

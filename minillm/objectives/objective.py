@@ -1,0 +1,50 @@
+"""``Objective``: a loss, and what a run has to know about it."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from minillm.losses import count_targets
+from minillm.reports.measures import NO_MEASURES, Measures
+
+Batch = dict[str, Tensor]
+
+
+class Objective:
+    """What is minimised. This class is the plain case, a loss of tokens; stages with another one derive from it.
+
+    Args:
+        loss: ``loss(model, batch, router_stats)`` → sum and count.
+
+    Attributes:
+        unit: what the loss counts, in messages.
+        is_cross_entropy: whether training minimises the cross-entropy of tokens, which ln V bounds.
+        measures: figures that the loss records besides its value, for the rows of metrics.
+    """
+
+    unit = "token"
+    is_cross_entropy = True
+    measures: Measures = NO_MEASURES
+
+    def __init__(self, loss: Callable):
+        self.loss = loss
+
+    def __call__(self, model: nn.Module, batch: Batch, router_stats=None) -> tuple[Tensor, Tensor]:
+        """Return ``(loss_sum, n_targets)`` of a batch, for training."""
+        return self.loss(model, batch, router_stats)
+
+    def validation_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return ``(loss_sum, n_targets)`` of a batch, for validation."""
+        return self(model, batch)
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return the loss's denominator, from the batch alone (float64 scalar)."""
+        return count_targets(batch["targets"], batch.get("weights"))
+
+    def prepare(self, micro_batches: list[Batch], *, training: bool, step: int) -> list[Batch]:
+        """Return a step's micro-batches with what frozen models add to them; called before targets are counted."""
+        return micro_batches
+
+    def settings(self) -> dict:
+        """Return the settings of the loss: they must match to resume."""
+        return {}

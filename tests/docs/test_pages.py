@@ -1,0 +1,109 @@
+"""The pages agree with the repository: links and anchors lead somewhere; commands, flags, files and symbols exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md", ROOT / "dataset/README.md"]
+SOURCES = [path for folder in ("minillm", "tests", "benchmarks", "dataset") for path in (ROOT / folder).rglob("*.py")]
+SOURCES += ROOT.glob("*.py")
+FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.M | re.S)
+FILE_AND_SYMBOL = re.compile(r"`([\w/]+\.py)`, `(\w[\w.]*)(?<!\.py)`")
+# What a page names although it is not here: the example of CONTRIBUTING, the files of the first design, data of users.
+NOT_HERE = {"train_focal.py", "config.py", "hf.py"}
+OF_LAUNCHERS = {
+    "nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "max-restarts", "num_gpus",
+}  # fmt: skip
+OF_OTHERS = {"config", "help", "profile", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "requeue",
+             "signal", "target", "n"}  # fmt: skip
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text_of(page)), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def find(name: str) -> list[Path]:
+    """Return the source files that a page means by ``name``: a path from the root or from ``minillm``, or a name."""
+    if "/" in name:
+        return [base / name for base in (ROOT, ROOT / "minillm") if (base / name).is_file()]
+    return [path for path in SOURCES if path.name == name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", text_of(page))):
+        if not target.startswith(("http:", "https:")):
+            path, _, anchor = target.partition("#")
+            aim = (page.parent / path).resolve() if path else page
+            assert aim.exists(), target
+            assert not anchor or anchor in anchors_of(aim), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_modules_exist(page):
+    text = text_of(page)
+    named = set(re.findall(r"(?<![\w./-])((?:\w+/)*\w+\.py)\b", text)) - NOT_HERE
+    assert not [name for name in named if not find(name) and "focal" not in name]
+    for module in set(re.findall(r"-m (minillm[\w.]*)", text)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_symbols_are_in_their_files(page):
+    for name, symbol in FILE_AND_SYMBOL.findall(text_of(page)):
+        word = re.compile(rf"\b{symbol.rpartition('.')[2]}\b")
+        assert any(word.search(path.read_text(encoding="utf-8")) for path in find(name)), f"{name}: no {symbol}"
+
+
+def known_flags() -> set[str]:
+    """Return the fields of all classes and the parameters of every ``__main__``; the flags are among them."""
+    names = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                names |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+            elif isinstance(node, ast.FunctionDef) and path.name == "__main__.py":
+                names |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+    return names
+
+
+def test_flags_exist():
+    known = known_flags() | OF_LAUNCHERS | OF_OTHERS
+    for page in PAGES:
+        flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page)))
+        assert not flags - known, page
+
+
+def commands(page: Path) -> list[str]:
+    """Return the lines of a page's code blocks, without comments and runs of spaces."""
+    lines = [re.sub(r"(^|\s)#.*", "", line) for block in FENCE.findall(text_of(page)) for line in block.splitlines()]
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def numbers_of_rows(page: Path) -> list[list[str]]:
+    """Return the numbers in each row of a page's tables."""
+    return [sorted(re.findall(r"\d[\d.,]*\d|\d", line)) for line in text_of(page).splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", ["README", "docs/guide", "docs/tour"])
+def test_both_languages_have_the_same_commands_and_tables(page):
+    english, chinese = ROOT / f"{page}.md", ROOT / f"{page}_zh.md"
+    assert commands(english) == commands(chinese)
+    assert numbers_of_rows(english) == numbers_of_rows(chinese)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "docs/architecture.md"])
+def test_the_loop_is_that_of_the_script(page):
+    (loop,) = re.findall(r"^```python\n(for step in .*?)^```", text_of(ROOT / page), flags=re.M | re.S)
+    script = text_of(ROOT / "train_pretrain.py")
+    assert " ".join(loop.split()) in " ".join(script.split())
