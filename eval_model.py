@@ -39,7 +39,7 @@ from minillm.evaluation import (
     rouge,
 )
 from minillm.evaluation.sample_answers import write_whole
-from minillm.hub import open_model
+from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import chat, speed
 from minillm.inference.thinking import ThinkingView
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [*args.prompt, *(read_prompts(args.prompts, columns=args.columns) if args.prompts else [])]
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    model, tokenizer, weights = open_model(args)
+    model, tokenizer, weights = open_from_arguments(args)
     if not (prompts or args.perplexity or args.task_file or args.pairs_file or sys.stdin.isatty()):
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:

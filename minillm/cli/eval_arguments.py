@@ -14,7 +14,7 @@ from minillm.data.sources.paths import expand_paths
 
 @dataclass(frozen=True, kw_only=True)
 class OpenArguments(ModelArguments):
-    """The model to open, and how; see ``open_model``."""
+    """The model to open, and how; see ``open_from_arguments``."""
 
     from_weight: str = ""
     """A stage name, a run's name, a model directory, a .pth file, or ORG/MODEL on a hub (default: the stage of

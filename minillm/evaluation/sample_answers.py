@@ -25,7 +25,7 @@ from minillm.data.sources.paths import expand_paths
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import task_fields
 from minillm.evaluation.reasoning import evaluate_reasoning, final_answer
-from minillm.hub import open_model
+from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     problems = read_problems(args.data_path, columns=args.columns)  # first, to report errors before loading the weights
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    model, tokenizer, _ = open_model(args)
+    model, tokenizer, _ = open_from_arguments(args)
     rows, counts = sample_answers(
         model,
         tokenizer,
