@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.data import StepBatches
 from minillm.distributed.engine import Engine
@@ -13,7 +14,7 @@ from minillm.errors import UserError
 from minillm.training.run import MAX_SKIPPED_IN_A_ROW, Run
 from minillm.training.step import Step
 from tests.contracts.checks import ScaledEngine
-from tests.contracts.harness import RaggedRows, arguments, train
+from tests.contracts.harness import CONFIG, MOE_CONFIG, RaggedRows, arguments, train
 
 
 def poison_step(step, value=math.inf):
@@ -110,6 +111,47 @@ def test_numbers_are_read_one_step_late_between_log_steps(tmp_path, monkeypatch)
     flags = {"batch_size": 4, "max_steps": 6, "log_interval": 5}
     train(arguments(tmp_path, **flags), engine=LateEngine, prepare=lambda run: run_of.update(run=run))
     assert reads == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 5)]  # (step, updates counted by then)
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operators that make the host wait for a device: they return a number, or a shape that needs one."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indexes_by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name.lstrip("_") in {each.lstrip("_") for each in self.NAMES} or indexes_by_mask:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [CONFIG, MOE_CONFIG], ids=["dense", "experts"])
+def test_between_log_steps_an_update_waits_for_nothing(tmp_path, monkeypatch, config):
+    """Clipping, the check, the optimizer, the balance of experts. The numbers read are those of the step before."""
+    waits, lists, update, tolist = {}, [], Run.update, torch.Tensor.tolist
+
+    def counted(run, step):
+        lists.clear()
+        with Waits() as found:
+            update(run, step)
+        waits[step.number] = found.found + [len(numbers) for numbers in lists]
+
+    def noted(tensor):  # on a CPU it is no operator
+        lists.append(tensor)
+        return tolist(tensor)
+
+    monkeypatch.setattr(Run, "update", counted)
+    monkeypatch.setattr(torch.Tensor, "tolist", noted)
+    flags = {"batch_size": 4, "max_steps": 5, "log_interval": 4}
+    train(arguments(tmp_path / "late", **flags), engine=LateEngine, config=config)
+    on_the_host, of_the_step_before = 2, 3  # what ranks have noticed; loss, norm and count
+    assert waits[1] == [on_the_host]
+    assert waits[2] == waits[3] == [on_the_host, of_the_step_before]
 
 
 def test_a_late_look_finds_an_update_that_is_not_finite_and_was_left_out(tmp_path):
