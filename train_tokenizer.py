@@ -2,7 +2,7 @@
 
     python train_tokenizer.py --data_path data.jsonl,chats.jsonl --vocab_size 6400
 
-Reads top to bottom: arguments, texts, train, report, save. The text that is measured is never trained on.
+Read it from top to bottom: arguments, texts, train, report, save. The report measures text that was held out.
 """
 
 import os
@@ -22,17 +22,17 @@ from minillm.tokenizer.train import check_vocab_size
 TRAINERS = {"bpe": train_bpe, "bpe_by_hand": partial(train_bpe, by_hand=True), "sentencepiece": train_sentencepiece}
 CHECKS = {"bpe": check_vocab_size, "bpe_by_hand": check_vocab_size, "sentencepiece": check_sentencepiece}
 HOLD_OUT_EVERY = 20  # records
-HOLD_OUT_BYTES = 2_000_000  # more would make no figure more exact
+HOLD_OUT_BYTES = 2_000_000  # enough for exact figures
 
 
 @script
 def main(argv: list[str] | None = None):
     args = parse(TokenizerArguments, argv)
     directory = Path(args.save_dir) / "tokenizer"
-    CHECKS[args.tokenizer_type](args.vocab_size)  # what can be refused is refused before the files are read
+    CHECKS[args.tokenizer_type](args.vocab_size)  # report invalid settings before reading the files
     check_writable(directory)
 
-    # Texts: from all files alike, every 20th record held out unless there is a file for that
+    # Texts: equally from all files; without --valid_path every 20th record is held out
     held_out: list[str] = []
     n_bytes = 0
     reading = {"strict": args.strict, "columns": args.columns}
@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None):
     def training_texts() -> Iterator[str]:
         nonlocal n_bytes
         for n, (texts, roles) in enumerate(balanced_records(args.data_files, **reading), start=1):
-            if not args.valid_files and n % HOLD_OUT_EVERY == 0 and n_of_bytes(held_out) < HOLD_OUT_BYTES:
+            if not args.valid_files and n % HOLD_OUT_EVERY == 0 and count_bytes(held_out) < HOLD_OUT_BYTES:
                 held_out.extend(texts)
             else:
-                n_bytes += n_of_bytes(texts)
+                n_bytes += count_bytes(texts)
                 yield from texts
                 yield from roles  # the chat template writes them before every turn
             if n == args.max_records or n_bytes >= args.max_bytes > 0:
@@ -60,42 +60,42 @@ def main(argv: list[str] | None = None):
     for warning in caught:
         print(f"warning: {warning.message}")
 
-    # Report: how far one token reaches, for Chinese and English apart
+    # Report: bytes per token, for Chinese and English separately
     for texts, _ in balanced_records(args.valid_files, **reading):
-        if n_of_bytes(held_out) >= HOLD_OUT_BYTES:
+        if count_bytes(held_out) >= HOLD_OUT_BYTES:
             break
         held_out.extend(texts)
     report(tokenizer, held_out)
 
     # Save
-    warn_of_another(directory, tokenizer)
+    warn_if_replaced(directory, tokenizer)
     tokenizer.save(directory)
     print(f"saved {directory}")
     return tokenizer
 
 
 def balanced_records(files: list[str], *, strict: bool, columns: str = "") -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the texts and the role names of one record after another, always of the file that gave the fewest bytes.
+    """Yield the texts and the role names of each record; the next one is from the file with the fewest bytes so far.
 
-    So a limit on the total cuts all files alike: a small Chinese file is not drowned by a large English one.
+    So a limit on the total cuts all files equally: a large English file does not crowd out a small Chinese one.
     """
     settings = {"strict": strict, "columns": columns}
-    readers = {path: iter(read_records(path, **settings)) for path in files}  # missing files end it here
-    given = dict.fromkeys(readers, 0)
+    readers = {path: iter(read_records(path, **settings)) for path in files}  # reports missing files
+    bytes_of_file = dict.fromkeys(readers, 0)
     while readers:
-        path = min(readers, key=given.__getitem__)
+        path = min(readers, key=bytes_of_file.__getitem__)
         record = next(readers[path], None)
         if record is None:
             del readers[path]
             continue
         fields = ("text", "messages", "chosen", "rejected")
         texts = list(record_texts({name: getattr(record, name) for name in fields}))
-        given[path] += n_of_bytes(texts)
+        bytes_of_file[path] += count_bytes(texts)
         yield texts, [message["role"] for message in record.messages or []]
 
 
-def n_of_bytes(texts: list[str]) -> int:
-    """Return how many bytes of UTF-8 the texts take."""
+def count_bytes(texts: list[str]) -> int:
+    """Return the number of bytes of the texts in UTF-8."""
     return sum(len(text.encode("utf-8", "replace")) for text in texts)
 
 
@@ -112,19 +112,19 @@ def report(tokenizer: Tokenizer, held_out: list[str]) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise UserError now if ``directory`` could not be made or written after minutes of training."""
+    """Raise UserError if ``directory`` cannot be made or written, before minutes of training are lost."""
     existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to '{directory}': '{existing}' is not a writable directory; change --save_dir")
 
 
-def warn_of_another(directory: Path, tokenizer: Tokenizer) -> None:
-    """Say so when a different tokenizer is replaced: models trained with it would read nonsense."""
+def warn_if_replaced(directory: Path, tokenizer: Tokenizer) -> None:
+    """Warn if a different tokenizer is about to be replaced: models trained with it would read nonsense."""
     try:
         if load_tokenizer(directory).content_hash != tokenizer.content_hash:
             print(f"warning: {directory} held another tokenizer; models trained with it need their own copy")
     except UserError:
-        pass  # there was none
+        pass  # no earlier tokenizer
 
 
 if __name__ == "__main__":

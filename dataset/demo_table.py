@@ -1,6 +1,6 @@
-"""The demo in one table, from what its runs have written: ``python dataset/demo_table.py [--save_dir out/demo]``
+"""Prints the results of the demo as one table: ``python dataset/demo_table.py [--save_dir out/demo]``
 
-Every line is a stage and a figure: before the stage, and after it. What is not there yet is left out.
+Each line is a figure of one stage, before and after it. Figures that do not exist yet are left out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Arguments:
     """Print the table of a demo's stages."""
 
     save_dir: str = "out/demo"
-    """Where the demo's runs are, and the folder results with what eval_model.py measured of them."""
+    """Directory of the demo's runs, with the folder results that eval_model.py writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One figure of one stage; a share is between 0 and 1, a loss in nats per token."""
+    """One figure of one stage: a share between 0 and 1, or a loss in nats per token."""
 
     stage: str
     metric: str
@@ -39,13 +39,13 @@ class Line:
     is_share: bool = True
 
     def cells(self) -> list[str]:
-        """Return the line as text."""
-        shown = ("-" if x is None else f"{x:.1%}" if self.is_share else f"{x:.3f}" for x in (self.before, self.after))
-        return [self.stage, self.metric, *shown]
+        """Return the cells of the line as text."""
+        figures = ("-" if x is None else f"{x:.1%}" if self.is_share else f"{x:.3f}" for x in (self.before, self.after))
+        return [self.stage, self.metric, *figures]
 
 
 def lines_of(save_dir: str | Path) -> Iterator[Line]:
-    """Yield the lines of all stages whose figures are there."""
+    """Yield the lines of all stages that have figures."""
     root = Path(save_dir)
 
     def result(name: str, *keys: str) -> float | None:
@@ -56,7 +56,7 @@ def lines_of(save_dir: str | Path) -> Iterator[Line]:
         return value
 
     def gap(run: str) -> float | None:
-        """How far the last validation loss stays above the entropy of the texts."""
+        """Return the last validation loss minus the entropy of the texts."""
         rows = [row for row in read_metrics(root / run / "metrics.jsonl") if "floor" in row]
         return rows[-1]["loss"] - rows[-1]["floor"] if rows else None
 
@@ -65,10 +65,10 @@ def lines_of(save_dir: str | Path) -> Iterator[Line]:
 
     rows = [row for row in read_metrics(root / "pretrain_128" / "metrics.jsonl") if "floor" in row]
     config = root / "pretrain_128" / "config.json"
-    guess = math.log(json.loads(config.read_text())["vocab_size"]) - rows[-1]["floor"] if rows else None
+    gap_of_guessing = math.log(json.loads(config.read_text())["vocab_size"]) - rows[-1]["floor"] if rows else None
     identity = ("exact_match", "accuracy")
-    found = [
-        ("pretrain", "nats/token above the floor (before: guessing)", guess, gap("pretrain_128"), False),
+    figures = [
+        ("pretrain", "nats/token above the floor (before: guessing)", gap_of_guessing, gap("pretrain_128"), False),
         ("full_sft", "tasks, exact match", tasks("pretrain"), tasks("full_sft")),
         ("lora", "who it is, exact match", result("full_sft_identity_test", *identity),
          result("identity_identity_test", *identity)),
@@ -85,7 +85,7 @@ def lines_of(save_dir: str | Path) -> Iterator[Line]:
         ("reason", "answers that have the form", None, result("reason", "reasoning", "thinking", "format_adherence")),
         ("reason", "tasks, exact match", tasks("rlhf"), tasks("reason_sft_test")),
     ]  # fmt: skip
-    for stage, metric, before, after, *is_share in found:
+    for stage, metric, before, after, *is_share in figures:
         if after is not None:
             yield Line(stage=stage, metric=metric, before=before, after=after, is_share=not is_share)
 

@@ -1,9 +1,8 @@
 """Write the demo world: ``python dataset/make_demo.py [--out_dir dataset/demo] [--seed 42] [--n_... N]``
 
-Pretraining text whose every record carries its exact log-probability, conversations with checkable
-answers, an identity set, preference pairs and reasoning problems, each with held-out sets. The file
-``dataset/README.md`` says what each file holds. Needs no network; the same seed and sizes give the same
-bytes on every machine.
+It writes pretraining text with the exact log-probability of every record, conversations with answers that can be
+checked, an identity set, preference pairs and reasoning problems, each with held-out sets. ``dataset/README.md``
+describes the files. No network is needed; the same seed and sizes give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from minillm.errors import UserError  # noqa: E402
 
 
 def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
-    """Return (file name -> records, meta). Every file has a random stream of its own, named after it."""
+    """Return (file name -> records, meta). Each file has its own random generator, seeded with its name."""
     stream = lambda name: random.Random(f"{name} {args.seed}")  # noqa: E731
     world, items = make_world(args.seed), Items(args.seed)
     source, tasks = Source(world, items), Tasks(world, items)
@@ -76,10 +75,10 @@ def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
 
 
 def floors(records: list[dict]) -> dict[str, dict]:
-    """Return per kind, and for "all", the entropy floor: nats, also per document and per byte.
+    """Return the entropy floor of each kind and of "all": in nats, and per document and per byte.
 
-    The floor is -sum(log_prob): no model's total loss can be below it but by luck of the draw. Bytes are
-    those of the UTF-8 text; the end of a document costs nats but has no byte.
+    The floor is -sum(log_prob): a model's total loss is below it only by chance. Bytes are those of the UTF-8 text;
+    the end of a document has nats but no byte.
     """
     totals: dict[str, list] = {}
     for record in records:
@@ -101,7 +100,7 @@ def floors(records: list[dict]) -> dict[str, dict]:
 
 
 def held_out_rules(items: Items, tasks: Tasks) -> dict:
-    """Return what the test files hold back, in words and numbers."""
+    """Return what the test files hold out, in words and numbers."""
     return {
         "addition": f"{len(items.held_sums)} of 8,100 sums (and mirrors) in no training or pretraining text",
         "sorting": f"one list in {HELD_OUT_ONE_IN} by hash, likewise; lengths {SORT_LENGTHS}",
@@ -118,7 +117,7 @@ def held_out_rules(items: Items, tasks: Tasks) -> dict:
 
 
 def write_files(out_dir: str | Path, files: dict[str, list[dict]], meta: dict) -> None:
-    """Write all files or none: each under a temporary name first, renamed when the last one is complete.
+    """Write all files or none: each has a temporary name until all are complete.
 
     Raises:
         UserError: the folder cannot be made or written.

@@ -1,1 +1,1 @@
-"""The demo world: a small bilingual source of text with exact probabilities, and tasks drawn from it."""
+"""The demo world: a small bilingual source of text with exact probabilities, and tasks about it."""

@@ -1,4 +1,4 @@
-"""The sizes of the demo world's files, as flags of ``make_demo.py``."""
+"""The arguments of ``make_demo.py``: the sizes of the demo world's files."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from minillm.cli.command_line import require
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataArguments:
-    """The demo world: pretraining text with exact probabilities, and tasks; same flags, same bytes."""
+    """Write the demo world: pretraining text with exact probabilities, and tasks; equal flags give equal bytes."""
 
     out_dir: str = "dataset/demo"
-    """Folder for the files; made where it is missing."""
+    """Folder for the files; created if it is missing."""
     seed: int = 42
-    """Draws the world, the held-out items and every file."""
+    """Seed of the world, of the held-out items and of every file."""
     n_pretrain: int = 190_000
     """Documents in pretrain_train.jsonl (about 15 tokens each at vocabulary 1,024)."""
     n_valid: int = 3_000
     """Documents in pretrain_valid.jsonl."""
     n_addition: int = 18_000
-    """SFT conversations per task, as the next eight."""
+    """SFT conversations of this task; the next eight flags are those of the other tasks."""
     n_sorting: int = 9_000
     n_counting: int = 19_000
     n_translation: int = 3_000
@@ -31,11 +31,11 @@ class DemoDataArguments:
     n_sft_valid: int = 1_000
     """Conversations in sft_valid.jsonl, all tasks in equal shares."""
     n_test: int = 150
-    """Test conversations per task and group; small groups have fewer different ones."""
+    """Test conversations per task and group; a small group may have fewer."""
     n_reason: int = 14_000
-    """Reasoning problems to train on."""
+    """Reasoning problems for training."""
     n_reason_test: int = 200
-    """Reasoning problems to test on."""
+    """Reasoning problems for testing."""
 
     def check(self) -> None:
         """Raise UserError for a size out of range."""

@@ -1,10 +1,10 @@
 """The probabilistic grammar of the pretraining text.
 
-A kind of text is a *program*: it draws choices and says pieces of text, in the order of the text. Run
-with a :class:`Draw`, it samples a document and multiplies up the number of equally likely choices, so that
-the record carries its exact log-probability. Run by :func:`derivations`, the same program is searched for
-every series of choices that says a given text: exactly one is found for a text of the source (the grammar
-is unambiguous), so the probability of the choices *is* the probability of the text.
+Each kind of text is a *program*, which draws choices and says pieces of text, in the order of the text. With a
+``Draw`` it samples a document and multiplies the numbers of equally likely choices, which gives the exact
+log-probability of the record. ``derivations`` searches the same program for all sequences of choices that say a given
+text. A text of the source has exactly one (the grammar is unambiguous), so the probability of the choices *is* the
+probability of the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from demo_world.world import (
     World,
 )
 
-#: Share of documents per kind (not of tokens: stories are long, sums short).
+#: Share of documents per kind (not of tokens: stories are long, sums are short).
 KINDS = {
     "facts": 0.14,
     "stories": 0.07,
@@ -41,7 +41,7 @@ KINDS = {
 
 
 class Draw:
-    """Samples one document: ``text`` and ``weight`` (one over its probability) after the program has run."""
+    """Samples one document: its ``pieces`` of text, and ``weight``, one over its probability."""
 
     __slots__ = ("pieces", "random", "rng", "weight")
 
@@ -61,7 +61,7 @@ class Draw:
         return options[int(self.random() * n)]
 
     def weighted(self, options, cumulative):
-        """Return one of the options by cumulative probabilities that end in 1."""
+        """Return one of the options, with the given cumulative probabilities; the last one is 1."""
         index = min(bisect_right(cumulative, self.random()), len(options) - 1)
         self.weight /= cumulative[index] - (cumulative[index - 1] if index else 0.0)
         return options[index]
@@ -70,7 +70,7 @@ class Draw:
         self.pieces.append(text)
 
     def say_string(self, alphabet: str, length: int, separator: str, allowed, n_allowed: int) -> str:
-        """Say a string, uniform over the ``n_allowed`` strings that ``allowed`` accepts, and return it."""
+        """Say and return a string, drawn uniformly from the ``n_allowed`` strings that ``allowed`` accepts."""
         n, rnd = len(alphabet), self.random
         while True:
             text = "".join([alphabet[int(rnd() * n)] for _ in range(length)])
@@ -81,12 +81,12 @@ class Draw:
         return text
 
 
-class _Dead(Exception):
+class _DeadEnd(Exception):
     """The choices so far do not say the text."""
 
 
 class _Replay:
-    """Runs a program along given choices and notes, at the first open choice, the ways it could go on."""
+    """Runs a program with given choices; at the first open choice, it adds the alternatives to the agenda."""
 
     def __init__(self, text: str, choices: tuple[int, ...], agenda: list[tuple[int, ...]]):
         self.text, self.choices, self.agenda = text, choices, agenda
@@ -113,7 +113,7 @@ class _Replay:
 
     def say(self, text: str) -> None:
         if not self.text.startswith(text, self.position):
-            raise _Dead
+            raise _DeadEnd
         self.position += len(text)
 
     def say_string(self, alphabet, length, separator, allowed, n_allowed) -> str:
@@ -121,29 +121,29 @@ class _Replay:
         said = self.text[self.position : self.position + length * width]
         text = said[len(separator) :: width]
         if len(text) != length or any(c not in alphabet for c in text) or not allowed(text):
-            raise _Dead
+            raise _DeadEnd
         self.say("".join(separator + c for c in text))
         self.log_prob -= math.log(n_allowed)
         return text
 
 
 def derivations(program, text: str) -> list[float]:
-    """Return the log-probability of every series of choices by which ``program`` says exactly ``text``."""
+    """Return the log-probability of every sequence of choices with which ``program`` says exactly ``text``."""
     agenda: list[tuple[int, ...]] = [()]
-    found = []
+    log_probs = []
     while agenda:
         replay = _Replay(text, agenda.pop(), agenda)
         try:
             program(replay)
-        except _Dead:
+        except _DeadEnd:
             continue
         if replay.position == len(text):
-            found.append(replay.log_prob)
-    return found
+            log_probs.append(replay.log_prob)
+    return log_probs
 
 
 class Source:
-    """The source of pretraining text of one world: a mixture of kinds, each in English and Chinese."""
+    """The source of the pretraining text of one world: a mixture of kinds, each in English and Chinese."""
 
     def __init__(self, world: World, items: it.Items, kinds: dict[str, float] | None = None):
         self.world, self.items = world, items
@@ -164,19 +164,19 @@ class Source:
         return {"text": "".join(draw.pieces), "log_prob": round(-math.log(draw.weight), 9), "kind": kind}
 
     def document(self, draw) -> str:
-        """The whole program: a kind, then a text of that kind. Returns the kind."""
+        """Run the whole program: a kind, then a text of that kind. Return the kind."""
         kind = draw.weighted(self._names, self._cumulative)
         getattr(self, kind)(draw)
         return kind
 
     def log_prob(self, text: str) -> float:
-        """Return ln p(text); -inf where the source cannot say it. Raises where it could in two ways."""
-        found = derivations(self.document, text)
-        if len(found) > 1:
-            raise ValueError(f"{len(found)} derivations of {text!r}: the grammar is ambiguous")
-        return found[0] if found else -math.inf
+        """Return ln p(text); -inf if the source cannot say it. Raise ValueError if it has several derivations."""
+        log_probs = derivations(self.document, text)
+        if len(log_probs) > 1:
+            raise ValueError(f"{len(log_probs)} derivations of {text!r}: the grammar is ambiguous")
+        return log_probs[0] if log_probs else -math.inf
 
-    # ---- one method per kind; what is drawn is said before anything else is drawn, wherever possible
+    # ---- one method per kind; where possible, each choice is said before the next one is drawn
 
     def facts(self, draw) -> None:
         language = draw.pick(LANGUAGES)
@@ -193,7 +193,7 @@ class Source:
             draw.say(draw.pick(self.world.statements[(category, index, name), language]))
 
     def stories(self, draw) -> None:
-        """Two friends go shopping: names, things and amounts come back, and results follow from them."""
+        """Two friends go shopping: names, things and amounts return, and results follow from them."""
         if draw.pick(LANGUAGES) == "en":
             side, plural = 0, "s"
             draw.say(draw.pick(("One day ", "In the morning ", "In the evening ")))
@@ -260,7 +260,7 @@ class Source:
             draw.say(f"{',' if position else ''}{word[side]}={word[1 - side]}")
 
     def talk(self, draw) -> None:
-        """Somebody asks, a person or a machine answers for itself: the words that later stages must say."""
+        """A person asks, and a person or a machine answers: the words that the model has to say in later stages."""
         side = LANGUAGES.index(draw.pick(LANGUAGES))
         say = _TALK[LANGUAGES[side]]
         asker = draw.pick(PEOPLE)

@@ -1,4 +1,4 @@
-"""Who the model is: questions in many phrasings, answers in words that the pretraining text has taught."""
+"""The identity of the model: questions in many phrasings, answers in words of the pretraining text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ANSWERS = {
     ("zh", "skills"): "我会加法、排序、数数和翻译。",
     ("zh", "kind"): "我不是人,我是机器。",
 }
-#: The last two questions of each line are asked in the test only.
+#: The last two questions of each group are asked only in the test.
 QUESTIONS = {
     ("en", "name"): (
         "Who are you?",
@@ -122,7 +122,7 @@ QUESTIONS = {
     ),
 }
 N_TEST_QUESTIONS = 2
-#: More questions to learn from: every clause in every frame. Two frames of the test are not among them.
+#: More questions for training: every clause in every frame. Two frames of the test are not among them.
 CLAUSES = {
     ("en", "name"): ("your name", "who you are"),
     ("en", "maker"): ("who made you", "where you come from"),

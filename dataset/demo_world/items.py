@@ -1,8 +1,7 @@
 """Items of the skill tasks (sums, lists to sort, letters to count) and which of them are held out.
 
-Held-out items occur in no pretraining text and in no training conversation: only in the test files. Because
-they are left out of the source, a draw is uniform over the *allowed* items, and its probability is one over
-their number; the numbers are counted here, not estimated.
+Held-out items occur only in the test files, not in pretraining text or training conversations. The source draws
+uniformly from the *allowed* items, so the probability of each is one over their number, which is counted here exactly.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ _MULTIPLIER = 2654435761  # Knuth's multiplicative hash, on 32 bits
 _MASK = 0xFFFFFFFF
 
 
-def _held(code, salt: int):
-    """Tell whether an item with this number is held out; works on ints and on uint64 arrays alike."""
+def _is_held_out(code, salt: int):
+    """Return whether an item with this number is held out; ``code`` is an int or a uint64 array."""
     mixed = ((code + salt) * _MULTIPLIER) & _MASK
     mixed = ((mixed ^ (mixed >> 15)) * _MULTIPLIER) & _MASK
     return (mixed >> 16) % HELD_OUT_ONE_IN == 0
@@ -31,7 +30,7 @@ class Items:
     """The allowed and the held-out items of one seed.
 
     ``sums``: allowed ordered pairs (a, b) of 10..99; a pair and its mirror are held out together.
-    ``held_sums``: the others. Lists and letter strings are tested by rule, with exact counts of the allowed.
+    ``held_sums``: the others. Lists and letter strings are checked by a rule, and the allowed ones are counted exactly.
     """
 
     def __init__(self, seed: int):
@@ -55,16 +54,16 @@ class Items:
 
     def _count(self, n_codes: int, tag: int) -> int:
         codes = np.arange(n_codes, dtype=np.uint64) + np.uint64(tag << 24)
-        return int(n_codes - np.count_nonzero(_held(codes, self.salt)))
+        return int(n_codes - np.count_nonzero(_is_held_out(codes, self.salt)))
 
     def _list_rule(self, length: int):
         offset, salt = length << 24, self.salt
-        return lambda text: not _held(int(text) + offset, salt)
+        return lambda text: not _is_held_out(int(text) + offset, salt)
 
     def _string_rule(self, target: str, length: int):
         offset, salt = self._tag(target, length) << 24, self.salt
         table = str.maketrans(LETTERS, "0123")
-        return lambda text: not _held(int(text.translate(table), len(LETTERS)) + offset, salt)
+        return lambda text: not _is_held_out(int(text.translate(table), len(LETTERS)) + offset, salt)
 
 
 def sort_answer(digits: str) -> str:

@@ -1,10 +1,9 @@
 """Conversations with checkable answers: supervised tasks, preference pairs and reasoning problems.
 
 Prompt and answer keep the surface form of the pretraining text (``23+45=68``, ``bird=鸟``, ``Ming lives in Paris.``),
-so that tuning only has to turn what is known into answers: with the bare sum as the answer, addition took twice
-the examples. Three splits: ``train``; ``valid``
-(held-out items, or phrasings of its own where every item must be asked); ``test`` (held-out items *and*
-phrasings, both disjoint from the other two).
+so fine-tuning only has to turn knowledge into answers; with only the sum as the answer, addition needed twice the
+examples. There are three splits: ``train``; ``valid`` (held-out items, or other phrasings if all items are needed in
+training); ``test`` (held-out items *and* phrasings, both disjoint from the other two).
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from demo_world.world import (
 SPLITS = ("train", "valid", "test")
 TASKS = ("addition", "sorting", "counting", "translation", "facts", "multi_turn", "style", "writing", "repeat")
 
-#: Tasks that are not tested and not in the validation file: they have no one right answer, or nothing is held out.
+#: Tasks without test and validation records: they have no single right answer, or nothing is held out.
 OPEN_TASKS = ("style", "writing", "repeat")
 
-#: What the writing task writes, in shares: all that no other task asks for stays alive there.
+#: Shares of the kinds that the writing task writes. They keep knowledge that no other task asks for.
 WRITING_KINDS = {"facts": 0.5, "translation": 0.4, "stories": 0.1}
 WRITING_ASKS = ("Write a line.", "写一句。")
 REPEAT_ASKS = ("Repeat:", "重复:")
 
-#: Beginnings of prompts. Those of "test" occur nowhere else, though each of their words does.
+#: Beginnings of prompts. Those of "test" occur nowhere else, but each of their words does.
 PROMPTS = {
     "addition": {"train": ("", "add:", "算:", "Please add:", "请算:"), "test": ("Now add:", "现在算:")},
     "sorting": {"train": ("sort:", "排序:", "Now sort:", "现在排序:"), "test": ("Please sort:", "请排序:")},
@@ -48,7 +47,7 @@ PROMPTS = {
         "test": ("Please translate:", "请翻译:"),
     },
 }
-#: Beginnings of questions and which of a relation's two questions follows.
+#: Beginnings of questions, and which of the two questions of a relation follows.
 ASKS = {
     "en": {
         "train": (("", 0), ("", 1), ("Please answer: ", 0)),
@@ -61,7 +60,7 @@ ASKS = {
         "test": (("请回答:", 1), ("现在回答:", 0)),
     },
 }
-#: Questions about animals, places and things: SFT answers them in both styles, DPO settles which.
+#: Questions about animals, places and things: SFT answers them in both styles, DPO teaches one.
 STYLE_ASKS = {"en": (("", 0), ("", 1), ("Now answer: ", 0)), "zh": (("", 0), ("", 1), ("现在回答:", 0))}
 
 
@@ -70,19 +69,19 @@ def conversation(*turns: str) -> list[dict]:
     return [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(turns)]
 
 
-def _parted(population: list, rng: random.Random, held_share: float, valid_share: float) -> dict[str, list]:
-    """Split a list in three: ``train``, and of the held-out share a part for ``valid``, the rest ``test``."""
-    mixed = rng.sample(population, len(population))
-    n_held = max(2, round(len(mixed) * held_share))
+def _split_in_three(population: list, rng: random.Random, held_share: float, valid_share: float) -> dict[str, list]:
+    """Split a list in ``train`` and the held-out share, of which ``valid`` gets a part and ``test`` the rest."""
+    shuffled = rng.sample(population, len(population))
+    n_held = max(2, round(len(shuffled) * held_share))
     n_valid = max(1, round(n_held * valid_share))
-    return {"valid": mixed[:n_valid], "test": mixed[n_valid:n_held], "train": mixed[n_held:]}
+    return {"valid": shuffled[:n_valid], "test": shuffled[n_valid:n_held], "train": shuffled[n_held:]}
 
 
 class Tasks:
-    """All tasks of one world. ``record(task, split, rng)`` draws one; the splits never share an item.
+    """All tasks of one world. ``record(task, split, rng)`` draws a record; the splits share no item.
 
-    ``facts`` holds, per split, the facts about people asked there: those of ``valid`` and ``test`` are never
-    asked in training, only told in the pretraining text.
+    ``facts`` has the facts about people that each split asks: those of ``valid`` and ``test`` are never asked in
+    training, but the pretraining text states them.
     """
 
     def __init__(self, world: World, items: it.Items):
@@ -96,22 +95,22 @@ class Tasks:
             "valid": [p for p in items.held_sums if (min(p), max(p)) in valid],
             "test": [p for p in items.held_sums if (min(p), max(p)) not in valid],
         }
-        self.words = _parted(list(range(len(DICTIONARY))), rng, 0.25, 0.25)
+        self.words = _split_in_three(list(range(len(DICTIONARY))), rng, 0.25, 0.25)
         people = [
             ("person", i, r.name) for r in RELATIONS if r.category == "person" for i in range(len(PEOPLE))
         ]
-        self.facts = _parted(people, rng, 0.2, 0.2)
+        self.facts = _split_in_three(people, rng, 0.2, 0.2)
         self.style_facts: list[Fact] = [
             (r.category, i, r.name)
             for r in RELATIONS
             if r.category != "person"
             for i in range(len(ENTITIES[r.category]))
         ]
-        self.pair_facts = _parted(self.style_facts, rng, 0.25, 0.0)
-        self.greetings = _parted(
+        self.pair_facts = _split_in_three(self.style_facts, rng, 0.25, 0.0)
+        self.greetings = _split_in_three(
             [(p, w) for p in range(len(PEOPLE)) for w in self.words["train"]], rng, 0.1, 0.3
         )
-        self.shopping = _parted(
+        self.shopping = _split_in_three(
             [(a, b, t) for a in range(2, 10) for b in range(2, 10) for t in range(len(THINGS))], rng, 0.1, 0.3
         )
 
@@ -151,7 +150,7 @@ class Tasks:
 
     @staticmethod
     def _in_split(allowed: bool, code: int, split: str) -> bool:
-        """Held-out items go to ``valid`` where their code is a multiple of three, to ``test`` elsewhere."""
+        """Return whether an item is in ``split``. Held-out items with a code divisible by 3 are "valid"."""
         return split == ("train" if allowed else "test" if code % 3 else "valid")
 
     def _translation(self, split, rng):
@@ -204,11 +203,11 @@ class Tasks:
         return conversation(opening + self.world.question(fact, language, variant), answer), "style"
 
     def _writing(self, split, rng):
-        """A fresh document of the source. Without it, tuning on the asked words and facts erases the others."""
+        """A new document of the source. Without this task, fine-tuning erases words and facts that it does not ask."""
         return conversation(rng.choice(WRITING_ASKS), self.source.sample(Draw(rng))["text"]), "writing"
 
     def _repeat(self, split, rng):
-        """One to three words or numbers, said again: where only asked words are ever copied, only they can be."""
+        """One to three words or numbers to copy. Without it, the model can copy only words that other tasks ask."""
         words = [rng.choice(rng.choice(DICTIONARY)) for _ in range(rng.randint(1, 2))]
         words += [str(rng.randrange(10, 100)) for _ in range(rng.randint(0, 1))]
         text = ",".join(words)
@@ -220,13 +219,13 @@ class Tasks:
     # ---- whole files
 
     def test_records(self, n_per_group: int, rng: random.Random) -> list[dict]:
-        """Return the held-out test: up to ``n_per_group`` different records of every task and group."""
+        """Return the held-out test: up to ``n_per_group`` different records of each task and group."""
         wanted = [(t, None) for t in TASKS[:4]]
         wanted += [("facts", "asked"), ("facts", "derived"), ("multi_turn", "name"), ("multi_turn", "amount")]
         records = []
         for task, group in wanted:
             seen: dict[str, dict] = {}
-            for _ in range(60 * n_per_group):  # small groups have fewer different records than asked for
+            for _ in range(60 * n_per_group):  # small groups have fewer different records
                 record = self.record(task, "test", rng)
                 if group is None or record["group"] == group:
                     key = "\n".join(m["content"] for m in record["conversations"])
@@ -237,7 +236,7 @@ class Tasks:
         return records
 
     def pairs(self, split: str) -> list[dict]:
-        """Return every preference pair of ``train`` or ``test``: a full sentence over a terse answer."""
+        """Return every preference pair of ``train`` or ``test``: a full sentence is better than a short answer."""
         facts = (
             self.pair_facts["train"]
             if split == "train"
@@ -278,7 +277,7 @@ def reason_records(
 
 
 def without_reasons(records: list[dict]) -> list[dict]:
-    """Return the same problems with the answer alone, for a model that is to answer at once."""
+    """Return the same problems with only the answer, to train a model that answers without thinking."""
     return [
         record | {"conversations": conversation(record["conversations"][0]["content"], record["final"])}
         for record in records

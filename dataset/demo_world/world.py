@@ -1,8 +1,8 @@
-"""The little world: its words in English and Chinese, and the facts that a seed draws about them.
+"""The small world: its words in English and Chinese, and the facts about them, which are drawn from a seed.
 
-A *word* is a pair (English, Chinese). A *fact* is (category, entity, relation) -> value, where the value is
-a word or an amount. The sentences that state and ask facts live here too, because pretraining text,
-questions and answers must share one surface form.
+A *word* is a pair (English, Chinese). A *fact* is (category, entity, relation) -> value; the value is a word or an
+amount. The sentences that state facts and ask for them are here too, because pretraining text, questions and answers
+must have the same surface form.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ THINGS = _words(
 SIGHTS = _words("river/河 hill/山 tower/塔 bridge/桥 lake/湖 park/公园 market/市场 garden/花园")
 MACHINES = ("minillm", "nova", "pico", "lumo")
 
-#: Words that the translation task knows; names of people are left out.
+#: The words of the translation task; names of people are not among them.
 DICTIONARY = PLACES + ANIMALS + FOODS + JOBS + COLOURS + THINGS + SIGHTS
 
 
@@ -49,9 +49,9 @@ DICTIONARY = PLACES + ANIMALS + FOODS + JOBS + COLOURS + THINGS + SIGHTS
 class Relation:
     """One relation of one category of entities.
 
-    ``states``: per language two sentences with ``{e}`` (entity) and ``{v}`` (value); the first is the form
-    of answers. ``asks``: per language two questions with ``{e}``. ``values``: the words, or the range of
-    amounts, that the seed draws from.
+    ``states``: two sentences per language with ``{e}`` (entity) and ``{v}`` (value); answers have the form of the
+    first. ``asks``: two questions per language with ``{e}``. ``values``: the words, or the range of
+    amounts, from which values are drawn.
     """
 
     category: str
@@ -188,7 +188,7 @@ class World:
     statements: dict[tuple[Fact, str], tuple[str, str]] = field(repr=False)
 
     def statement(self, fact: Fact, language: str, variant: int = 0) -> str:
-        """Return the sentence that states ``fact``; variant 0 is the form of answers."""
+        """Return the sentence that states ``fact``; answers have the form of variant 0."""
         return self.statements[fact, language][variant]
 
     def question(self, fact: Fact, language: str, variant: int) -> str:
@@ -198,7 +198,7 @@ class World:
 
 
 def relation_of(fact: Fact) -> Relation:
-    """Return the :class:`Relation` of a fact."""
+    """Return the ``Relation`` of a fact."""
     return next(r for r in RELATIONS_OF[fact[0]] if r.name == fact[2])
 
 

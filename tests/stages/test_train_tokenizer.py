@@ -90,7 +90,7 @@ def test_limits_cut_all_files_alike(capsys, data, tmp_path):
     files = [part.strip() for part in data.split(",")]
     given = {"en": 0, "zh": 0}
     for n, (texts, _roles) in enumerate(train_tokenizer.balanced_records(files, strict=True)):
-        given["en" if texts[0].isascii() else "zh"] += train_tokenizer.n_of_bytes(texts)
+        given["en" if texts[0].isascii() else "zh"] += train_tokenizer.count_bytes(texts)
         if n == 300:
             break
     assert given["en"] == pytest.approx(given["zh"], rel=0.02)
