@@ -1,9 +1,9 @@
-"""What a run would take: parameters, FLOPs, memory, hours, and which GPUs it fits.
+"""Estimates a training run: parameters, FLOPs, memory, hours, and on which GPUs it fits.
 
     python -m minillm.plan --preset base --max_seq_len 2048 --batch_size 8
     python -m minillm.plan --preset base --ranks 8 --gpus 4090,A100-80 --json
 
-Nothing is allocated: the model is built of shapes alone.
+Nothing is allocated: the model has shapes but no memory.
 """
 
 import json

@@ -2,11 +2,11 @@
 
 Rajbhandari et al., ZeRO (2020), section 3: mixed-precision Adam takes 16 bytes per parameter: 2 for the weight, 2 for
 its gradient, and K = 12 for master weight and two moments, all float32. Stage 1 shares the 12 among the ranks, stage 2
-the gradient too, stage 3 the weight too (section 5). Our own training takes 16 as well, cut another way: the weight is
-float32 (4) and its own master, the gradient float32 (4), two moments (8); autocast's short copies come on top, with
-the activations. FSDP2 shares these 16, and gathers weights in the short dtype. DeepSpeed in bfloat16 or float16 keeps
-short weights and gradients, as in the paper; in float32 its stages 1 and 2 copy the weights into masters all the same:
-4 + 4 + 12. With an offload (Ren et al., ZeRO-Offload, 2021) the CPU makes the update, from float32 gradients there.
+the gradient too, stage 3 the weight too (section 5). Our own training takes 16 as well, divided differently: the weight
+is float32 (4) and its own master, the gradient float32 (4), two moments (8); autocast's 16-bit copies are counted with
+the activations. FSDP2 shares these 16, and gathers weights in the 16-bit dtype. DeepSpeed in bfloat16 or float16 keeps
+short weights and gradients, as in the paper; in float32 its stages 1 and 2 have master weights too: 4 + 4 + 12. With an
+offload (Ren et al., ZeRO-Offload, 2021) the CPU computes the update, from float32 gradients in host memory.
 """
 
 from minillm.distributed.zero import bucket_size, live_parameters
@@ -26,7 +26,7 @@ ENGINES = {
 }
 MOMENTS = 8  # bytes per parameter: AdamW's two float32 moments
 MASTER = 4  # and float32 weights
-SNAPSHOT = 12  # what a checkpoint keeps of a parameter: float32 weight and two moments
+SNAPSHOT = 12  # bytes per parameter in a checkpoint: float32 weight and two moments
 
 
 def zero_bytes(n_parameters: float, *, stage: int, ranks: int, weight=2.0, gradient=2.0, optimizer=12.0) -> float:
@@ -40,12 +40,12 @@ def zero_bytes(n_parameters: float, *, stage: int, ranks: int, weight=2.0, gradi
 
 
 def snapshot_bytes(parameters: Parameters) -> int:
-    """Return what ``--async_save`` keeps in the main rank's host memory while a checkpoint is written."""
+    """Return the bytes of ``--async_save`` in the main rank's host memory while a checkpoint is written."""
     return SNAPSHOT * parameters.trained
 
 
 def layout(engine: str, step: Step, parameters: Parameters, *, ranks: int = 1) -> Layout:
-    """Return what a rank holds under ``engine`` (a key of ``ENGINES``)."""
+    """Return the memory of a rank under ``engine`` (a key of ``ENGINES``)."""
     if engine not in ENGINES:
         raise UserError(f"engine {engine}: choose from {', '.join(ENGINES)}")
     if engine == "ddp":
@@ -54,7 +54,7 @@ def layout(engine: str, step: Step, parameters: Parameters, *, ranks: int = 1) -
 
 
 def _weights(step: Step, parameters: Parameters) -> float:
-    """Return the bytes of the weights as they are kept: trained ones in float32, frozen ones in their dtype."""
+    """Return the bytes of the weights in memory: trained ones in float32, frozen ones in their dtype."""
     return 4.0 * parameters.trained + step.weight_bytes * (parameters.total - parameters.trained)
 
 
@@ -69,11 +69,11 @@ def _whole(step: Step, parameters: Parameters, ranks: int) -> Layout:
 
 
 def _fsdp(step: Step, parameters: Parameters, ranks: int) -> Layout:
-    """Blocks and, as one group, all that is outside of them are gathered in the dtype of products.
+    """Each block, and everything outside the blocks as one group, is gathered in the dtype of products.
 
-    The group outside stays gathered from the forward to the backward pass; of the blocks, the one being computed and
-    the one that is fetched ahead. Gradients of the block being computed are whole, in that dtype and, to be reduced, in
-    float32. Next to an adapter nothing is cast on the way (``minillm/distributed/fsdp.py``).
+    The outside group stays gathered from the forward to the backward pass; of the blocks, the current one and
+    the one that is prefetched. Gradients of the current block are unsharded, in that dtype and, for the reduction, in
+    float32. With an adapter nothing is cast (``minillm/distributed/fsdp.py``).
     """
     is_short = step.product_bytes < 4 and not step.lora_rank
     gathered = step.product_bytes if is_short else step.weight_bytes
@@ -91,7 +91,7 @@ def _fsdp(step: Step, parameters: Parameters, ranks: int) -> Layout:
 
 def _zero(engine: str, step: Step, parameters: Parameters, ranks: int) -> Layout:
     stage, offload = int(engine[4]), engine.endswith("offload")
-    # An adapter is float32 next to frozen weights of any dtype: DeepSpeed then casts products alone.
+    # An adapter is float32, frozen weights have any dtype: DeepSpeed then casts only products.
     is_short = step.product_bytes < 4 and not step.lora_rank
     number = step.product_bytes if is_short else 4
     has_master = is_short or stage < 3 or offload
@@ -101,7 +101,7 @@ def _zero(engine: str, step: Step, parameters: Parameters, ranks: int) -> Layout
     optimizer = (MOMENTS + MASTER * has_master) * parameters.trained / ranks
     bucket = bucket_size(step.config.hidden_size) * number
     host = 0.0
-    if offload:  # reduced gradients go to the host too, in float32, where the update is made
+    if offload:  # reduced gradients go to the host too, in float32; the update is computed there
         host = optimizer + 4 * parameters.trained / ranks + (weights if stage == 3 else 0)
         optimizer = gradients = 0.0
         weights = 0.0 if stage == 3 else weights

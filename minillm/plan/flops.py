@@ -1,8 +1,8 @@
 """The floating-point operations of a token, and the hours of a run.
 
-A product of a row with a matrix of n numbers takes 2n operations: n multiplications, n additions (Kaplan et al.,
-Scaling Laws, 2020, section 2.1). The forward pass multiplies each token by every matrix that it goes through; the
-backward pass makes two products of the same size, one for the gradient of the input, one for that of the weight.
+Multiplying a row by a matrix of n numbers takes 2n operations: n multiplications, n additions (Kaplan et al.,
+Scaling Laws, 2020, section 2.1). The forward pass multiplies each token by every matrix that it passes; the
+backward pass computes two products of the same size, for the gradients of the input and of the weight.
 
 Legend: L blocks, H query heads, K head width, T positions of a row, V vocabulary, D hidden.
 """
@@ -20,16 +20,16 @@ class Flops:
     """Operations per token of a row of T tokens, each token a target."""
 
     matrices: float
-    """Forward, through the blocks: 2 per parameter that the token meets (of norms too, which are few)."""
+    """Forward, through the blocks: 2 per parameter that the token uses (also of norms, which are few)."""
     attention: float
-    """Forward, queries with keys and shares with values: 2·2·H·K·T per block, as if every query met all T keys.
+    """Forward, queries with keys and shares with values: 2·2·H·K·T per block, as if every query saw all T keys.
     That is how MFU is counted (Chowdhery et al., PaLM, 2022, appendix B)."""
     output: float
     """Forward, the output layer: 2·V·D. The embedding is looked up, not multiplied."""
     training: float
-    """Forward and backward, 3 times forward. With an adapter, the frozen weights' own gradients are not made."""
+    """Forward and backward, 3 times forward. With an adapter, frozen weights have no gradients."""
     recomputed: float
-    """With gradient checkpointing: the blocks' forward pass once more (the output layer's is not repeated)."""
+    """With gradient checkpointing: the second forward pass of the blocks (the output layer runs once)."""
 
     @property
     def forward(self) -> float:
@@ -52,25 +52,25 @@ def count_flops(model: Transformer, seq_len: int, *, gradient_checkpointing: boo
 
 
 def attention_shares(seq_len: int, *, on_gpu: bool) -> tuple[float, float]:
-    """Return which part of all T² pairs of a row (needed, computed).
+    """Return the shares (needed, computed) of all T² pairs of a row.
 
-    Needed by a row of one document: a query meets itself and what comes before, (T + 1) / 2T. Packed documents need
-    less: those of length t only (t + 1) / 2T. Computed: our blocks on a CPU skip what lies ahead of a block of 64
-    queries (and, for packed rows, before its first document; one document is assumed here); torch's kernel with a
-    mask computes all pairs. (In 16 bits a GPU takes the documents one by one, without a mask.)
+    Needed by a row of one document: a query sees itself and all positions before it, (T + 1) / 2T. Packed documents
+    need less: documents of length t only (t + 1) / 2T. Computed: our blocks on a CPU skip positions after a block of 64
+    queries (and, for packed rows, before its first document; one document is assumed here); torch's kernel with a mask
+    computes all pairs. (In 16 bits a GPU takes the documents one by one, without a mask.)
     """
     computed = visible_pairs(seq_len) if uses_blocks(seq_len, on_gpu=on_gpu) else seq_len**2
     return (seq_len + 1) / (2 * seq_len), computed / seq_len**2
 
 
 def chinchilla_tokens(n_parameters: int) -> float:
-    """Return 20 tokens per parameter, which suits a given amount of compute best (Hoffmann et al., 2022, table 3)."""
+    """Return 20 tokens per parameter, the best ratio for a given amount of compute (Hoffmann et al., 2022, table 3)."""
     return 20.0 * n_parameters
 
 
 def hours(flops: Flops, tokens: float, *, peak: float, mfu: float, ranks: int = 1) -> float:
-    """Return the hours of ``tokens`` tokens on ``ranks`` devices of ``peak`` FLOP/s each, used to ``mfu``.
+    """Return the hours of ``tokens`` tokens on ``ranks`` devices of ``peak`` FLOP/s each, with utilisation ``mfu``.
 
-    What checkpointing repeats takes time like the rest, so that it is added here, although MFU does not count it.
+    Recomputation by checkpointing takes time too, so it is added here, although MFU does not count it.
     """
     return tokens * (flops.training + flops.recomputed) / (peak * mfu * ranks) / 3600

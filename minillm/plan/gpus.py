@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from minillm import hardware
 from minillm.errors import UserError
 
-# What a process holds on a GPU besides tensors: a CUDA context with its kernels, the workspace of the matrix products,
-# with several ranks NCCL's channels. An assumption, not a measurement.
+# Memory of a process on a GPU besides tensors: the CUDA context with its kernels, the workspace of matrix products, and
+# NCCL's channels with several ranks. An assumption, not a measurement.
 CONTEXT = 1.0 * 2**30
-# What the allocator loses in gaps between tensors, as a part of them. An assumption too.
+# Gaps between tensors that the allocator cannot use, relative to the tensors. An assumption too.
 GAPS = 0.05
 
 # name: (the name in the table of peaks, memory in GiB as sold, whether bfloat16 is fast: capability 8.0 and newer)
@@ -18,7 +18,7 @@ _GPUS = {
     "A100-40": ("A100", 40, True), "L40S": ("L40S", 48, True), "A100-80": ("A100", 80, True),
     "H100": ("H100", 80, True), "H200": ("H200", 141, True),
 }  # fmt: skip
-# What a program finds of that is less: part of it is the driver's, and 141 GB are not GiB.
+# The share that a program can use: the driver needs a part, and 141 GB are not GiB.
 USABLE = 0.93
 
 
@@ -28,20 +28,20 @@ class GPU:
 
     name: str
     memory: float
-    """Bytes that a program finds."""
+    """Bytes that a program can use."""
     half_peak: float
     """FLOP/s of dense 16-bit products (data sheet, ``minillm/hardware.py``)."""
     single_peak: float
     """FLOP/s of float32 products, TF32 off."""
     has_bfloat16: bool
-    """Else --dtype auto means float16."""
+    """Otherwise --dtype auto means float16."""
 
     def dtype(self, wanted: str) -> str:
         """Return the dtype of products that ``--dtype`` means here."""
         return ("bfloat16" if self.has_bfloat16 else "float16") if wanted == "auto" else wanted
 
     def peak(self, dtype: str) -> float:
-        """Return the FLOP/s of products in ``dtype``; where bfloat16 is emulated, those of float32."""
+        """Return the FLOP/s of products in ``dtype``; those of float32 if bfloat16 is emulated."""
         return (
             self.single_peak
             if dtype == "float32" or (dtype == "bfloat16" and not self.has_bfloat16)
@@ -49,12 +49,12 @@ class GPU:
         )
 
     def needed(self, tensors: float) -> float:
-        """Return the bytes that a step with ``tensors`` bytes of tensors at its peak takes of the memory."""
+        """Return the bytes of device memory for a step with ``tensors`` bytes of tensors at its peak."""
         return tensors * (1 + GAPS) + CONTEXT
 
 
 def known_gpus() -> list[str]:
-    """Return the names."""
+    """Return the names of all GPUs."""
     return list(_GPUS)
 
 
@@ -62,7 +62,7 @@ def find_gpu(name: str) -> GPU:
     """Return the GPU of that name, upper or lower case.
 
     Raises:
-        UserError: there is none; the message lists all.
+        UserError: it is not in the table; the message lists all names.
     """
     for known, (key, gibibytes, has_bfloat16) in _GPUS.items():
         if known.lower() == name.lower():

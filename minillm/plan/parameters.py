@@ -1,7 +1,7 @@
-"""Counts parameters: all of them, those that are trained, and those that autocast copies.
+"""Counts parameters: all, the trained ones, and those that autocast copies.
 
-They are counted on a model whose tensors have shapes and no memory (torch's device "meta"), so that the count cannot
-differ from the model's.
+They are counted on a real model on torch's device "meta", where tensors have shapes but no memory, so the counts are
+exact.
 """
 
 from dataclasses import dataclass
@@ -21,25 +21,25 @@ class Parameters:
     """Numbers of parameters; a tied matrix counts once."""
 
     total: int
-    """All of them, an adapter's included."""
+    """All, including an adapter's."""
     active: int
-    """Those that one token goes through."""
+    """Used by one token."""
     trained: int
-    """Those that have gradients and optimizer state."""
+    """Those with gradients and optimizer state."""
     blocks: tuple[int, ...]
     """All of each block."""
     trained_blocks: tuple[int, ...]
     """The trained ones of each block."""
     cast_blocks: tuple[int, ...]
-    """Of each block those whose copies in autocast's dtype live as long as the activations."""
+    """Of each block, those whose copies in autocast's dtype are kept as long as the activations."""
     cached_blocks: tuple[int, ...]
-    """The part of these that autocast copies by itself, and holds to the end of the forward pass in any case."""
+    """Those of cast_blocks that autocast copies itself, and always keeps until the end of the forward pass."""
     embedding: int
     """V·D, of one embedding matrix."""
 
     @property
     def outside(self) -> int:
-        """All that is in no block: embedding, output layer if it is not tied, last norm."""
+        """Parameters outside the blocks: embedding, output layer if it is not tied, last norm."""
         return self.total - sum(self.blocks)
 
 
@@ -53,7 +53,7 @@ def meta_model(config: ModelConfig, *, lora_rank: int = 0) -> Transformer:
 
 
 def count_parameters(model: Transformer) -> Parameters:
-    """Return the numbers of ``model``."""
+    """Count the parameters of ``model``."""
     total, active = active_parameters(model)
     blocks = list(model.model.layers)
     return Parameters(
@@ -80,5 +80,5 @@ def _linear(block: nn.Module) -> int:
 
 def _experts(block: nn.Module) -> int:
     """Return the numbers of the experts, whose products keep the short copy too."""
-    found = (module for module in block.modules() if isinstance(module, Experts))
-    return sum(module.gate_up_proj.numel() + module.down_proj.numel() for module in found)
+    layers = (module for module in block.modules() if isinstance(module, Experts))
+    return sum(module.gate_up_proj.numel() + module.down_proj.numel() for module in layers)

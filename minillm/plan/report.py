@@ -12,8 +12,8 @@ from minillm.plan.gpus import GPU, find_gpu
 from minillm.plan.memory import moments, peak
 from minillm.plan.parameters import Parameters, count_parameters, meta_model
 
-WAYS = ("kept", "recomputed")  # what becomes of activations: without and with gradient checkpointing
-MOST_ROWS = 4096  # where the search for the largest micro-batch ends
+WAYS = ("kept", "recomputed")  # activations without and with gradient checkpointing
+MAX_ROWS = 4096  # end of the search for the largest micro-batch
 
 
 def make_plan(args: PlanArguments) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def make_plan(args: PlanArguments) -> dict[str, Any]:
         },
         "engines": {engine: _engine(engine, step, parameters, args.ranks) for engine in ENGINES},
     }
-    fits = _Fits(step, parameters, args.ranks)
-    plan["gpus"] = {gpu.name: _gpu(gpu, args, flops, tokens, fits) for gpu in gpus}
+    batch_sizes = _BatchSizes(step, parameters, args.ranks)
+    plan["gpus"] = {gpu.name: _gpu(gpu, args, flops, tokens, batch_sizes) for gpu in gpus}
     return plan | {"recommendation": recommend(plan)}
 
 
@@ -65,8 +65,8 @@ def _flops(flops: Flops, args: PlanArguments) -> dict[str, float]:
 
 def _moments(step: Step, parameters: Parameters, way: str) -> dict[str, dict]:
     step = dataclasses.replace(step, gradient_checkpointing=way == "recomputed")
-    found = moments(step, parameters, layout("ddp", step, parameters))
-    return {name: dataclasses.asdict(moment) | {"total": moment.total} for name, moment in found.items()}
+    by_name = moments(step, parameters, layout("ddp", step, parameters))
+    return {name: dataclasses.asdict(moment) | {"total": moment.total} for name, moment in by_name.items()}
 
 
 def _peak(engine: str, step: Step, parameters: Parameters, ranks: int, way: str) -> float:
@@ -75,14 +75,14 @@ def _peak(engine: str, step: Step, parameters: Parameters, ranks: int, way: str)
 
 
 def _engine(engine: str, step: Step, parameters: Parameters, ranks: int) -> dict[str, float]:
-    """Return what a rank holds under an engine."""
+    """Return the memory of a rank under an engine."""
     held = layout(engine, step, parameters, ranks=ranks)
     parts = {name: getattr(held, name) for name in ("weights", "gradients", "optimizer", "gathered", "buffers", "host")}
     return parts | {f"peak_{way}": _peak(engine, step, parameters, ranks, way) for way in WAYS}
 
 
-class _Fits:
-    """The peak of a step with any number of rows, computed once for each."""
+class _BatchSizes:
+    """The peak memory of a step for any number of rows, each computed once."""
 
     def __init__(self, step: Step, parameters: Parameters, ranks: int):
         way = WAYS[step.gradient_checkpointing]
@@ -95,23 +95,23 @@ class _Fits:
         self.peak_of = peak_of
 
     def largest(self, gpu: GPU, engine: str, dtype: str) -> int:
-        """Return the most rows per micro-batch that fit; 0: not even one."""
-        fit, too_many = 0, 1
-        while too_many <= MOST_ROWS and gpu.needed(self.peak_of(engine, dtype, too_many)) <= gpu.memory:
-            fit, too_many = too_many, 2 * too_many
-        while too_many - fit > 1 and fit < MOST_ROWS:
-            middle = (fit + too_many) // 2
-            is_fine = gpu.needed(self.peak_of(engine, dtype, middle)) <= gpu.memory
-            fit, too_many = (middle, too_many) if is_fine else (fit, middle)
-        return fit
+        """Return the largest number of rows per micro-batch that fits; 0 if not even one does."""
+        n_fit, n_too_many = 0, 1
+        while n_too_many <= MAX_ROWS and gpu.needed(self.peak_of(engine, dtype, n_too_many)) <= gpu.memory:
+            n_fit, n_too_many = n_too_many, 2 * n_too_many
+        while n_too_many - n_fit > 1 and n_fit < MAX_ROWS:
+            middle = (n_fit + n_too_many) // 2
+            fits = gpu.needed(self.peak_of(engine, dtype, middle)) <= gpu.memory
+            n_fit, n_too_many = (middle, n_too_many) if fits else (n_fit, middle)
+        return n_fit
 
 
-def _gpu(gpu: GPU, args: PlanArguments, flops: Flops, tokens: float, fits: _Fits) -> dict[str, Any]:
+def _gpu(gpu: GPU, args: PlanArguments, flops: Flops, tokens: float, batch_sizes: _BatchSizes) -> dict[str, Any]:
     dtype = gpu.dtype(args.dtype)
     engines = {}
     for engine in ENGINES:
-        needed = gpu.needed(fits.peak_of(engine, dtype, args.batch_size))
-        rows = fits.largest(gpu, engine, dtype)
+        needed = gpu.needed(batch_sizes.peak_of(engine, dtype, args.batch_size))
+        rows = batch_sizes.largest(gpu, engine, dtype)
         engines[engine] = {"needed": needed, "fits": needed <= gpu.memory, "largest_batch_size": rows}
     peak_rate = gpu.peak(dtype)
     return {
@@ -124,26 +124,26 @@ def _gpu(gpu: GPU, args: PlanArguments, flops: Flops, tokens: float, fits: _Fits
 
 
 def recommend(plan: dict[str, Any]) -> list[str]:
-    """Return what to do, in a few sentences: the simplest engine that will do, and the smallest GPU for it."""
-    args, gpus, said = plan["arguments"], plan["gpus"], []
-    tried = {"ddp": "the whole model on each GPU", "fsdp": "--parallel fsdp", "zero3_offload": "ZeRO 3 and offload"}
-    if args["ranks"] == 1:  # there is nobody to share with
-        del tried["fsdp"]
-    for engine, way in tried.items():
+    """Return advice in a few sentences: the simplest engine that fits, and the smallest GPU for it."""
+    args, gpus, advice = plan["arguments"], plan["gpus"], []
+    options = {"ddp": "the whole model on each GPU", "fsdp": "--parallel fsdp", "zero3_offload": "ZeRO 3 and offload"}
+    if args["ranks"] == 1:  # nothing can be sharded
+        del options["fsdp"]
+    for engine, way in options.items():
         fitting = [name for name in gpus if gpus[name]["engines"][engine]["fits"]]
         if fitting:
             name = min(fitting, key=lambda name: gpus[name]["memory"])
-            most = gpus[name]["engines"][engine]["largest_batch_size"]
-            said.append(f"It fits {name}, {way}; there --batch_size may be up to {most}.")
+            n_rows = gpus[name]["engines"][engine]["largest_batch_size"]
+            advice.append(f"It fits {name}, {way}; there --batch_size may be up to {n_rows}.")
             break
-        said.append(f"It fits none of these GPUs with {way}.")
+        advice.append(f"It fits none of these GPUs with {way}.")
     if engine == "ddp":
-        return said
-    kept, less = (plan["engines"]["ddp"][f"peak_{way}"] for way in WAYS)
-    if not args["gradient_checkpointing"] and less < 0.8 * kept:
-        said.append(
-            f"--gradient_checkpointing takes {less / kept:.0%} of the memory, in 4/3 of the time: try it first."
+        return advice
+    kept, recomputed = (plan["engines"]["ddp"][f"peak_{way}"] for way in WAYS)
+    if not args["gradient_checkpointing"] and recomputed < 0.8 * kept:
+        advice.append(
+            f"--gradient_checkpointing takes {recomputed / kept:.0%} of the memory, in 4/3 of the time: try it first."
         )
     if args["batch_size"] > 1:
-        said.append("A smaller --batch_size with more --accumulation_steps makes the same update with less memory.")
-    return said
+        advice.append("A smaller --batch_size with more --accumulation_steps makes the same update with less memory.")
+    return advice

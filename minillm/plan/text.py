@@ -41,17 +41,17 @@ def _model(plan: dict) -> str:
         rows.append(["active per token", f"{numbers['active']:,}"])
     rows.append(["trained", f"{numbers['trained']:,}"])
     rows.append(["tokens per update", f"{plan['tokens_per_update']:,}"])
-    how = "" if args["tokens"] else " (20 per parameter: Hoffmann et al., 2022; --tokens sets another number)"
-    return f"MODEL\n{format_table(rows)}\n  to train on: {plan['tokens']:,.0f} tokens{how}"
+    source = "" if args["tokens"] else " (20 per parameter: Hoffmann et al., 2022; --tokens sets another number)"
+    return f"MODEL\n{format_table(rows)}\n  to train on: {plan['tokens']:,.0f} tokens{source}"
 
 
 def _flops(plan: dict) -> str:
     flops, args = plan["flops_per_token"], plan["arguments"]
-    frozen = " (of frozen weights no gradient is made)" if args["lora_rank"] else ""
+    frozen = " (frozen weights get no gradient)" if args["lora_rank"] else ""
     rows = [
         ["forward", f"{flops['forward']:,.0f}", ""],
-        ["  matrices of the blocks", f"{flops['matrices']:,.0f}", "2 per parameter that the token meets"],
-        ["  attention", f"{flops['attention']:,.0f}", "4·H·K·T per block, as if every query met all T keys"],
+        ["  matrices of the blocks", f"{flops['matrices']:,.0f}", "2 per parameter that the token uses"],
+        ["  attention", f"{flops['attention']:,.0f}", "4·H·K·T per block, as if every query saw all T keys"],
         ["  output layer", f"{flops['output']:,.0f}", "2·V·D"],
         ["training", f"{flops['training']:,.0f}", f"{flops['training'] / flops['forward']:.2f} x forward{frozen}"],
     ]
@@ -73,11 +73,11 @@ def _flops(plan: dict) -> str:
 
 def _memory(plan: dict) -> str:
     memory = plan["memory"]
-    ways = [memory["kept"], memory["recomputed"]]
-    columns = [moment for way in ways for moment in way.values()]
-    names = ["", *(name for way in ways for name in way)]
+    variants = [memory["kept"], memory["recomputed"]]
+    columns = [moment for variant in variants for moment in variant.values()]
+    names = ["", *(name for variant in variants for name in variant)]
     rows = [names, *([part, *(_size(moment[part]) for moment in columns)] for part in (*PARTS, "total"))]
-    peaks = [max(moment["total"] for moment in way.values()) for way in ways]
+    peaks = [max(moment["total"] for moment in variant.values()) for variant in variants]
     on_cpu = [_size(size) for size in memory["cpu"].values()]
     text = (
         f"MEMORY OF ONE PROCESS on a GPU, products in {memory['dtype']}, GiB of tensors at three moments of a step\n"
@@ -86,7 +86,7 @@ def _memory(plan: dict) -> str:
         f"  On a CPU in {memory['cpu_dtype']}: {on_cpu[0]} GiB and {on_cpu[1]} GiB of tensors. The process grows to "
         f"1.1 to 1.5\n  times that, with checkpointing up to 2.3 times, because its heap has gaps.\n"
         f"  activations: {', '.join(f'{name} {_size(size)}' for name, size in memory['activations'].items())}; "
-        f"logits: of one chunk\n  of the loss; casts: autocast's copies of weights; transient: what operations hold."
+        f"logits: of one chunk\n  of the loss; casts: autocast's copies of weights; transient: temporary tensors."
     )
     if memory["snapshot"]:
         text += (
@@ -105,7 +105,7 @@ def _engines(plan: dict) -> str:
     ranks = plan["arguments"]["ranks"]
     return (
         f"ENGINES with {ranks} rank{'s' * (ranks > 1)}, GiB per rank\n{format_table(rows)}\n"
-        f"  peak: with activations, logits and the rest; host: in the computer's memory instead of the GPU's."
+        f"  peak: with activations, logits and the rest; host: in host memory instead of the GPU's."
     )
 
 
@@ -115,15 +115,15 @@ def _gpus(plan: dict) -> str:
     for name, gpu in plan["gpus"].items():
         cells = []
         for figures in gpu["engines"].values():
-            most = figures["largest_batch_size"]
-            cells.append(f"{most}" if figures["fits"] else f"({most})" if most else "no")
+            n_rows = figures["largest_batch_size"]
+            cells.append(f"{n_rows}" if figures["fits"] else f"({n_rows})" if n_rows else "no")
         speed = [f"{gpu['memory'] / GIB:.1f}", gpu["dtype"], f"{gpu['peak_flops'] / 1e12:.0f}", f"{gpu['hours']:,.1f}"]
         rows.append([name, *speed, *cells])
     ranks = args["ranks"]
     return (
         f"GPUS: hours for {plan['tokens']:,.0f} tokens on {ranks} GPU{'s' * (ranks > 1)}, and the largest micro-batch\n"
         f"{format_table(rows)}\n"
-        f"  In brackets: --batch_size {args['batch_size']} does not fit, so many rows do. no: not even one row.\n"
+        f"  In brackets: --batch_size {args['batch_size']} does not fit, but this many rows do. no: not even one.\n"
         f"  Assumed: MFU {args['mfu']:.0%} of the data sheet's peak (--mfu); {USABLE:.0%} of the memory can be used; "
         f"besides the tensors\n  {CONTEXT / GIB:.0f} GiB for CUDA and {GAPS:.0%} for gaps. Hours leave out "
         f"communication, validation and saving."
