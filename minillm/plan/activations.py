@@ -3,14 +3,14 @@
 Korthikanti et al., Reducing Activation Recomputation (2022), section 4, count a GPT block this way: each layer keeps
 what the gradient of its weight or of its input needs. The sums here are those of our blocks:
 
-* the stream (B, T, D): what each of two norms got, and one float32 number per position;
-* attention: the normalised input once for three projections, queries, keys, values, the mixed values for the output
-  projection. RoPE keeps angles alone, once for all blocks. On a CPU up to 1,024 positions the probabilities of the
+* the stream (B, T, D): the inputs of two norms, and one float32 number per position for each;
+* attention: the normalised input once for three projections, queries, keys, values, and the input of the output
+  projection. RoPE keeps only angles, once for all blocks. On a CPU up to 1,024 positions the probabilities of the
   blocks of 64 queries that are computed; else torch's kernel keeps a log-sum per query and, on a CPU, the mask of the
   documents as numbers (B, T, T), rebuilt by every block;
 * SwiGLU: the normalised input, gate, up and their product, 3·F numbers per position. With an adapter the product is
-  made again;
-* experts: the same for the k copies of each token, the copies themselves, what comes back, and the router's numbers.
+  recomputed;
+* experts: the same for the k copies of each token, their inputs and outputs, and the router's numbers.
 
 Legend: B rows, T positions, N = B·T, D hidden, H query heads, G kv heads, K head width, F feed-forward width, E
 experts, k experts per token, c bytes of a number in the dtype of products, s of the stream.
@@ -60,7 +60,7 @@ class Step:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a number of the model's weights in the forward pass, and s of the stream, which begins as one."""
+        """s, bytes of a number of the weights in the forward pass and of the stream, which starts as an embedding."""
         return self.product_bytes if self.short_weights else BYTES[self.base_dtype] if self.lora_rank else 4
 
     @property
@@ -80,7 +80,7 @@ def uses_blocks(seq_len: int, *, on_gpu: bool) -> bool:
 
 
 def uses_varlen(step: Step) -> bool:
-    """Return whether attention takes the documents one by one (``minillm/kernels/varlen_attention.py``)."""
+    """Return whether attention computes the documents one by one (``minillm/kernels/varlen_attention.py``)."""
     return step.on_gpu and step.product_bytes == 2
 
 
@@ -96,16 +96,16 @@ def block_activations(step: Step, layer: int) -> dict[str, int]:
     # torch's norm on a GPU keeps the float32 copy that it computed on.
     norm_input = 4 * n * config.hidden_size if step.on_gpu else step.stream
     one_norm = norm_input + 4 * n
-    # Nothing below an adapted model's first block is trained: its first norm needs no gradient.
+    # With an adapter, nothing below the first block is trained: its first norm needs no gradient.
     stream = one_norm if step.lora_rank and layer == 0 else 2 * one_norm
     mlp = _expert_activations(step) if config.has_experts(layer) else _swiglu(step, n, config.intermediate_size)
     return {"stream": stream, "attention": _attention(step), "feed-forward": mlp}
 
 
 def kept_activations(step: Step) -> dict[str, int]:
-    """Return the bytes that are kept from the forward pass to the backward pass, by part, the loss left out.
+    """Return the bytes that are kept from the forward pass to the backward pass, by part, without the loss.
 
-    With gradient checkpointing these are the inputs of the blocks; a block's own come back in the backward pass.
+    With gradient checkpointing these are the inputs of the blocks; a block's own are recomputed in the backward pass.
     """
     config = step.config
     parts = {"stream": 0, "attention": 0, "feed-forward": 0}
@@ -119,7 +119,7 @@ def kept_activations(step: Step) -> dict[str, int]:
 
 
 def tables(step: Step) -> int:
-    """Return the bytes of what all blocks share: cosines and sines in float32, and the token ids."""
+    """Return the bytes of tensors that all blocks share: cosines and sines in float32, and the token ids."""
     return step.n_positions * (2 * step.config.rotary_dim // 2 * 4 + (0 if step.lora_rank else 8))
 
 
@@ -130,9 +130,9 @@ def _attention(step: Step) -> int:
     size = n * config.hidden_size * c  # the normalised input
     if config.use_qk_norm:
         size += (q + kv) * (4 if step.on_gpu else c) + 4 * n * (n_heads + n_groups)
-    size += 2 * q * c  # queries, mixed values
+    size += 2 * q * c  # queries, and the input of the output projection
     if uses_blocks(step.seq_len, on_gpu=step.on_gpu):
-        kept = 0 if step.lora_rank else visible_pairs(step.seq_len)  # next to an adapter they are computed again
+        kept = 0 if step.lora_rank else visible_pairs(step.seq_len)  # with an adapter they are recomputed
         size += 2 * kv * c + step.batch_size * n_heads * kept * c
     elif uses_varlen(step):
         size += 2 * kv * c + 4 * n * n_heads
@@ -149,7 +149,7 @@ def _thin(step: Step, n_layers: int) -> int:
 
 
 def _swiglu(step: Step, n_rows: int, width: int) -> int:
-    """Return what a feed-forward layer keeps of ``n_rows`` rows, their normalised input included."""
+    """Return the bytes that a feed-forward layer keeps of ``n_rows`` rows, including their normalised input."""
     size = n_rows * (step.config.hidden_size + (2 if step.lora_rank else 3) * width) * step.product_bytes
     return size + _thin(step, 3)
 
@@ -157,16 +157,16 @@ def _swiglu(step: Step, n_rows: int, width: int) -> int:
 def _expert_activations(step: Step) -> int:
     config, n, c = step.config, step.n_positions, step.product_bytes
     dim, chosen = config.hidden_size, config.num_experts_per_tok
-    # For each choice: the copy that goes in, gate, up, their product, what comes out; weight and two sorted orders.
+    # For each chosen expert: input, gate, up, their product, output; its weight and two sorted orders.
     size = n * chosen * ((2 * dim + 3 * config.moe_intermediate_size) * c + 4 + 2 * 8)
     # The router: scores, the choice, the weights before they are divided (and their sum).
     size += n * (4 * config.num_experts + 8 * chosen)
     size += n * (4 * chosen + 4) if config.norm_topk_prob else 0
-    if not step.lora_rank:  # what its own gradient needs: the float32 input; of the balance and z-loss logits and sums
+    if not step.lora_rank:  # for its own gradient: the float32 input; for the balance and z-loss: logits and sums
         size += n * (4 * dim + 4 * config.num_experts + 3 * 4)
     if config.n_shared_experts:
         size += _swiglu(step, n, config.shared_expert_intermediate_size)
-        if config.shared_expert_gate:  # it, and what it is multiplied by
+        if config.shared_expert_gate:  # the gate, and the output that it multiplies
             size += n * (dim + 1) * c + _thin(step, 1)
         # Without autocast that input is the router's too.
         size -= n * dim * c if c == 4 and not step.lora_rank else 0
