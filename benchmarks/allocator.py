@@ -1,10 +1,10 @@
-"""What keeping freed memory is worth: training steps with glibc's own setting against ``keep_freed_memory``.
+"""Measures keeping freed memory: training steps with glibc's own setting and with ``keep_freed_memory``.
 
     python benchmarks/allocator.py --shape demo --dtype float32
 
-The setting belongs to a whole process and cannot be taken back, so every measurement is a process of its own; the
-processes of one round follow each other directly, and the ratio is the median of the rounds' own ratios. The peers'
-trainers leave glibc as it is: the last line compares each side as it comes.
+The setting is that of a whole process and cannot be undone, so each measurement has its own process. The processes of
+one round follow each other directly, and the ratio is the median of the ratios of each round. The peers' trainers do
+not change glibc's setting: the last line compares each side with its own default.
 """
 
 import resource
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks import train_step
 from benchmarks.common import format_table, median_ratio, turns, write_json
@@ -31,13 +31,13 @@ class Arguments:
     dtype: str = "float32"
     """float32, or bfloat16 (autocast)."""
     peers: str = "transformers"
-    """Comma list of whom to measure beside minillm; empty: nobody."""
+    """Comma list of peers to measure besides minillm (empty: none)."""
     rounds: int = 5
     """Rounds; in each, every side runs once with each setting."""
     steps: int = 20
-    """Steps per process that count; 5 more come before them."""
+    """Measured steps per process; 5 more come before them."""
     output: str = "out/benchmarks/allocator.json"
-    """Where the figures go as JSON; empty: nowhere."""
+    """JSON file for the figures (empty: none)."""
     measure: str = ""
     """Used by the processes this one starts: SIDE:SETTING, prints seconds per step and page faults per step."""
 

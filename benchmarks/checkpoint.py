@@ -1,15 +1,15 @@
-"""What do checkpoints cost a run: nothing saved, saved beside the training, and saved while it waits?
+"""Measures what checkpoints cost a run: without saving, saving in the background, and saving while the training waits.
 
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --shapes small --rounds 5
 
-One run, whose blocks of steps take turns: one without a checkpoint, one whose first step is followed by a checkpoint
-that is written beside the training (``--async_save 1``), one where the training waits for it (``--async_save 0``). A
-block ends when its checkpoint is whole. What a save costs is the difference to the block without; what it costs at an
-interval of 50 steps is that over the time of 50 steps. Also: how long the call itself holds up the training (the copy),
-how long the writing takes and of what it consists, what it takes of the processor (its thread's own time, which a busy
-machine changes little), and how long the interpreter's lock is held at most meanwhile. *bound* is the call and that
-processor time over the time of 50 steps: what saving beside the training can cost when all cores are busy with it.
+One run, in which blocks of steps take turns: one without a checkpoint, one with a checkpoint after its first step that
+is written in the background (``--async_save 1``), and one where the training waits for it (``--async_save 0``). A
+block ends when its checkpoint is complete. The cost of a save is the difference to the block without; the overhead at
+an interval of 50 steps is that over the time of 50 steps. Also measured: how long the call itself blocks the training
+(the copy), how long the writing takes and its parts, its processor time (that of its thread, which a busy machine
+changes little), and the longest time for which the interpreter's lock is held. *bound* is the call and the processor
+time over the time of 50 steps: the cost of saving in the background if all cores are busy.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Arguments:
     save_dir: str = ""
     """Where the checkpoints go (default: a temporary directory)."""
     output: str = "out/benchmarks/checkpoint.json"
-    """Where the figures go as JSON (empty: nowhere)."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
@@ -104,7 +104,7 @@ class RandomRows:
 
 
 class Watch:
-    """Times what the writing consists of, in whatever thread it happens, and looks how long the lock is held."""
+    """Times the parts of the writing, in any thread, and measures how long the lock is held."""
 
     def __init__(self):
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -136,11 +136,11 @@ class Watch:
 class Bench:
     """One run whose blocks take turns."""
 
-    def __init__(self, shape: str, args: Arguments, place: Path):
+    def __init__(self, shape: str, args: Arguments, directory: Path):
         preset, (length, n_rows, n_steps) = ModelConfig.preset(shape), SHAPES[shape]
         self.shape, self.n_steps, self.watch = shape, args.steps or n_steps, Watch()
         self.args = PretrainArguments(
-            data_path="", save_dir=str(place), batch_size=n_rows, max_seq_len=length, max_steps=1_000_000,
+            data_path="", save_dir=str(directory), batch_size=n_rows, max_seq_len=length, max_steps=1_000_000,
             log_interval=1_000_000, save_interval=0, save_minutes=0, device="cpu",
             dtype=args.dtype, num_threads=args.num_threads,
         )  # fmt: skip
@@ -176,24 +176,24 @@ class Bench:
         saver = self.savers.get(mode)
         if saver is not None:
             self.run.saver = saver
-        before, found = {name: sum(values) for name, values in self.watch.seconds.items()}, {"blocked": 0.0}
+        before, figures = {name: sum(values) for name, values in self.watch.seconds.items()}, {"blocked": 0.0}
         steps, began = [], time.perf_counter()
         for number in range(self.n_steps):
             steps.append(self.step())
             if number == 0 and saver is not None:
                 faults, saves = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
                 self.run.save()
-                found["blocked"] = time.perf_counter() - saves
-                found["page faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+                figures["blocked"] = time.perf_counter() - saves
+                figures["page faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
         if saver is not None:
             waits = time.perf_counter()
             saver.wait()
-            found["waited at the end"] = time.perf_counter() - waits
-        found |= {"seconds": time.perf_counter() - began, "step": median(steps)}
-        return found | {name: sum(v) - before.get(name, 0.0) for name, v in self.watch.seconds.items()}
+            figures["waited at the end"] = time.perf_counter() - waits
+        figures |= {"seconds": time.perf_counter() - began, "step": median(steps)}
+        return figures | {name: sum(v) - before.get(name, 0.0) for name, v in self.watch.seconds.items()}
 
     def save_alone(self) -> dict[str, float]:
-        """Save beside a thread that only wants the interpreter's lock now and then; return its longest pause."""
+        """Save while another thread takes the interpreter's lock from time to time; return its longest pause."""
         self.run.saver = self.savers["async"]
         self.step()
         self.run.save()
@@ -211,10 +211,10 @@ class Bench:
         self.run.__exit__(None, None, None)
 
 
-def measure(shape: str, args: Arguments, place: Path) -> dict:
+def measure(shape: str, args: Arguments, directory: Path) -> dict:
     """Return the figures of one shape."""
     with ExitStack() as stack:
-        bench = Bench(shape, args, place)
+        bench = Bench(shape, args, directory)
         stack.callback(bench.close)
         for name, (target,) in PARTS.items():
             module, _, attribute = target.rpartition(".")
@@ -266,11 +266,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     torch.set_num_threads(args.num_threads)
     results = []
     for shape in args.shapes.split(","):
-        place = Path(tempfile.mkdtemp(prefix="checkpoint_", dir=args.save_dir or None))
+        directory = Path(tempfile.mkdtemp(prefix="checkpoint_", dir=args.save_dir or None))
         try:
-            results.append(measure(shape, args, place))
+            results.append(measure(shape, args, directory))
         finally:
-            shutil.rmtree(place)
+            shutil.rmtree(directory)
     print(table(results))
     write_json(args.output, {"arguments": dataclasses.asdict(args), "results": results})
     return results

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides that take turns in one process, ratios by round, the table, the JSON."""
+"""Shared by the benchmarks: sides that take turns in one process, ratios by round, tables, JSON."""
 
 import contextlib
 import io
@@ -19,10 +19,10 @@ from minillm.training.optim import adamw
 
 
 class Side:
-    """One contender: a model with its loss and optimizer.
+    """One side of a comparison: a model with its loss and optimizer.
 
     Args:
-        loss: takes a batch and returns the mean loss to go backward from.
+        loss: takes a batch and returns the mean loss, for the backward pass.
     """
 
     def __init__(self, model: nn.Module, loss: Callable, *, device: torch.device, dtype: torch.dtype):
@@ -43,25 +43,25 @@ class Side:
         return loss.item()  # waits for the device
 
     def timed_step(self, batch: dict[str, Tensor]) -> None:
-        """Make one update and remember how long it took."""
+        """Make one update and record its time."""
         began = time.perf_counter()
         self.step(batch)
         self.seconds.append(time.perf_counter() - began)
 
 
 def turns(names: list[str], round_index: int) -> list[str]:
-    """Return the names in the order of this round: nobody always goes first."""
+    """Return the names in the order of this round; the first one changes with each round."""
     shift = round_index % len(names)
     return names[shift:] + names[:shift]
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Return the median of the rounds' own ratios: what slows a whole round down leaves its ratio alone."""
+    """Return the median of the ratios of each round: whatever slows a whole round down does not change its ratio."""
     return median(above / below for above, below in zip(numerators, denominators, strict=True))
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes of tensors that ``step`` holds at once, above what lay there before."""
+    """Return the peak bytes of tensors during ``step``, above those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -79,33 +79,33 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     return max(args["Total Allocated"] for args in totals) - start
 
 
-# glibc's own variables: blocks from 64 KiB on are mapped each by itself, and nothing that is free is kept. So what a
-# process has resident is what its tensors hold.
+# Variables of glibc: each block of 64 KiB or more is mapped separately and returned when it is freed, so the resident
+# memory of a process is that of its tensors.
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def resident(field: str) -> int:
-    """Return VmRSS (resident now) or VmHWM (at most so far) of this process, in bytes."""
+    """Return VmRSS (resident memory) or VmHWM (its peak) of this process, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError("resident memory is read from /proc/self/status, which this system has not") from error
+        raise UserError("resident memory is read from /proc/self/status, which this system does not have") from error
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def call_script(main: Callable, flags: dict[str, object]) -> None:
-    """Call a script's ``main`` with flags (None: left out), quietly; UserError with what it said when it fails."""
+    """Call a script's ``main`` with flags (None: left out), without output; UserError with its output if it fails."""
     argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             main(argv)
     except SystemExit as stopped:
-        raise UserError(f"{main.__module__}.py {' '.join(argv)} ended: {said.getvalue()[-800:]}") from stopped
+        raise UserError(f"{main.__module__}.py {' '.join(argv)} ended: {output.getvalue()[-800:]}") from stopped
 
 
 def over_seeds(trials: list[dict], key: str) -> tuple[float, float] | None:
-    """Return mean and standard deviation (0 for one seed) of a figure; None where a run diverged."""
+    """Return mean and standard deviation (0 for one seed) of a figure; None if a run diverged."""
     if any(trial.get("diverged") for trial in trials):
         return None
     values = [trial[key] for trial in trials]

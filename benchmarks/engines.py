@@ -1,14 +1,14 @@
-"""The demo's stages on every engine with two processes: losses beside one process, and peak memory per rank.
+"""The demo's stages on every engine with two processes: losses compared with one process, and peak memory per rank.
 
     python benchmarks/engines.py
     python benchmarks/engines.py --stages pretrain,sft --engines fsdp,zero2 --n_steps 60
 
-After `make demo`, whose data and models it starts from. The first table has, for each stage and engine, the largest
-relative difference of a training loss from one process over all steps, and that of the weights exported in the end.
-The second has what a rank holds at its peak while it trains, beyond what the process held before the model was made:
-a wider model on short rows, so that weights, gradients and optimizer state are nearly all of it. Freed memory goes back
-to the system at once, so that the process holds what its tensors hold. What is needed to start (each rank loads the
-whole model before it is sharded) and to save is not part of it.
+Run `make demo` first; its data and models are used. The first table has, for each stage and engine, the largest
+relative difference of a training loss from one process over all steps, and that of the exported weights. The second
+has the peak memory of a rank during training, above that of the process before the model was made: a wider model on
+short rows, so that nearly all of it is weights, gradients and optimizer state. Freed memory is returned to the system
+at once, so the process holds only its tensors. Memory for the start (each rank loads the whole model before it is
+sharded) and for saving is not included.
 """
 
 import json
@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 import torch
 from safetensors.torch import load_file
@@ -56,12 +56,12 @@ STARTS = {"sft": "pretrain_128", "lora": "full_sft_128", "dpo": "full_sft_128", 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What is run, and from where."""
+    """What to run, and on which data."""
 
     demo: str = "out/demo"
-    """Where the demo's runs are."""
+    """Directory of the demo's runs."""
     data: str = "dataset/demo"
-    """Where the demo's data is."""
+    """Directory of the demo's data."""
     stages: str = "pretrain,sft,lora,dpo,distill,reason"
     """Comma list of stages (empty: only the memory)."""
     engines: str = "ddp,fsdp,zero1,zero2,zero3,zero3_offload"
@@ -75,19 +75,19 @@ class Arguments:
     dtypes: str = "float32,bfloat16"
     """Comma list of dtypes for the memory."""
     output: str = "out/benchmarks/engines.json"
-    """Where to write the results as JSON."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
-        """Raise ``UserError`` for a name that is none, or a demo that is not there."""
-        for kind, said, known in (("stage", self.stages, FILES), ("engine", self.engines, ENGINES)):
-            for name in filter(None, said.split(",")):
-                require(name in known, f"--{kind}s {said}: no {kind} {name!r}; there are: {', '.join(known)}")
+        """Raise ``UserError`` for an unknown name or a missing demo."""
+        for kind, names, known in (("stage", self.stages, FILES), ("engine", self.engines, ENGINES)):
+            for name in filter(None, names.split(",")):
+                require(name in known, f"--{kind}s {names}: no {kind} {name!r}; there are: {', '.join(known)}")
         missing = not (Path(self.demo) / "rlhf_128" / "config.json").is_file()
         require(not (self.stages and missing), f"--demo {self.demo}: no models there; `make demo` makes them")
 
 
 def launch(n_ranks: int, program: list[str], variables: dict[str, str] | None = None) -> None:
-    """Run a program on so many ranks, one thread each; ``UserError`` with the end of what it said when it fails."""
+    """Run a program on ``n_ranks`` ranks, one thread each; ``UserError`` with the end of its output if it fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(variables or {})}
     done = subprocess.run([*launcher, *program], env=environment, capture_output=True, text=True)
@@ -131,7 +131,7 @@ def compare(ours: dict, one: dict) -> tuple[float, float]:
 
 
 def memory_of(args: Arguments, engine: str, dtype: str, out: Path) -> list[float]:
-    """Return the peak of every rank's memory while it trains, in MiB beyond what it held before the model was made."""
+    """Return the peak of every rank's memory while it trains, in MiB above that before the model was made."""
     program = [str(Path(__file__).resolve()), "--worker", engine, dtype, str(args.hidden_size), str(out)]
     launch(2, program, MAPPED)
     return [json.loads((out / f"{rank}.json").read_text())["mib"] for rank in range(2)]
@@ -150,7 +150,7 @@ def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
     from tests.contracts.harness import RaggedRows
 
     if "deepspeed" in ENGINES[engine]["parallel"]:
-        import deepspeed  # noqa: F401 - what it takes itself is no part of the model
+        import deepspeed  # noqa: F401 - its own memory does not belong to the model
     flags = {name: str(value) for name, value in ENGINES[engine].items()}
     args = PretrainArguments(
         data_path="-", save_dir=out, dtype=dtype, device="cpu", max_steps=3, batch_size=1,
@@ -165,7 +165,7 @@ def worker(engine: str, dtype: str, hidden_size: str, out: str) -> None:
         optimizer = adamw(run.wrap(Transformer(config)), learning_rate=1e-4)
         model = run.start(optimizer, loader, tokenizer=None, loss=causal_lm_loss)
         for step in run.steps(loader):
-            if run.step == 1:  # the optimizer's state is there
+            if run.step == 1:  # the optimizer's state exists now
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             for batch in step:
                 with run.autocast():

@@ -1,9 +1,9 @@
-"""A trained directory opened by minillm and by transformers: the same ids, logits and greedy text?
+"""Opens a trained directory with minillm and with transformers: are ids, logits and greedy text the same?
 
     python benchmarks/hf_parity.py --model_path out/demo/full_sft_128 --data_path dataset/demo/sft_test.jsonl
 
-Both sides tokenise with their own template, then read and continue the same prompts. Prints the largest difference
-of the logits, relative to the largest logit, and how many answers are equal; exit code 1 when a bound is broken.
+Both sides tokenise with their own template, then read and continue the same prompts. It prints the largest difference
+of the logits, relative to the largest logit, and how many answers are equal. The exit code is 1 if a bound is broken.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import write_json
 from minillm.cli.command_line import parse, require, script
@@ -30,7 +30,7 @@ class Arguments:
     """What is compared."""
 
     model_path: str = "out/demo/full_sft_128"
-    """A run directory. The default is there after `make demo`."""
+    """A run directory. The default exists after `make demo`."""
     data_path: str = "dataset/demo/sft_test.jsonl"
     """Conversations; all turns before the last one are the prompt."""
     n_prompts: int = 64
@@ -38,13 +38,13 @@ class Arguments:
     max_new_tokens: int = 64
     """Greedy tokens per prompt."""
     output: str = "out/benchmarks/hf_parity.json"
-    """Where the figures go as JSON; empty: nowhere."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
         for name in ("n_prompts", "max_new_tokens"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
-        require(Path(self.model_path).is_dir(), f"--model_path {self.model_path}: not there; run make demo first")
+        require(Path(self.model_path).is_dir(), f"--model_path {self.model_path}: does not exist; run make demo first")
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""What does a model make of more text than it was trained on, with and without scaled positions?
+"""How well does a model predict with longer contexts than in training, with and without scaled positions?
 
     python benchmarks/long_context.py --model_path out/demo/pretrain_128 --data_path dataset/demo/pretrain_valid.jsonl
 
-Every length and every scaling is measured on the same targets, the last ones of each piece of text; a length says how
-many tokens the model sees up to the last of them. So the columns and the rows of the table differ in nothing else.
-Pieces are cut from texts that are long enough. If these give too few, all texts are joined, the end-of-text token
-between them: then more text can help little, and what shows is where it begins to harm.
+All lengths and scalings are measured on the same targets, the last ones of each piece of text; the length is the number
+of tokens that the model sees up to the last target. So columns and rows of the table differ only in scaling and length.
+Pieces are cut from texts that are long enough. If these give too few pieces, all texts are joined with end-of-text
+tokens between them: more context can then help little, and the table shows at which length it begins to harm.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import format_table, write_json
 from minillm.cli.command_line import parse, require, script
@@ -38,7 +38,7 @@ class Arguments:
     """What is measured."""
 
     model_path: str = "out/demo/pretrain_128"
-    """A run directory. The default is there after `make demo`."""
+    """A run directory. The default exists after `make demo`."""
     data_path: str = "dataset/demo/pretrain_valid.jsonl"
     """Texts to predict: .jsonl, .jsonl.gz, .parquet or .txt."""
     lengths: str = "64,128,256,512,1024,2048"
@@ -48,7 +48,7 @@ class Arguments:
     factor: float = 0.0
     """Factor of the scalings that name none (0: the longest length / the trained length)."""
     rope_original_len: int = 0
-    """Tokens of the rows trained on (0: what run.yaml beside the model says, else the model's positions)."""
+    """Tokens of the rows trained on (0: that of run.yaml next to the model, else the model's positions)."""
     n_pieces: int = 32
     """Pieces of text."""
     n_scored: int = 32
@@ -58,7 +58,7 @@ class Arguments:
     num_threads: int = 0
     """CPU threads (0: torch's default)."""
     output: str = "out/benchmarks/long_context.json"
-    """Where the figures go as JSON, and the picture beside it as .png; empty: nowhere."""
+    """JSON file for the figures; a picture goes next to it as .png (empty: none)."""
 
     @property
     def n_tokens(self) -> list[int]:
@@ -79,7 +79,7 @@ class Arguments:
         for word in self.scalings.split(","):
             kind = word.partition(":")[0]
             require(kind in KINDS, f"--scalings {self.scalings}: {word!r} is none of {', '.join(KINDS)}")
-        require(Path(self.model_path).is_dir(), f"--model_path {self.model_path}: not there; run make demo first")
+        require(Path(self.model_path).is_dir(), f"--model_path {self.model_path}: does not exist; run make demo first")
         require(Path(self.data_path).is_file(), f"--data_path {self.data_path}: no such file")
 
 

@@ -1,14 +1,13 @@
-"""Does a B of zeros lock A, and does an orthogonal start mend it?
+"""Does B = 0 prevent A from learning, and does an orthogonal initialisation help?
 
     python benchmarks/lora_init.py
     python benchmarks/lora_init.py --base out/full_sft_512 --data_path train.jsonl --valid_path valid.jsonl
 
-A claim that is often read: LoRA's B begins at zero, so A gets no gradient ("200 times less than B"), learning stalls,
-and an orthogonal B with a small gain mends it, with far better BLEU and ROUGE. Measured here: the norms of both
-gradients at steps 1, 10, 100 and 1,000, and what the adapters are worth at the end, by validation loss, BLEU and
-ROUGE-L of greedy answers to held-out questions. Every initialisation gets the learning rate that is best for it, found
-with one seed on the same number of steps; the figures are those of all seeds at that rate. Zero is `kaiming`, LoRA's
-own.
+A frequent claim: LoRA's B starts at zero, so A gets no gradient ("200 times less than B"), learning stalls, and an
+orthogonal B with a small gain helps, with much better BLEU and ROUGE. Measured here: the norms of both gradients at
+steps 1, 10, 100 and 1,000, and the quality of the adapters at the end, by validation loss, BLEU and ROUGE-L of greedy
+answers to held-out questions. Each initialisation has its best learning rate, found with one seed and the same number
+of steps; the figures are those of all seeds at that rate. `kaiming` is LoRA's own initialisation, with B = 0.
 """
 
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 import torch
 
@@ -38,7 +37,7 @@ class Arguments:
     """What is trained, how often, and what it is compared on."""
 
     base: str = "out/demo/full_sft_128"
-    """The model directory to adapt. The default is there after `make demo`."""
+    """The model directory to adapt. The default exists after `make demo`."""
     data_path: str = "dataset/demo/identity_train.jsonl"
     """Conversations to train on."""
     valid_path: str = "dataset/demo/identity_test.jsonl"
@@ -74,7 +73,7 @@ class Arguments:
             require(name in get_args(Init), f"--inits {name}: choose from {', '.join(get_args(Init))}")
         for name in ("base", "data_path", "valid_path"):
             path = getattr(self, name)
-            require(Path(path).exists(), f"--{name} {path}: not there; run make demo first, or name your own")
+            require(Path(path).exists(), f"--{name} {path}: does not exist; run make demo first, or name your own")
         try:
             positive = all(rate > 0 for rate in self.rates) and len(self.seed_numbers) > 0
         except ValueError:
@@ -99,8 +98,8 @@ def answer_scores(args: Arguments):
     records = list(islice(read_records(args.valid_path), args.n_answers))
 
     def scores(model, tokenizer) -> dict[str, float]:
-        found = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=32).answers
-        answers, expected = [each.answer for each in found], [each.expected for each in found]
+        results = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=32).answers
+        answers, expected = [each.answer for each in results], [each.expected for each in results]
         return {"bleu": bleu(answers, expected).bleu, "rouge_l": 100 * rouge(answers, expected).rouge_l}
 
     return scores
@@ -108,14 +107,14 @@ def answer_scores(args: Arguments):
 
 def gradient_norms(rows: list[dict]) -> dict[int, dict[str, float]]:
     """Return, for the steps shown, the medians over layers of ‖∇A‖, ‖∇B‖ and their ratio B:A (inf: A got nothing)."""
-    found = {}
+    norms_of_step = {}
     for row in rows:
         if row["step"] in STEPS_SHOWN:
             a = [layer["grad_norm_A"] for layer in row["layers"].values()]
             b = [layer["grad_norm_B"] for layer in row["layers"].values()]
             ratios = [there / here if here else float("inf") for here, there in zip(a, b, strict=True)]
-            found[row["step"]] = {"A": median(a), "B": median(b), "ratio": median(ratios)}
-    return found
+            norms_of_step[row["step"]] = {"A": median(a), "B": median(b), "ratio": median(ratios)}
+    return norms_of_step
 
 
 def measure(args: Arguments) -> dict:
@@ -152,13 +151,13 @@ def tables(result: dict) -> str:
     """Return both tables as text."""
     worth = [["init", "best rate", "validation loss", "BLEU", "ROUGE-L"]]
     norms = [["init", *(f"step {step}: A, B, B:A" for step in STEPS_SHOWN)]]
-    for init, found in result["runs"].items():
-        trials = found["trials"]
+    for init, figures in result["runs"].items():
+        trials = figures["trials"]
         scores = [shown(over_seeds(trials, key), ".1f") for key in ("bleu", "rouge_l")]
-        worth.append([init, f"{found['learning_rate']:g}", shown(over_seeds(trials, "loss")), *scores])
+        worth.append([init, f"{figures['learning_rate']:g}", shown(over_seeds(trials, "loss")), *scores])
         cells = []
         for step in STEPS_SHOWN:
-            at = [norm[step] for norm in found["gradients"] if step in norm]
+            at = [norm[step] for norm in figures["gradients"] if step in norm]
             middle = {key: median(each[key] for each in at) for key in ("A", "B", "ratio")} if at else None
             cells.append("-" if middle is None else f"{middle['A']:.1e}, {middle['B']:.1e}, {middle['ratio']:.3g}")
         norms.append([init, *cells])

@@ -1,12 +1,12 @@
-"""One setting of LoRA at a time: what it does to the loss, the gradients, the held-out score and the time.
+"""Varies one setting of LoRA at a time: its effect on the loss, the gradients, the held-out score and the time.
 
     python benchmarks/lora_sweep.py
     python benchmarks/lora_sweep.py --base out/full_sft_512 --data_path train.jsonl --valid_path valid.jsonl \
         --tests new=test.jsonl
 
-Everything but the one setting stays at the values of the first flags. Each point is trained with several seeds. The
-result is one page with a picture and a table for each setting, and the same as JSON. A page that exists already is gone
-on with: what it holds is not trained again.
+All other settings keep the values of the first flags. Each point is trained with several seeds. The result is one page
+with a picture and a table for each setting, and a JSON file. An existing page is continued: its points are not trained
+again.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import format_table, over_seeds, shown, write_json
 from benchmarks.lora_trials import run_trial
@@ -40,7 +40,7 @@ class Arguments:
     """What is trained, and what stays as it is."""
 
     base: str = "out/demo/full_sft_128"
-    """The model directory to adapt. The default is there after `make demo`."""
+    """The model directory to adapt. The default exists after `make demo`."""
     data_path: str = "dataset/demo/identity_train.jsonl"
     """Conversations to train on."""
     valid_path: str = "dataset/demo/identity_test.jsonl"
@@ -62,17 +62,17 @@ class Arguments:
     num_threads: int = 0
     """CPU threads (0: torch's default)."""
     output: str = "out/benchmarks/lora_sweep.json"
-    """Where the figures go as JSON, and the page beside it as .html."""
+    """JSON file for the figures; the page goes next to it as .html."""
 
     def check(self) -> None:
-        """Raise UserError for a setting that is not known, or a file that is not there."""
+        """Raise UserError for an unknown setting or a missing file."""
         for name in self.settings.split(","):
             require(name in SETTINGS, f"--settings {name}: choose from {', '.join(SETTINGS)}")
         whole = all(seed.strip().isdecimal() for seed in self.seeds.split(","))
         require(whole, f"--seeds {self.seeds}: must be whole numbers with commas, e.g. 1,2,3")
         for name in ("base", "data_path", "valid_path"):
             path = getattr(self, name)
-            require(Path(path).exists(), f"--{name} {path}: not there; run make demo first, or name your own")
+            require(Path(path).exists(), f"--{name} {path}: does not exist; run make demo first, or name your own")
         for name, path in self.test_files.items():
             require(Path(path).is_file(), f"--tests {name}={path}: no such file")
         require(bool(self.output), "--output is empty: name a .json file")
@@ -157,10 +157,11 @@ def picture(setting: str, points: dict[str, list[dict]], tests: list[str]) -> st
     series = [("loss", "validation loss", axes[0]), *((name, f"{name}, exact match", axes[1]) for name in tests)]
     series.append(("grad_norm", "gradient norm", axes[2]))
     for key, label, axis in series:
-        found = [(value, over_seeds(trials, key)) for value, trials in points.items()]
-        found = [(value, both) for value, both in found if both is not None]
-        places = [list(points).index(value) for value, _ in found]
-        axis.errorbar(places, [both[0] for _, both in found], [both[1] for _, both in found], marker="o", label=label)
+        spreads = [(value, over_seeds(trials, key)) for value, trials in points.items()]
+        spreads = [(value, spread) for value, spread in spreads if spread is not None]
+        x = [list(points).index(value) for value, _ in spreads]
+        means, deviations = zip(*(spread for _, spread in spreads), strict=True) if spreads else ((), ())
+        axis.errorbar(x, means, deviations, marker="o", label=label)
         axis.set_xticks(range(len(points)), list(points), rotation=30)
         axis.set_xlabel(setting)
         axis.legend()

@@ -1,4 +1,4 @@
-"""What the LoRA studies share: one run of train_lora.py with its figures, and the spread over seeds."""
+"""Shared by the LoRA studies: one run of train_lora.py with its figures."""
 
 import math
 import tempfile
@@ -20,7 +20,7 @@ from minillm.tokenizer import load_tokenizer
 
 
 def run_trial(base: str, flags: dict[str, object], *, tests: dict[str, str], evaluate=None) -> dict:
-    """Train one adapter with ``flags`` of train_lora.py, in a directory of its own that is gone afterwards.
+    """Train one adapter with ``flags`` of train_lora.py, in a temporary directory.
 
     Args:
         base: a model directory. tests: name → file of conversations, scored by exact match.

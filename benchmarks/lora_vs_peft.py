@@ -1,13 +1,13 @@
-"""LoRA training, side by side with peft: speed, memory, and how near to the frozen model's own work.
+"""LoRA training compared with peft: speed, memory, and the distance to what a frozen model must compute.
 
     python benchmarks/lora_vs_peft.py
     python benchmarks/lora_vs_peft.py --families qwen3 --dropouts 0.1 --dtypes float32
 
-Sides, in one process, taking turns on one batch: *peft* on a transformers model; *minillm* on the same transformers
-model; *ours* on our own Transformer with the same weights; *limit* is the frozen transformers model with the gradient
-of its input alone, which is what any adapter has to compute as well. A step is forward, loss, backward and AdamW. All
-losses are checked to be equal first, while B is zero. Memory is the peak of the tensors of one step, above what lay
-there before it: what the allocator reports, on a CPU through torch's profiler.
+The sides take turns in one process, on one batch: *peft* on a transformers model; *minillm* on the same transformers
+model; *ours* on our own Transformer with the same weights; *limit* is the frozen transformers model with only the
+gradient of its input, which every adapter has to compute. A step is forward, loss, backward and AdamW. First, all
+losses are checked to be equal, while B is zero. Memory is the peak of the tensors of one step, above those before it:
+from the allocator, or on a CPU from torch's profiler.
 """
 
 import copy
@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import Side, format_table, median_ratio, peak_bytes, turns, write_json
 from minillm.cli.command_line import parse, require, script
@@ -53,13 +53,13 @@ class Arguments:
     rank: int = 8
     """R of all linear layers but the output layer."""
     rounds: int = 0
-    """Steps per side that count (0: 9 for small, 40 for demo)."""
+    """Measured steps per side (0: 9 for small, 40 for demo)."""
     num_threads: int = 0
     """Threads of torch (0: torch's default)."""
     device: str = "cpu"
     """cpu or cuda."""
     output: str = "out/benchmarks/lora_vs_peft.json"
-    """Where the figures go as JSON; empty: nowhere."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(Arguments, argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    keep_freed_memory()  # as our trainer does; here for all sides, which share the process
+    keep_freed_memory()  # as our trainer does; it applies to all sides, which share the process
     results = [
         compare(family, shape, dtype, float(dropout), args)
         for family in args.families.split(",")

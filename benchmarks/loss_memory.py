@@ -1,12 +1,12 @@
-"""Peak memory of a training step: distillation by chunks beside whole logits, and DPO beside fine-tuning.
+"""Peak memory of a training step: distillation in chunks compared with full logits, and DPO with fine-tuning.
 
     python benchmarks/loss_memory.py
     python benchmarks/loss_memory.py --shapes wide --rounds 5
 
-Distillation: one step (forward and backward) of a student with the loss as its output head, beside the same step with
-the logits of both models whole and ordinary autograd on them. DPO: one step on pairs whose reference log-probabilities
-are given, as a cache gives them, beside a step of fine-tuning on the very same rows. What is counted is the peak of the
-tensors that a step holds beyond the weights. Times are medians of rounds in which both sides take turns.
+Distillation: one step (forward and backward) of a student with the loss as its output head, compared with the same
+step with the full logits of both models and ordinary autograd. DPO: one step on pairs with given reference
+log-probabilities, as from a cache, compared with a step of fine-tuning on the same rows. Memory is the peak of the
+tensors of a step, without the weights. Times are medians of rounds in which both sides take turns.
 """
 
 import sys
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class Arguments:
     device: str = "auto"
     """auto, cpu or cuda."""
     output: str = "out/benchmarks/loss_memory.json"
-    """Where the figures go as JSON (empty: nowhere)."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
         """Raise UserError for an unknown shape or dtype, or a number out of range."""
@@ -153,7 +153,7 @@ def preference(shape: str, args: Arguments, device: torch.device, dtype: torch.d
 def measure(sides: dict[str, Callable], rounds: int, device: torch.device) -> dict:
     """Return the peak bytes of each side, and the seconds of its steps."""
     for step in sides.values():
-        step()  # what is made once is there
+        step()  # allocates what is allocated only once
     peaks = {name: peak_bytes(step, device) for name, step in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_index in range(rounds):
@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(Arguments, argv)
     keep_freed_memory()
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    device, found = choose_device(args.device), []
-    table = [["what", "shape", "dtype", "peak, MiB", "beside", "peak, MiB", "memory", "time"]]
+    device, cases = choose_device(args.device), []
+    table = [["what", "shape", "dtype", "peak, MiB", "against", "peak, MiB", "memory", "time"]]
     for compared in (distillation, preference):
         for shape in args.shapes.split(","):
             for dtype in args.dtypes.split(","):
@@ -182,11 +182,11 @@ def main(argv: list[str] | None = None) -> dict:
                 result = measure(sides, args.rounds, device)
                 memory = result["peaks"][one] / result["peaks"][other]
                 speed = median_ratio(result["seconds"][one], result["seconds"][other])
-                found.append({"what": one, "shape": shape, "dtype": dtype, "memory": memory, "time": speed} | result)
+                cases.append({"what": one, "shape": shape, "dtype": dtype, "memory": memory, "time": speed} | result)
                 cells = [f"{result['peaks'][one] / MIB:.0f}", other, f"{result['peaks'][other] / MIB:.0f}"]
                 table.append([one, shape, dtype, *cells, f"{memory:.2f}x", f"{speed:.2f}x"])
     print(format_table(table))
-    result = {"arguments": vars(args), "cases": found}
+    result = {"arguments": vars(args), "cases": cases}
     write_json(args.output, result)
     return result
 

@@ -1,14 +1,14 @@
-"""What does a mixture of experts bring at the same work per token, and what does it cost in time?
+"""What does a mixture of experts gain at the same work per token, and what does it cost in time?
 
     python benchmarks/moe.py --data_path texts.jsonl --valid_path held_out.jsonl --tokenizer_path out/tokenizer
 
-Two questions. *Training*: a dense model and a mixture of experts with as many active parameters (an expert is as wide
-as the dense layer divided by the experts that a token goes through) see the same rows for the same number of steps,
-with several seeds of weights and order. The table has the validation loss, how even the load of the experts is at the
-end, and tokens/s of the training steps; the difference is taken seed by seed. *Layer*: our sorted experts against two
-loops over the experts, forward and backward: *masked* is the formula as it is written, every expert on every token,
-with weight zero where it was not chosen; *picked* gathers the tokens of one expert after the other, and so multiplies
-no more than we do. The sides take turns, and the ratio is the median of the rounds' own ratios.
+There are two parts. *Training*: a dense model and a mixture of experts with the same number of active parameters (the
+width of an expert is that of the dense layer divided by the experts per token) see the same rows for the same number of
+steps, with several seeds of weights and order. The table has the validation loss, how even the load of the experts is
+at the end, and tokens/s of the training steps; differences are taken seed by seed. *Layer*: our sorted experts against
+two loops over the experts, forward and backward: *masked* is the formula itself, every expert on every token, with
+weight zero if it was not chosen; *picked* gathers the tokens of one expert after the other, so it has the same number
+of multiplications as ours. The sides take turns, and the ratio is the median of the ratios of each round.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import format_table, median_ratio, turns, write_json
 from minillm.cli.arguments import PretrainArguments
@@ -54,15 +54,15 @@ class Arguments:
     """What is trained, and how often."""
 
     data_path: str = DEMO["data_path"]
-    """Texts to train on, as for train_pretrain.py. The default is there after `make demo`."""
+    """Texts to train on, as for train_pretrain.py. The default exists after `make demo`."""
     valid_path: str = DEMO["valid_path"]
-    """Held-out texts. The default is there after `make demo`."""
+    """Held-out texts. The default exists after `make demo`."""
     tokenizer_path: str = DEMO["tokenizer_path"]
-    """Directory of the tokenizer. The default is there after `make demo`."""
+    """Directory of the tokenizer. The default exists after `make demo`."""
     cache_dir: str = "out/.token_cache"
-    """Where tokenised data is kept."""
+    """Cache of tokenised data."""
     steps: int = 300
-    """Optimizer updates of each model; 0: the layer alone."""
+    """Optimizer updates of each model; 0: only the layer."""
     seeds: str = "1,2,3"
     """Comma list of seeds, of weights and order."""
     preset: str = "demo"
@@ -90,16 +90,16 @@ class Arguments:
     device: str = "cpu"
     """cpu or cuda."""
     rounds: int = 21
-    """Rounds of the comparison of layers; 0: training alone."""
+    """Rounds of the comparison of layers; 0: only training."""
     layer_tokens: int = 1024
     """Tokens that go through the layer in one round."""
     num_threads: int = 0
     """Threads of torch (0: torch's default)."""
     output: str = "out/benchmarks/moe.json"
-    """Where the figures go as JSON; empty: nowhere."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
-        """Raise UserError for a value out of range, or a file that is not there."""
+        """Raise UserError for a value out of range or a missing file."""
         for name in ("steps", "rounds", "num_threads", "hidden_size", "num_hidden_layers"):
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("batch_size", "max_seq_len", "num_experts", "num_experts_per_tok", "layer_tokens"):
@@ -111,11 +111,11 @@ class Arguments:
             value = getattr(self, name)
             if not all(Path(part.strip()).exists() for part in value.split(",")):
                 more = "run make demo first, or name your own" if value == default else "name one that is"
-                raise UserError(f"--{name} {value}: not there; {more}")
+                raise UserError(f"--{name} {value}: does not exist; {more}")
 
 
 def shapes(args: Arguments, **more) -> dict[str, ModelConfig]:
-    """Return the configurations ``dense`` and ``moe``, whose active parameters differ by the routers alone.
+    """Return the configurations ``dense`` and ``moe``, whose active parameters differ only by the routers.
 
     An expert's width is rounded to a multiple of 8, which grouped kernels need; the dense layer takes the sum.
     """
@@ -220,7 +220,7 @@ def training_table(result: dict) -> str:
 
 
 def masked_loop(layer: MoE, x: Tensor) -> Tensor:
-    """Return what ``layer`` makes of x (B, T, D): the sum over all experts of weight times output."""
+    """Return the output of ``layer`` for x (B, T, D): the sum over all experts of weight times output."""
     flat = x.reshape(-1, x.shape[-1])  # (N, D)
     _, scores, chosen, weights = layer.gate(flat)
     spread = torch.zeros_like(scores).scatter(1, chosen, weights)  # (N, E)
@@ -233,15 +233,15 @@ def masked_loop(layer: MoE, x: Tensor) -> Tensor:
 
 
 def picked_loop(layer: MoE, x: Tensor) -> Tensor:
-    """Return what ``layer`` makes of x (B, T, D), one expert after the other: pick its tokens, multiply, add back."""
+    """Return the output of ``layer`` for x (B, T, D), expert by expert: gather its tokens, multiply, add back."""
     flat = x.reshape(-1, x.shape[-1])  # (N, D)
     _, _, chosen, weights = layer.gate(flat)
     out = torch.zeros_like(flat)
     for expert, (gate_up, down) in enumerate(zip(layer.experts.gate_up_proj, layer.experts.down_proj, strict=True)):
-        token, place = (chosen == expert).nonzero(as_tuple=True)
+        token, choice = (chosen == expert).nonzero(as_tuple=True)
         gate, up = F.linear(flat[token], gate_up).chunk(2, dim=-1)
-        made = F.linear(F.silu(gate) * up, down) * weights[token, place][:, None]
-        out = out.index_add(0, token, made.to(out.dtype))
+        output = F.linear(F.silu(gate) * up, down) * weights[token, choice][:, None]
+        out = out.index_add(0, token, output.to(out.dtype))
     out = out.view_as(x)
     return out if layer.shared_experts is None else out + layer.shared_experts(x)
 

@@ -1,23 +1,23 @@
-"""Packing against padding, side by side: how much of a fine-tuning step is spent on tokens that exist.
+"""Packing against padding: the share of a fine-tuning step that is spent on real tokens.
 
     python benchmarks/packing.py --data_path chats.jsonl --tokenizer_path out/tokenizer
     python benchmarks/packing.py --hidden_size 512 --num_hidden_layers 8 --dtype bfloat16 --rounds 15
 
-The same conversations, the same model, the same loss; what differs is how rows are made:
+Conversations, model and loss are the same; only the rows differ:
 
 - packed: rows of exactly max_seq_len, filled by best fit with conversations that do not see each other.
-- padded: one conversation per row in random order, each micro-batch padded to its longest row, as many rows as
-  the budget holds. This is dynamic padding as a padding collator does it.
-- fixed_rows: the same with a fixed number of rows (batch_size), as a DataLoader deals them out. Its micro-batches
-  are smaller than the budget, so that the longest one still fits.
-- sorted: our ``packing="none"``: as padded, but rows of one update are put in order of length first (and with our
-  own batches, whose document_ids become a mask).
+- padded: one conversation per row in random order, each micro-batch padded to its longest row, with as many rows as
+  the budget allows. This is the dynamic padding of a padding collator.
+- fixed_rows: the same with a fixed number of rows (batch_size), as from a DataLoader. Its micro-batches are smaller
+  than the budget, so that the longest one still fits.
+- sorted: our ``packing="none"``: as padded, but the rows of one update are first sorted by length (and with our own
+  batches, whose document_ids become a mask).
 
 A micro-batch has at most batch_size x max_seq_len positions on every side, and every micro-batch is one full step:
-forward, backward, clipping, AdamW. Padded and fixed_rows are given the cheapest attention that is right for them:
-padding is on the right, so the causal rule alone hides it and no mask is built; with --padding_mask they carry the
-mask that transformers builds from a collator's attention_mask. All sides live in one process and take turns; the
-ratios are medians of the rounds' own ratios. Tokens are positions that are not padding.
+forward, backward, clipping, AdamW. Padded and fixed_rows have the cheapest correct attention: padding is on the right,
+so causal attention already hides it and no mask is built; with --padding_mask they have the mask that transformers
+builds from a collator's attention_mask. All sides take turns in one process; the ratios are medians of the ratios of
+each round. Tokens are positions without padding.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import Side, format_table, median_ratio, turns, write_json
 from minillm.cli.command_line import parse, require, script
@@ -54,11 +54,11 @@ class Arguments:
     """What is measured, and how often."""
 
     data_path: str = DEMO_DATA
-    """Conversations: a file, or a comma list of files. The default is there after `make demo`."""
+    """Conversations: a file, or a comma list of files. The default exists after `make demo`."""
     tokenizer_path: str = DEMO_TOKENIZER
-    """Directory of the tokenizer. The default is there after `make demo`."""
+    """Directory of the tokenizer. The default exists after `make demo`."""
     cache_dir: str = "out/.token_cache"
-    """Where tokenised data is kept."""
+    """Cache of tokenised data."""
     max_seq_len: int = 1024
     """T of a packed row, positions; longer conversations are cut on every side."""
     batch_size: int = 4
@@ -66,7 +66,7 @@ class Arguments:
     accumulation_steps: int = 8
     """Micro-batches per update among which the sorted side puts rows in order of length."""
     padding_mask: bool = False
-    """Padded and fixed_rows mask their padding, as transformers does; else the causal rule alone hides it."""
+    """Padded and fixed_rows mask their padding, as transformers does; otherwise causal attention hides it."""
     hidden_size: int = 256
     """D, width of the model."""
     num_hidden_layers: int = 4
@@ -88,7 +88,7 @@ class Arguments:
     seed: int = 0
     """Of the order of rows and of the weights."""
     output: str = "out/benchmarks/packing.json"
-    """Where the figures go as JSON; empty: nowhere."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
@@ -99,8 +99,8 @@ class Arguments:
         require(self.dtype in DTYPES, f"--dtype {self.dtype}: choose from {', '.join(DTYPES)}")
         for name, default in (("data_path", DEMO_DATA), ("tokenizer_path", DEMO_TOKENIZER)):
             value = getattr(self, name)
-            found = value != default or Path(value).exists()
-            require(found, f"--{name} {value}: not there yet; run make demo first, or name your own")
+            exists = value != default or Path(value).exists()
+            require(exists, f"--{name} {value}: does not exist yet; run make demo first, or name your own")
 
 
 # ---- how rows become micro-batches -------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse(Arguments, argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    keep_freed_memory()  # as our trainer does; here for all sides, which share the process
+    keep_freed_memory()  # as our trainer does; it applies to all sides, which share the process
     tokenizer = load_tokenizer(args.tokenizer_path)
     plans = make_plans(args, tokenizer)
     lengths = plans["padded"].rows.lengths

@@ -1,16 +1,16 @@
-"""Does the planner foretell the memory of training? Its estimate beside the peak of real steps.
+"""Does the planner predict the memory of training? Its estimate compared with the peak of real steps.
 
     python benchmarks/plan_memory.py
     python benchmarks/plan_memory.py --allocator kept --cases small,lora
 
-Each case has a fresh process. It imports everything, makes one step of a tiny model (which loads the kernels), and
-notes its resident memory. Then it builds the model, trains for two updates with our loss, clipping and optimizer, and
-notes how far its resident memory rose at most. The estimate is the largest moment of ``minillm.plan.memory``, weights
-and optimizer included. Documents fill their rows.
+Each case has a new process. It imports everything, makes one step of a tiny model (which loads the kernels), and
+records its resident memory. Then it builds the model, trains for two updates with our loss, clipping and optimizer, and
+records the largest increase of its resident memory. The estimate is the largest moment of ``minillm.plan.memory``,
+including weights and optimizer. Documents fill their rows.
 
-What is compared is what tensors hold. So each block of memory is mapped by itself and given back when it is freed
-(``MALLOC_MMAP_THRESHOLD_``). A run on a CPU instead keeps what it frees, in a heap with gaps between blocks of
-different sizes: ``--allocator kept`` measures that, and the ratio says what the gaps cost.
+The comparison is about tensors, so each block of memory is mapped separately and returned when it is freed
+(``MALLOC_MMAP_THRESHOLD_``). A run on a CPU instead keeps freed memory, in a heap with gaps between blocks of different
+sizes: ``--allocator kept`` measures that, and the ratio shows the cost of the gaps.
 """
 
 import json
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 import torch
 
@@ -81,13 +81,13 @@ class Arguments:
     cases: str = "all"
     """Comma list of cases, or all."""
     allocator: Literal["mapped", "kept"] = "mapped"
-    """mapped: resident is what tensors hold; kept: as in a run on a CPU, with the gaps of the heap."""
+    """mapped: only tensors are resident; kept: as in a run on a CPU, with the gaps of the heap."""
     updates: int = 2
-    """Updates per process; from the second on the optimizer's state is there."""
+    """Updates per process; the optimizer's state exists from the second on."""
     num_threads: int = 0
     """CPU threads (0: torch's default)."""
     output: str = "out/benchmarks/plan_memory.json"
-    """Where the figures go as JSON (empty: nowhere)."""
+    """JSON file for the figures (empty: none)."""
     measure: str = ""
     """Used by the processes this one starts: a case; prints its figures."""
 
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.measure:
         print(json.dumps(measure(args.measure, args.updates, args.allocator)))
         return None
-    table, found = [["case", "parameters", "trained", "peak at", "estimate, MiB", "measured, MiB", "ratio"]], []
+    table, cases = [["case", "parameters", "trained", "peak at", "estimate, MiB", "measured, MiB", "ratio"]], []
     for name in args.names:
         step = step_of(name)
         parameters = count_parameters(meta_model(step.config, lora_rank=step.lora_rank))
@@ -173,16 +173,16 @@ def main(argv: list[str] | None = None) -> dict | None:
         case = {"name": name, "parameters": parameters.total, "peak": asdict(moment), "estimate": moment.total}
         case |= json.loads(done.stdout.splitlines()[-1])
         case["ratio"] = case["estimate"] / case["measured"]
-        found.append(case)
+        cases.append(case)
         sizes = [f"{case[key] / MIB:,.0f}" for key in ("estimate", "measured")]
         table.append(
             [name, f"{parameters.total:,}", f"{parameters.trained:,}", moment.name, *sizes, f"{case['ratio']:.3f}"]
         )
         print(f"{name}: {case['ratio']:.3f} ({case['seconds']:.0f} s)", file=sys.stderr)
     print(format_table(table))
-    ratios = [case["ratio"] for case in found]
+    ratios = [case["ratio"] for case in cases]
     print(f"estimate / measured: {min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} cases")
-    result = {"arguments": vars(args), "cases": found}
+    result = {"arguments": vars(args), "cases": cases}
     write_json(args.output, result)
     return result
 

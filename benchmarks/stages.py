@@ -1,13 +1,13 @@
-"""Preference tuning, distillation and reasoning in the demo's world, over several seeds; the tag weight 10 beside 1.
+"""Preference tuning, distillation and reasoning in the demo world, over several seeds, with tag weights 10 and 1.
 
     python benchmarks/stages.py
     python benchmarks/stages.py --parts reason --seeds 1,2,3,4,5
 
-After `make demo`, whose fine-tuned model and data it starts from. Every seed draws the order of the rows (and the
-weights of a new student) anew and goes through the stages with the demo's own configurations: DPO from the fine-tuned
-model; a student with the teacher's distributions beside the same student with the texts alone, at equal steps; and
-reasoning from that seed's DPO model, with two weights of the tags, beside the same model trained to answer at once.
-What is measured is what the demo's table shows, as mean ± standard deviation.
+Run `make demo` first; its fine-tuned model and data are used. Each seed draws a new order of the rows (and new weights
+of a student) and runs the stages with the demo's configurations: DPO from the fine-tuned model; a student with the
+teacher's distributions and the same student with only the texts, for the same number of steps; and reasoning from that
+seed's DPO model, with two weights of the tags, and the same model trained to answer without thinking. The figures are
+those of the demo's table, as mean ± standard deviation.
 """
 
 import sys
@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 import torch
 
@@ -40,12 +40,12 @@ STUDENT = {"hidden_size": 64, "num_hidden_layers": 5, "max_steps": 400, "learnin
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What is run, and from where."""
+    """What to run, and on which data."""
 
     demo: str = "out/demo"
-    """Where the demo's runs are: pretrain_128 and full_sft_128."""
+    """Directory of the demo's runs: pretrain_128 and full_sft_128."""
     data: str = "dataset/demo"
-    """Where the demo's data is."""
+    """Directory of the demo's data."""
     parts: str = "dpo,distill,reason"
     """Comma list of: dpo, distill, reason (which starts from dpo's model, or full_sft where dpo is left out)."""
     seeds: str = "1,2,3"
@@ -59,20 +59,20 @@ class Arguments:
     num_threads: int = 0
     """CPU threads (0: torch's default)."""
     output: str = "out/benchmarks/stages.json"
-    """Where the figures go as JSON (empty: nowhere)."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
-        """Raise UserError for an unknown part, or a folder that is not there."""
+        """Raise UserError for an unknown part or a missing folder."""
         for part in self.parts.split(","):
             require(part in PARTS, f"--parts {part}: choose from {', '.join(PARTS)}")
         for path in (f"{self.demo}/full_sft_128", f"{self.demo}/pretrain_128", self.data):
-            require(Path(path).is_dir(), f"{path} is not there: run make demo first, or set --demo and --data")
+            require(Path(path).is_dir(), f"{path} does not exist: run make demo first, or set --demo and --data")
         numbers = all(seed.strip().isdecimal() for seed in self.seeds.split(","))
         require(numbers, f"--seeds {self.seeds}: must be numbers with commas")
 
 
 class Bench:
-    """One seed's runs, in a directory that is gone afterwards."""
+    """The runs of one seed, in a temporary directory."""
 
     def __init__(self, args: Arguments, seed: int, directory: str):
         self.args, self.seed, self.out = args, seed, Path(directory)
@@ -99,14 +99,14 @@ class Bench:
         return exact_match(model, tokenizer, self.records("sft_test"), max_new_tokens=48).task_average
 
     def preference(self, path: str | Path) -> dict[str, float]:
-        """Return how often the chosen reply is more probable, how often it is what is said, and the tasks."""
+        """Return how often the chosen reply is more probable, how often free answers are like it, and the tasks."""
         model, tokenizer, pairs = load_model(path).eval(), load_tokenizer(path), self.records("dpo_test")
-        said = like_chosen(model, tokenizer, pairs, max_new_tokens=48)
-        found = {"pairs": preference_accuracy(model, tokenizer, pairs).accuracy}
-        return found | {"free": sum(each.like_chosen for each in said) / len(said), "tasks": self.tasks(path)}
+        answers = like_chosen(model, tokenizer, pairs, max_new_tokens=48)
+        accuracy = {"pairs": preference_accuracy(model, tokenizer, pairs).accuracy}
+        return accuracy | {"free": sum(each.like_chosen for each in answers) / len(answers), "tasks": self.tasks(path)}
 
     def reasoning(self, path: str | Path) -> dict[str, float]:
-        """Return exact match and adherence to the form, with what the model says first."""
+        """Return exact match and adherence to the form of the model's first answers."""
         model, tokenizer = load_model(path).eval(), load_tokenizer(path)
         problems = self.records("reason_test")
         score = evaluate_reasoning(model, tokenizer, problems, max_new_tokens=96, batch_size=64)
@@ -120,25 +120,25 @@ class Bench:
 
 def run_seed(args: Arguments, seed: int, directory: str) -> dict[str, dict[str, float]]:
     """Return the figures of one seed by what was trained."""
-    bench, found, parts = Bench(args, seed, directory), {}, args.parts.split(",")
+    bench, figures, parts = Bench(args, seed, directory), {}, args.parts.split(",")
     base = Path(args.demo) / "full_sft_128"
     if "dpo" in parts:
-        found["before DPO"] = bench.preference(base)
+        figures["before DPO"] = bench.preference(base)
         base = bench.train(train_dpo.main, "dpo", "dpo_train", "", from_weight=base)
-        found["DPO"] = bench.preference(base)
+        figures["DPO"] = bench.preference(base)
     if "distill" in parts:
         texts = ("pretrain_train", "pretrain_valid")
-        found["student, hard labels"] = bench.gap(bench.train(train_pretrain.main, "pretrain", *texts, **STUDENT))
+        figures["student, hard labels"] = bench.gap(bench.train(train_pretrain.main, "pretrain", *texts, **STUDENT))
         teacher = f"{args.demo}/pretrain_128"
-        found["student, teacher"] = bench.gap(bench.train(train_distill.main, "distill", *texts, teacher=teacher))
+        figures["student, teacher"] = bench.gap(bench.train(train_distill.main, "distill", *texts, teacher=teacher))
     if "reason" in parts:
         direct = bench.train(train_sft.main, "sft", "direct_train", "", from_weight=base, epochs=1)
-        found["answering at once"] = bench.reasoning(direct)
+        figures["answering at once"] = bench.reasoning(direct)
         for weight in args.tag_weights.split(","):
             replay = {"replay_path": f"{args.data}/sft_train.jsonl", "tag_weight": float(weight)}
             path = bench.train(train_reason.main, "reason", "reason_train", "", from_weight=base, **replay)
-            found[f"reasoning, tag weight {weight}"] = bench.reasoning(path) | {"tasks": bench.tasks(path)}
-    return found
+            figures[f"reasoning, tag weight {weight}"] = bench.reasoning(path) | {"tasks": bench.tasks(path)}
+    return figures
 
 
 def table(results: list[dict]) -> str:

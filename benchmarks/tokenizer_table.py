@@ -1,10 +1,10 @@
-"""How far does a token reach in Chinese, English and code, and what does it take to learn and to encode?
+"""How many bytes does a token have in Chinese, English and code, and how long do training and encoding take?
 
     python benchmarks/tokenizer_table.py --zh chinese.jsonl --en english.jsonl
 
-Each vocabulary is learned from the same bytes of all three, and measured on text that was held out. Byte-level BPE is
-made twice, by the library and by minillm/tokenizer/bpe.py: the two must give the same file and the same ids, or this
-ends with an error. The sides take turns in one process; a ratio is the median of the rounds' own ratios.
+Each vocabulary is trained on the same number of bytes of all three, and measured on held-out text. Byte-level BPE is
+trained twice, by the library and by minillm/tokenizer/bpe.py: both must give the same file and the same ids, otherwise
+this ends with an error. The sides take turns in one process; a ratio is the median of the ratios of each round.
 """
 
 import sys
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import format_table, median_ratio, turns, write_json
 from minillm.cli.command_line import parse, require, script
@@ -51,15 +51,15 @@ class Arguments:
     rounds: int = 3
     """Rounds, in which every side learns and encodes once."""
     output: str = "out/benchmarks/tokenizer_table.json"
-    """Where the figures go as JSON; empty: nowhere."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
-        """Raise UserError for a value out of range, or a file that is not there."""
+        """Raise UserError for a value out of range or a missing file."""
         for name in ("rounds", "bytes_per_kind"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("zh", "en", "code", "gpt2"):
             for path in filter(None, getattr(self, name).split(",")):
-                require(Path(path).exists(), f"--{name} {path}: not there; name one that is")
+                require(Path(path).exists(), f"--{name} {path}: does not exist; name another file")
         require(len(self.gpt2.split(",")) in (1 if not self.gpt2 else 2,), f"--gpt2 {self.gpt2}: two files are needed")
         sizes = self.vocab_sizes.split(",")
         whole = all(size.strip().isdecimal() for size in sizes)
@@ -82,18 +82,18 @@ def texts_at(paths: str) -> Iterator[str]:
 
 
 def split(paths: str, n_bytes: int) -> tuple[list[str], list[str]]:
-    """Return texts to learn from, ``n_bytes`` of them and a little more, and the held-out ones among them."""
-    kept, held_out, n = [], [], 0
+    """Return training texts of at least ``n_bytes`` bytes, and held-out texts."""
+    training, held_out, n = [], [], 0
     for number, text in enumerate(texts_at(paths), start=1):
         if number % HOLD_OUT_EVERY == 0:
             held_out.append(text)
             continue
-        kept.append(text)
+        training.append(text)
         n += len(text.encode("utf-8", "replace"))
         if n >= n_bytes and held_out:
-            return kept, held_out
+            return training, held_out
     raise UserError(
-        f"{paths}: {len(kept) + len(held_out)} texts with {n:,} bytes to learn from, --bytes_per_kind {n_bytes:,}: "
+        f"{paths}: {len(training) + len(held_out)} texts with {n:,} bytes for training, --bytes_per_kind {n_bytes:,}: "
         f"give more text, in {HOLD_OUT_EVERY} records at least, or ask for less"
     )
 
@@ -110,7 +110,7 @@ def measure(args: Arguments, vocab_size: int, learn: list[str], held_out: dict[s
             began = time.perf_counter()
             made[name] = TRAINERS[name](iter(learn), vocab_size=vocab_size)
             learning[name].append(time.perf_counter() - began)
-            # What was encoded before is remembered by all sides: each begins anew.
+            # All sides cache what they have encoded: each starts with an empty cache.
             encoder = BytePairEncoding.from_tokenizer(made[name]) if name == "by hand" else made[name]
             began = time.perf_counter()
             ids[name] = [encoder.encode(text) for text in all_held_out]
@@ -157,7 +157,7 @@ def table_of_time(results: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse(Arguments, argv)
     parts = {kind: split(getattr(args, kind), args.bytes_per_kind) for kind in ("zh", "en", "code")}
-    learn = [text for kept, _ in parts.values() for text in kept]
+    learn = [text for training, _ in parts.values() for text in training]
     held_out = {kind: texts for kind, (_, texts) in parts.items()}
 
     results = {}

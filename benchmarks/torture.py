@@ -2,11 +2,11 @@
 
     python benchmarks/torture.py --kills 100
 
-Of each stage one run is left alone; others are killed (SIGKILL) at random times and at random calls of what writes to
-the disk, asked to stop (SIGTERM, SIGINT), and resumed. In between, checkpoints are damaged and half-written ones left
-about. How a run is kept changes from resume to resume: saving beside the training or not, by steps or by time, with
-workers or without. In the end everything that does not depend on the clock must be equal: weights, optimizer, random
-generators, counters, rows of metrics, best weights, exported model; and on the way no whole checkpoint may vanish.
+One run of each stage is undisturbed; others are killed (SIGKILL) at random times and at random calls that write to the
+disk, asked to stop (SIGTERM, SIGINT), and resumed. In between, checkpoints are damaged and incomplete ones are left
+behind. The settings of saving change from resume to resume: in the background or not, by steps or by time, with workers
+or without. At the end everything that does not depend on the clock must be equal: weights, optimizer, random
+generators, counters, rows of metrics, best weights, exported model; and no complete checkpoint may vanish on the way.
 """
 
 import json
@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of a parent have no place in a forked child
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -53,27 +53,27 @@ COUNTS = {
 
 
 class Difference(Exception):
-    """A run that was killed and resumed is not what it would have been."""
+    """A run that was killed and resumed differs from the undisturbed run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """How much is killed, and where."""
+    """Kill and resume runs of every stage, and compare them with undisturbed runs."""
 
     kills: int = 100
-    """Kills altogether, over all stages."""
+    """Number of kills, over all stages."""
     seed: int = 0
-    """Of what happens when; the moment of a kill by time depends on the machine too."""
+    """Seed of all events; the moment of a kill by time also depends on the machine."""
     kills_per_run: int = 5
-    """How often one run is killed at most."""
+    """Largest number of kills of one run."""
     variants: str = "all"
-    """What is run, with semicolons between them, or all."""
+    """The runs, separated by semicolons, or all."""
     save_dir: str = ""
-    """Where the runs are (default: a temporary directory); those that differ are kept."""
+    """Directory of the runs (default: a temporary one); runs with a difference are kept."""
     output: str = "docs/torture.md"
-    """Where the report goes (empty: nowhere)."""
+    """File for the report (empty: none)."""
     json: str = "out/benchmarks/torture.json"
-    """Where the figures go as JSON (empty: nowhere)."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
@@ -85,12 +85,12 @@ class Arguments:
 
     @property
     def names(self) -> list[str]:
-        """Return what is run."""
+        """Return the names of the runs."""
         return list(runs.VARIANTS) if self.variants == "all" else self.variants.split(";")
 
 
 class Variant:
-    """One stage with its flags: the run that was left alone, and those that are killed."""
+    """One stage with its flags: the undisturbed run, and the runs that are killed."""
 
     def __init__(self, name: str, place: Path, data: Path, rng: random.Random):
         self.name, self.place, self.data, self.rng = name, place, data, rng
@@ -100,31 +100,31 @@ class Variant:
         self.points: Counter = Counter()
 
     def leave_alone(self) -> None:
-        """Make the run that the others are compared with."""
+        """Do the undisturbed run, with which the others are compared."""
         out = self.place / f"{self.slug}_whole"
         ended = run_stage(self.stage, runs.command(self.name, self.data, out), Plan(), out)
         if ended.code:
-            raise UserError(f"{self.name} ended with {ended.code} though it was left alone: {ended.err[-1500:]}")
+            raise UserError(f"{self.name} ended with {ended.code} although it was undisturbed: {ended.err[-1500:]}")
         self.expected, self.loop_seconds, self.calls = runs.outcome(out, 2), ended.seconds, ended.calls
         for name in ("damaged or surplus checkpoints", "temporary files"):
             if self.expected[name]:
-                raise UserError(f"{self.name}, left alone, has left {name}: {self.expected[name]}")
+                raise UserError(f"{self.name}, undisturbed, has left {name}: {self.expected[name]}")
         shutil.rmtree(out)
 
     def torture(self, number: int, n_kills: int) -> None:
         """Kill and resume one run ``n_kills`` times, let it end, and compare.
 
         Raises:
-            Difference: what differs first; the directory is kept then.
+            Difference: with the first difference; the directory is kept.
         """
         out = self.place / f"{self.slug}_{number}"
         tortured = Tortured(self, out, keep_last=self.rng.choice([1, 2, 2, 3]))
         try:
-            goes_on = True
-            while goes_on:
-                goes_on = tortured.attempt(self.plan(out) if n_kills > tortured.n_kills else Plan())
-                if not goes_on and n_kills > tortured.n_kills and self.rng.random() < 0.3:
-                    goes_on = True  # a run that is done may be started once more, and lose its last checkpoint before
+            is_unfinished = True
+            while is_unfinished:
+                is_unfinished = tortured.attempt(self.plan(out) if n_kills > tortured.n_kills else Plan())
+                if not is_unfinished and n_kills > tortured.n_kills and self.rng.random() < 0.3:
+                    is_unfinished = True  # a finished run may be started again, after losing its last checkpoint
                     tortured.disturb()
             found = runs.outcome(out, tortured.keep_last)
             if difference := runs.first_difference(found, self.expected):
@@ -139,7 +139,7 @@ class Variant:
             file.unlink()
 
     def plan(self, out: Path) -> Plan:
-        """Return how the next run of ``out`` is to end."""
+        """Return how the next run of ``out`` shall end."""
         rng, kind = self.rng, self.rng.random()
         intact = runs.intact_checkpoints(runs.run_directory(out) or out)
         left = max(0.2, 1 - max([step_of(name) for name in intact], default=0) / runs.STEPS)
@@ -159,7 +159,7 @@ class Variant:
 
 
 class Tortured:
-    """One run that is killed again and again, and what is known of it."""
+    """One run that is killed several times, and its history."""
 
     def __init__(self, variant: Variant, out: Path, *, keep_last: int):
         self.variant, self.out, self.keep_last, self.rng = variant, out, keep_last, variant.rng
@@ -167,7 +167,7 @@ class Tortured:
         self.by_us, self.going = set(), set()  # names of checkpoints that are damaged, or half removed
 
     def attempt(self, plan: Plan) -> bool:
-        """Start or resume the run, and look at what it leaves; return whether it has yet to go on.
+        """Start or resume the run, and check its files; return whether it is unfinished.
 
         Raises:
             Difference: something is not as it was promised.
@@ -202,7 +202,7 @@ class Tortured:
         return True
 
     def look(self) -> dict:
-        """Return what lies in the run's directory: its checkpoints, whole and not, and temporary ones."""
+        """Return the content of the run's directory: intact, damaged and temporary checkpoints."""
         directory = runs.run_directory(self.out) or self.out
         intact = runs.intact_checkpoints(directory)
         others = [path.name for path in list_checkpoints(directory / "checkpoints") if path.name not in intact]
@@ -211,7 +211,7 @@ class Tortured:
         return {"intact": intact, "damaged": others, "temporary": temporary}
 
     def disturb(self) -> None:
-        """Now and then damage what a run has left, or leave half-written checkpoints about."""
+        """Sometimes damage files of the run, or add incomplete checkpoints."""
         checkpoints = (runs.run_directory(self.out) or self.out) / "checkpoints"
         if self.rng.random() < 0.35:
             for name in list(self.look()["intact"])[: self.rng.choice([1, 1, 1, 2])]:
@@ -225,7 +225,7 @@ class Tortured:
             self.said_command = None  # with --from_resume, which insists on a checkpoint
 
     def check_end(self, plan: Plan, ended: Ended, now: dict) -> None:
-        """Check the exit code against the plan, and what a run says that was asked to stop."""
+        """Check the exit code against the plan, and the message of a run that was asked to stop."""
         is_asked = "signal" in plan.kind
         in_loop = "b" in ended.events and "e" not in ended.events
         is_patient = in_loop and len(plan.numbers) == 1  # a second signal ends a run at once
@@ -244,7 +244,7 @@ class Tortured:
             raise Difference(f"it ended with {ended.code}: {ended.err[-1500:]}")
 
     def check_start(self, ended: Ended, before: dict) -> None:
-        """Check that it went on from the newest intact checkpoint, and named every damaged one that is newer."""
+        """Check that it resumed from the newest intact checkpoint, and named every newer damaged one."""
         if "b" not in ended.events:
             return
         newest = next(iter(before["intact"]), "")
@@ -258,7 +258,7 @@ class Tortured:
             raise Difference(f"resumed from {resumed and resumed[1]} instead of {newest or 'nothing'}")
 
     def check_checkpoints(self, before: dict, now: dict) -> None:
-        """Check that checkpoints are whole once they have their name, and vanish by ``--keep_last`` alone."""
+        """Check that checkpoints with a final name are complete, and that only ``--keep_last`` removes them."""
         for name, n_bytes in before["intact"].items():
             if name not in now["intact"] and sum(newer > name for newer in now["intact"]) < self.keep_last:
                 self.variant.counts["bytes lost"] += n_bytes
@@ -270,7 +270,7 @@ class Tortured:
                 raise Difference(f"{name} is not whole, and nobody has damaged it")
 
     def check_rows(self, now: dict) -> None:
-        """Check that all rows up to the newest whole checkpoint are there, once."""
+        """Check that every row up to the newest complete checkpoint exists exactly once."""
         directory, newest = runs.run_directory(self.out), next(iter(now["intact"]), "")
         if not newest:
             return
@@ -292,7 +292,7 @@ class Tortured:
 
 
 def step_of(name: str) -> int:
-    """Return the step of a checkpoint's name."""
+    """Return the step in the name of a checkpoint."""
     return int(name.rpartition("-")[2])
 
 
@@ -310,7 +310,7 @@ def table(variants: list[Variant]) -> str:
 
 
 def report(args: Arguments, variants: list[Variant], differences: list[str], seconds: float) -> str:
-    """Return the page about it."""
+    """Return the page of the report."""
     total = sum((variant.counts for variant in variants), Counter())
     points = sum((variant.points for variant in variants), Counter())
     kills = sum(total[kind] for kind in KILLS)
@@ -339,7 +339,7 @@ def report(args: Arguments, variants: list[Variant], differences: list[str], sec
 
 
 def main_loop(args: Arguments, place: Path) -> tuple[list[Variant], list[str]]:
-    """Kill until it is enough; return the variants with their counts, and what differs."""
+    """Kill runs until the number of kills is reached; return the variants with their counts, and the differences."""
     data = place / "data"
     data.mkdir()
     rng = random.Random(args.seed)

@@ -1,10 +1,10 @@
-"""A run of a stage in a forked process, and the many ways in which ``torture.py`` ends it.
+"""Runs a stage in a forked process, which ``torture.py`` ends in many ways.
 
-The parent has imported everything and started no thread, so a child begins after milliseconds instead of seconds, and
-may change whatever it likes: it is gone afterwards. What happens in it comes through a pipe, a letter per event:
+The parent has imported everything and started no thread, so a child starts in milliseconds instead of seconds, and
+may change any global state. It reports events through a pipe, one letter each:
 
-    b   the loop begins: from now on signals are caught        e   the loop is over
-    c   a checkpoint is whole                                  k   here the child killed itself
+    b   the loop begins: from now on signals are caught        e   the loop has ended
+    c   a checkpoint is complete                               k   the child kills itself here
 """
 
 import importlib
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PATIENCE_S = 120.0  # after which a run counts as hanging
+PATIENCE_S = 120.0  # a run that takes longer counts as hanging
 # Where a child may kill itself: what the writer of checkpoints calls, what else is written, and the training itself.
 POINTS: dict[str, list[tuple[str, str, str]]] = {
     "os.fsync": [("os", "", "fsync")],
@@ -49,12 +49,12 @@ IN_LOOP = ("backward", "update")
 
 @dataclass
 class Plan:
-    """How a run is to end.
+    """How a run shall end.
 
     Attributes:
-        kind: "" (it is left alone), "time" (SIGKILL from outside), "call" (SIGKILL at a call), "signal" (from outside),
-            "own signal" (at a call amid the loop).
-        point, call, when: for calls: which function, its how manieth call, and "before", "half" or "after" it.
+        kind: "" (undisturbed), "time" (SIGKILL from outside), "call" (SIGKILL at a call), "signal" (from outside),
+            "own signal" (at a call during the loop).
+        point, call, when: for calls: the function, the number of its call, and "before", "half" or "after" it.
         share: for those from outside: when, as a share of the loop's time; negative: before the loop.
         numbers: the signals, one after the other. to_group: the workers get them too.
     """
@@ -70,7 +70,7 @@ class Plan:
 
 @dataclass
 class Ended:
-    """How a run has ended: its exit code (negative: by that signal), its events, and what it said.
+    """How a run has ended: its exit code (negative: by that signal), its events, and its output.
 
     Attributes:
         seconds: from "b" to the end. calls: how often it called each point (where that was counted).
@@ -87,7 +87,7 @@ class Ended:
 
 
 def run_stage(stage: str, argv: list[str], plan: Plan, place: Path, *, loop_seconds: float = 0.0) -> Ended:
-    """Run ``stage`` with ``argv`` in a forked process that ends as ``plan`` says; return how.
+    """Run ``stage`` with ``argv`` in a forked process that ends according to ``plan``; return how it ended.
 
     Args:
         place: where its output goes: ``place.out``, ``place.err``, ``place.calls``.
@@ -104,7 +104,7 @@ def run_stage(stage: str, argv: list[str], plan: Plan, place: Path, *, loop_seco
         _child(stage, argv, plan, writer, files)
     os.close(writer)
     ended = _watch(pid, reader, plan, loop_seconds, began)
-    with suppress(ProcessLookupError, PermissionError):  # workers whose parent is gone notice it only after seconds
+    with suppress(ProcessLookupError, PermissionError):  # workers notice only after seconds that their parent has ended
         os.killpg(pid, signal.SIGKILL)
     os.close(reader)
     ended.out, ended.err = (file.read_text(errors="replace") if file.exists() else "" for file in files[:2])
@@ -114,7 +114,7 @@ def run_stage(stage: str, argv: list[str], plan: Plan, place: Path, *, loop_seco
 
 
 def is_threaded() -> bool:
-    """Return whether this process has more than one thread (where the system tells)."""
+    """Return whether this process has more than one thread (if the system tells)."""
     tasks = Path("/proc/self/task")
     return tasks.is_dir() and len(list(tasks.iterdir())) > 1
 
@@ -190,7 +190,7 @@ def _tell_events(writer: int) -> None:
     from minillm.checkpoints.interrupt import StopSignals
     from minillm.training.run import Run
 
-    # What would take most of so short a run and is no part of it: pictures, and the measuring of the processor.
+    # Leave out pictures and the measurement of the processor, which would take most of the time of such a short run.
     sys.modules["matplotlib"] = None
     hardware.peak_flops = lambda *_: None
     enter, steps, save = StopSignals.__enter__, Run.steps, checkpoint.save_checkpoint
@@ -213,7 +213,7 @@ def _tell_events(writer: int) -> None:
 
 
 def _arm(plan: Plan, writer: int) -> dict[str, int]:
-    """Wrap every point so that its calls are counted, and the planned one is deadly; return the counts."""
+    """Wrap every point to count its calls and to kill the process at the planned one; return the counts."""
     calls, own = dict.fromkeys(POINTS, 0), os.getpid()
 
     def wrapped(point: str, original: Callable) -> Callable:
@@ -241,7 +241,7 @@ def _arm(plan: Plan, writer: int) -> dict[str, int]:
 
 
 def _half(point: str, original: Callable, arguments: tuple, options: dict) -> None:
-    """Do half of what a call does, as a kill amid it leaves it; for calls that write nothing: none of it."""
+    """Do half of a call, as a kill in the middle of it does; calls that write nothing are skipped."""
     if point == "rmtree" and Path(arguments[0]).is_dir():
         inside = sorted(path for path in Path(arguments[0]).rglob("*") if path.is_file())
         for path in inside[: 1 + len(inside) // 2]:
@@ -266,7 +266,7 @@ def _half(point: str, original: Callable, arguments: tuple, options: dict) -> No
 
 
 def damage(checkpoint: Path, rng) -> str:
-    """Damage one file of a checkpoint; return what was done."""
+    """Damage one file of a checkpoint; return a description of the damage."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     path, how = rng.choice(files), rng.choice(["a bit flipped", "cut short", "deleted"])
     content = bytearray(path.read_bytes())
@@ -282,7 +282,7 @@ def damage(checkpoint: Path, rng) -> str:
 
 
 def litter(checkpoints: Path, rng) -> int:
-    """Leave directories that look like checkpoints half-written; return how many."""
+    """Create directories that look like incomplete checkpoints; return how many."""
     names = {f".step-{rng.randrange(1, 13):08d}.tmp" for _ in range(rng.randrange(1, 4))}
     for name in names:
         shutil.rmtree(checkpoints / name, ignore_errors=True)

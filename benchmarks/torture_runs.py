@@ -1,4 +1,4 @@
-"""What ``torture.py`` runs: tiny data, a tiny model, and the flags of every stage; and what a finished run has left."""
+"""The runs of ``torture.py``: tiny data, a tiny model, the flags of every stage; and the results of a finished run."""
 
 import json
 import random
@@ -18,9 +18,9 @@ from minillm.tokenizer import train_bpe
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 STEPS = 12
-CLOCK = ("seconds", "tokens_per_s", "mfu")  # of a row of metrics: what no two runs have in common
+CLOCK = ("seconds", "tokens_per_s", "mfu")  # columns of the metrics that differ between any two runs
 EXPERTS = {"use_moe": 1, "num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "scoring_func": "sigmoid"}
-# What is run: the stage and the flags that differ from ``COMMON``; {data} is the folder of ``make_data``.
+# The runs: the stage, and the flags that differ from ``COMMON``; {data} is the folder of ``make_data``.
 VARIANTS: dict[str, tuple[str, dict]] = {
     "pretraining": ("train_pretrain", {"data_path": "{data}/text.jsonl", "valid_path": "{data}/text_valid.jsonl"}),
     "pretraining, experts": (
@@ -96,7 +96,7 @@ def command(variant: str, data: Path, out: Path, **flags) -> list[str]:
 
 
 def habits(rng: random.Random) -> dict:
-    """Return flags that change how a run is kept and fed, never what comes out of it."""
+    """Return flags that change how a run is saved and gets its data, but never its result."""
     return {
         "async_save": int(rng.random() < 0.7),
         "save_minutes": rng.choice([0, 0, 1e-6, 5e-4]),
@@ -108,13 +108,13 @@ def habits(rng: random.Random) -> dict:
 
 
 def run_directory(out: Path) -> Path | None:
-    """Return the directory of the run that writes to ``out``; None before there is one."""
+    """Return the directory of the run that writes to ``out``; None if it does not exist yet."""
     found = [path.parent for path in out.rglob(".lock")]
     return found[0] if found else None
 
 
 def rows_of(path: Path) -> list[dict]:
-    """Return the rows of metrics without what the clock says."""
+    """Return the rows of metrics without the columns that depend on the clock."""
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(path)]
 
 
@@ -125,31 +125,31 @@ def intact_checkpoints(directory: Path) -> dict[str, int]:
 
 
 def bytes_of(path: Path) -> int:
-    """Return the bytes of all files beneath a directory."""
+    """Return the bytes of all files below a directory."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def temporary_files(out: Path) -> list[str]:
-    """Return what was to be renamed or removed and was not, but for what an earlier run has left so."""
+    """Return files that should have been renamed or removed, except those that an earlier run has left."""
     paths = (path.relative_to(out) for path in out.rglob("*") if ".tmp" in path.name)
     return sorted(str(path) for path in paths if not is_earlier(path))
 
 
 def broken_weights(out: Path) -> list[str]:
-    """Return the weight files outside checkpoints that are not whole; a file has its name when it is."""
+    """Return the incomplete weight files outside checkpoints; a file gets its final name only when it is complete."""
     broken = []
     for path in out.rglob("*.safetensors"):
         if not any("step-" in part for part in path.parts):
             try:
                 with safe_open(path, "pt") as file:
                     list(file.keys())
-            except Exception as error:  # whatever the library says of a file that is cut short
+            except Exception as error:  # any error of the library for a truncated file
                 broken.append(f"{path.relative_to(out)}: {error}")
     return broken
 
 
 def outcome(out: Path, keep_last: int) -> dict:
-    """Return all that a finished run has left and that does not depend on the clock, by name."""
+    """Return the results of a finished run that do not depend on the clock, by name."""
     directory = run_directory(out)
     checkpoints = list_checkpoints(directory / "checkpoints")
     newest = checkpoints[0]

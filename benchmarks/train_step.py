@@ -1,14 +1,14 @@
-"""Training speed, side by side: our model, transformers' Llama and litgpt, one optimizer update at a time.
+"""Training speed of our model, transformers' Llama and litgpt, one optimizer update at a time.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --shapes demo --dtypes float32 --rounds 40
     python benchmarks/train_step.py --shapes demo --profile
 
-A step is forward, loss, backward, gradient clipping and fused AdamW, on the same random batch in which every
-position has a target. Our side computes what the training loop does (``causal_lm_loss`` on a batch with
-document_ids); each other side takes the loss path of its own training code. All sides live in one process and
-take turns, so a busy machine slows all of them: read the ratios, which are medians of the rounds' own ratios.
-Between the steps a matrix product is timed, in the same dtype: its rate is what the arithmetic could do at best.
+A step is forward, loss, backward, gradient clipping and fused AdamW, on the same random batch in which every position
+has a target. Our side computes what the training loop does (``causal_lm_loss`` on a batch with document_ids); each
+other side has the loss of its own training code. All sides take turns in one process, so a busy machine slows all of
+them: read the ratios, which are medians of the ratios of each round. Between the steps a matrix product in the same
+dtype is timed, as an upper bound of the arithmetic.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any directory
 
 from benchmarks.common import Side, format_table, median_ratio, turns, write_json
 from minillm.cli.command_line import parse, require, script
@@ -50,7 +50,7 @@ class Arguments:
     dtypes: str = "float32,bfloat16"
     """Comma list of: float32, bfloat16 (autocast)."""
     rounds: int = 0
-    """Steps per side that count (0: 9 for small, 60 for demo)."""
+    """Measured steps per side (0: 9 for small, 60 for demo)."""
     seq_len: int = 0
     """T, positions per row (0: the shape's own)."""
     batch_size: int = 0
@@ -62,11 +62,11 @@ class Arguments:
     device: str = "cpu"
     """cpu or cuda."""
     peers: str = "transformers,litgpt"
-    """Comma list of whom to compare with; empty: nobody."""
+    """Comma list of peers to compare with (empty: none)."""
     profile: bool = False
     """Print the operators of our side, by the time spent in them, instead of comparing."""
     output: str = "out/benchmarks/train_step.json"
-    """Where the figures go as JSON; empty: nowhere."""
+    """JSON file for the figures (empty: none)."""
 
     def check(self):
         """Raise UserError for a value out of range."""
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(Arguments, argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    keep_freed_memory()  # as our trainer does; here for all sides, which share the process
+    keep_freed_memory()  # as our trainer does; it applies to all sides, which share the process
     pairs = [(s, d) for s in args.shapes.split(",") if s for d in args.dtypes.split(",") if d]
     if args.profile:
         for shape, dtype_name in pairs:

@@ -95,7 +95,7 @@ def test_a_layer_that_computes_something_else_is_not_timed(files, monkeypatch, c
     [
         ({"seeds": "1,x"}, "--seeds 1,x: must be whole numbers"), ({"seeds": ""}, "--seeds : must be"),
         ({"steps": -1}, "--steps -1: must not be negative"), ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
-        ({"data_path": "no/such.jsonl"}, "--data_path no/such.jsonl: not there; name one"),
+        ({"data_path": "no/such.jsonl"}, "--data_path no/such.jsonl: does not exist; name one"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured(changes, message):

@@ -81,7 +81,7 @@ def test_a_disagreement_ends_it(flags, monkeypatch, capsys):
         ({"bytes_per_kind": "90000"}, "give more text, in 20 records at least, or ask for less"),
         ({"vocab_sizes": "9000"}, "gave only"),
         ({"vocab_sizes": "two"}, "--vocab_sizes two: must be whole numbers"),
-        ({"code": "/no/such"}, "--code /no/such: not there"),
+        ({"code": "/no/such"}, "--code /no/such: does not exist"),
         ({"rounds": "0"}, "--rounds 0: must be at least 1"),
         ({"gpt2": __file__}, "two files are needed"),
     ],
