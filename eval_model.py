@@ -1,4 +1,4 @@
-"""Try and measure a trained model.
+"""Try out and measure a trained model.
 
     python eval_model.py                                     # chat with out/full_sft_*
     python eval_model.py --model_mode 0                      # complete text with out/pretrain_*
@@ -12,8 +12,8 @@
     python eval_model.py --lora_name cooking                 # out/full_sft_* with the adapter out/lora/cooking_*
     python eval_model.py --rope_scaling yarn:4 --rope_original_len 512   # 2,048 tokens with a model trained on 512
 
-Without --from_weight it takes the stage of --model_mode in out/, else the demo's in out/demo/.
-Without a file to work on it opens a chat (a completion prompt in mode 0); /help lists its commands.
+Without --from_weight it uses the stage of --model_mode in out/, else the demo's in out/demo/.
+Without a prompt or a file it opens a chat (in mode 0 it completes texts); /help lists the commands.
 """
 
 import json
@@ -39,7 +39,7 @@ from minillm.evaluation import (
     rouge,
 )
 from minillm.evaluation.sample_answers import write_whole
-from minillm.hub import open_model
+from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import chat, speed
 from minillm.inference.thinking import ThinkingView
@@ -53,11 +53,11 @@ WAYS = {"thinking": "thinking first", "direct": "answering at once", "sampled": 
 def main(argv: list[str] | None = None) -> None:
     args = parse(EvalArguments, argv)
     sampling = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
-    SamplingOptions(**sampling)  # complains now, not after the weights are read
+    SamplingOptions(**sampling)  # reports invalid options before the weights are loaded
     prompts = [*args.prompt, *(read_prompts(args.prompts, columns=args.columns) if args.prompts else [])]
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    model, tokenizer, weights = open_model(args)
+    model, tokenizer, weights = open_from_arguments(args)
     if not (prompts or args.perplexity or args.task_file or args.pairs_file or sys.stdin.isatty()):
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:
@@ -113,7 +113,7 @@ def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> l
 
 
 def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
-    """Measure --perplexity, print it, and return it as it goes into --output."""
+    """Measure --perplexity, print the table, and return the figures for --output."""
     start = time.perf_counter()
     result = perplexity(
         model,
@@ -129,7 +129,7 @@ def measure_perplexity(args: EvalArguments, model, tokenizer) -> dict:
 
 def measure_reasoning(args: EvalArguments, model, tokenizer, sampling: dict) -> dict:
     """Measure --task_file with thinking, without, and with --n_samples answers each; print and return the figures."""
-    records, found = list(read_records(args.task_file, columns=args.columns)), {}
+    records, results = list(read_records(args.task_file, columns=args.columns)), {}
     ways = {"thinking": {}, "direct": {"think": False}}
     if args.n_samples > 1:
         generator = torch.Generator().manual_seed(args.seed)
@@ -140,12 +140,12 @@ def measure_reasoning(args: EvalArguments, model, tokenizer, sampling: dict) -> 
         score = evaluate_reasoning(model, tokenizer, records, **limits, **way)
         print(f"\n{args.task_file}, {WAYS[name]}\n{score.table()}")
         print(f"[{len(score.answers) * score.n_samples:,} answers in {time.perf_counter() - start:.1f} s]")
-        found[name] = score.as_dict()
-    return found
+        results[name] = score.as_dict()
+    return results
 
 
 def measure_preference(args: EvalArguments, model, tokenizer) -> dict:
-    """Measure --pairs_file, print the figures, and return them as they go into --output."""
+    """Measure --pairs_file, print the figures, and return them for --output."""
     records = list(read_records(args.pairs_file, columns=args.columns))
     score = preference_accuracy(model, tokenizer, records, batch_size=args.batch_size)
     print(f"\npreferences of {args.pairs_file}\n{score.table()}")
@@ -159,7 +159,7 @@ def measure_preference(args: EvalArguments, model, tokenizer) -> dict:
 
 
 def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
-    """Measure --task_file, print the figures, and return them by name as they go into --output."""
+    """Measure --task_file, print the figures, and return them by name for --output."""
     start = time.perf_counter()
     records = list(read_records(args.task_file, columns=args.columns))
     result = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
@@ -169,36 +169,41 @@ def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
     if not args.text_metrics:
         return {"exact_match": result.as_dict()}
     loss = answer_loss(model, tokenizer, records, batch_size=args.batch_size)
-    answers, expected = [each.answer for each in result.answers], [each.expected for each in result.answers]
-    words, phrases = rouge(answers, expected), bleu(answers, expected)
+    answers = [answer.answer for answer in result.answers]
+    expected = [answer.expected for answer in result.answers]
+    rouge_scores, bleu_score = rouge(answers, expected), bleu(answers, expected)
     print(f"loss of the expected answers: {loss.nats_per_token:.4f} nats/token over {loss.n_targets:,} tokens")
-    print(f"ROUGE-1 {words.rouge_1:.3f}, ROUGE-2 {words.rouge_2:.3f}, ROUGE-L {words.rouge_l:.3f}")
-    print(f"BLEU {phrases.bleu:.2f} ({phrases.signature})")
-    found = {"answer_loss": loss.as_dict(), "rouge": asdict(words), "bleu": asdict(phrases)}
-    return {"exact_match": result.as_dict()} | found
+    print(f"ROUGE-1 {rouge_scores.rouge_1:.3f}, ROUGE-2 {rouge_scores.rouge_2:.3f}, ROUGE-L {rouge_scores.rouge_l:.3f}")
+    print(f"BLEU {bleu_score.bleu:.2f} ({bleu_score.signature})")
+    return {
+        "exact_match": result.as_dict(),
+        "answer_loss": loss.as_dict(),
+        "rouge": asdict(rouge_scores),
+        "bleu": asdict(bleu_score),
+    }
 
 
 # ---- answering -----------------------------------------------------------------------------------
 
 
 def answer_prompts(args: EvalArguments, model, tokenizer, prompts, options: dict) -> list[dict]:
-    """Answer --prompts in batches, print the answers as they come, and return them."""
+    """Answer the prompts in batches, print each answer, and return all of them."""
     encoded = [encode_prompt(args, tokenizer, prompt) for prompt in prompts]
-    opened = chat_format(tokenizer).opens_with if args.model_mode == 3 else ""  # of an answer, by the prompt
+    opened = chat_format(tokenizer).opens_with if args.model_mode == 3 else ""  # beginning of the answer in the prompt
     answers, n_tokens, start = [], 0, time.perf_counter()
     for first in range(0, len(prompts), args.batch_size):
         batch = slice(first, first + args.batch_size)
-        for prompt, done in zip(prompts[batch], complete(model, encoded[batch], **options), strict=True):
-            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            shown, said = done.text, {"answer": done.text}
+        for prompt, completion in zip(prompts[batch], complete(model, encoded[batch], **options), strict=True):
+            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            output, answer = completion.text, {"answer": completion.text}
             if args.model_mode == 3:
                 view = ThinkingView(args.thinking, opened=opened)
-                shown = view.push(done.text) + view.finish()
-                said = read_answer(opened + done.text)._asdict() | {"text": opened + done.text}
-            print(f"\n> {asked}\n{shown}")
-            n_tokens += len(done.ids)
-            outcome = {"finish_reason": done.finish_reason, "n_tokens": len(done.ids)}
-            answers.append({"prompt": prompt} | said | outcome)
+                output = view.push(completion.text) + view.finish()
+                answer = read_answer(opened + completion.text)._asdict() | {"text": opened + completion.text}
+            print(f"\n> {question}\n{output}")
+            n_tokens += len(completion.ids)
+            outcome = {"finish_reason": completion.finish_reason, "n_tokens": len(completion.ids)}
+            answers.append({"prompt": prompt} | answer | outcome)
     print(speed(n_tokens, time.perf_counter() - start))
     return answers
 

@@ -10,8 +10,8 @@ it write answers and train on them with train_sft.py: black-box distillation.
 Reads top to bottom: arguments, run, models, data, optimizer, the loop, save.
 """
 
+from minillm.cli.arguments import DistillArguments
 from minillm.cli.command_line import parse, script
-from minillm.cli.distill_arguments import DistillArguments
 from minillm.data import ChatRows, DataFiles, TextRows
 from minillm.data.report import open_rows
 from minillm.hub.weights import create_model, find_tokenizer

@@ -11,8 +11,8 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 import torch
 
 from minillm.checkpoints.outputs import AdapterAlone
+from minillm.cli.arguments import PreferenceArguments
 from minillm.cli.command_line import parse, script
-from minillm.cli.preference_arguments import PreferenceArguments
 from minillm.data import DataFiles, JudgedRows, PairRows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers

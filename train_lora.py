@@ -10,8 +10,8 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 import torch
 
 from minillm.checkpoints.outputs import AdapterAlone
+from minillm.cli.arguments import LoRAArguments
 from minillm.cli.command_line import parse, script
-from minillm.cli.lora_arguments import LoRAArguments
 from minillm.data import ChatRows, DataFiles
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers

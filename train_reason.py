@@ -12,8 +12,8 @@ is called black-box distillation (Kim and Rush, Sequence-level knowledge distill
 Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 """
 
+from minillm.cli.arguments import ReasonArguments
 from minillm.cli.command_line import parse, script
-from minillm.cli.reason_arguments import ReasonArguments
 from minillm.data import ChatRows, DataFiles, ReasonRows
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers

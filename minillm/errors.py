@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and how a program ends."""
+"""``UserError``, the exception with a message for the user, and ``script``, which ends a program with it."""
 
 import functools
 import io
@@ -11,38 +11,37 @@ CLOSED_PIPE, INTERRUPTED = 141, 130  # exit codes as shells report SIGPIPE and S
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message names the value, the limit and the fix.
+    """An error that the user can correct: the message names the value, the limit and the fix.
 
-    Scripts end with this message as one line on standard error and exit code 2
-    (see :func:`script`).
+    Scripts print the message as one line on standard error and end with exit code 2 (see :func:`script`).
     """
 
 
 def missing_package(package: str, *, purpose: str, extra: str | None = None) -> UserError:
     """Return (do not raise) the error for an optional package that is not installed.
 
-    ``extra`` is the name of minillm's own extra that brings it, if there is one.
+    ``extra`` is the name of minillm's extra that installs it, if there is one.
     """
     how = f"pip install {package}" + (f"  (or: pip install 'minillm[{extra}]')" if extra else "")
     return UserError(f"{purpose} needs the optional package '{package}', which is not installed: {how}")
 
 
 def script(main):
-    """Decorate a program's ``main(argv=None)``: what a user causes ends in at most one line.
+    """Decorate a program's ``main(argv=None)``: user errors end the program with at most one line.
 
-    A ``UserError`` is one line on standard error and exit code 2; Ctrl-C is one line and exit code 130; a closed
-    standard output (``| head``) ends quietly with exit code 141. Characters that the terminal's encoding lacks are
-    printed as escapes. Of several ranks with one error only the first one prints it.
+    A ``UserError`` is one line on standard error and exit code 2. Ctrl-C is one line and exit code 130. A closed
+    standard output (``| head``) is no output and exit code 141. Characters that the terminal's encoding lacks are
+    printed as escapes. If several ranks have the same error, only the first one prints it.
     """
 
     @functools.wraps(main)
     def run_main(argv: list[str] | None = None):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-                is_ascii_locale = stream.errors == "surrogateescape"  # what Python sets in the locale C
+                is_ascii_locale = stream.errors == "surrogateescape"  # Python's setting for the locale C
                 stream.reconfigure(encoding="utf-8" if is_ascii_locale else None, errors="backslashreplace")
         if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "surrogateescape":
-            sys.stdin.reconfigure(encoding="utf-8")  # a locale of ASCII alone says nothing about a pipe's text
+            sys.stdin.reconfigure(encoding="utf-8")  # an ASCII locale does not tell the encoding of a pipe
         try:
             result = main(argv)
             sys.stdout.flush()
@@ -58,7 +57,7 @@ def script(main):
         except BrokenPipeError:
             if not _is_stdout_closed():
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of the buffer
             raise SystemExit(CLOSED_PIPE) from None
 
     return run_main
@@ -77,6 +76,6 @@ def _is_stdout_closed() -> bool:
 
 
 def after_the_first_rank() -> None:
-    """Wait, in ranks but the first: where that one ends with the same error, the launcher ends these meanwhile."""
+    """Wait 3 s on all ranks except the first: if that one ends with the same error, the launcher ends the others."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)

@@ -1,16 +1,16 @@
-"""What all parts do with files: the hash of their bytes, and the mode that the user's umask asks for."""
+"""Helpers for files: SHA-256 of their content, and permissions that follow the user's umask."""
 
 import hashlib
 import os
 from pathlib import Path
 
-# Asked once, while the program has one thread: a umask can only be read by setting it.
+# Read once, while the program has one thread: a umask can only be read by setting it.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
 
 def use_umask(path: Path) -> None:
-    """Give ``path`` the mode of any new file. safetensors makes files that only their owner can read."""
+    """Give ``path`` the usual mode of a new file; safetensors writes files that only their owner can read."""
     os.chmod(path, 0o666 & ~_UMASK)
 
 

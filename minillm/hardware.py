@@ -1,4 +1,4 @@
-"""What the device could do at best: the denominator of MFU (model FLOPs utilisation), and its memory.
+"""The device's peak FLOP/s, which is the denominator of MFU (model FLOPs utilisation), and its memory.
 
 MFU as in Chowdhery et al., PaLM (2022), appendix B: the model's own floating-point operations per second, without
 recomputation, over the device's peak.
@@ -23,13 +23,13 @@ GPU_PEAKS = {
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak rate in FLOP/s: from the data sheet on a known GPU, measured on a CPU, else None.
 
-    On a CPU a few products of matrices are timed, once per process, dtype and number of threads. That takes some
-    hundredths of a second; where a dtype is slow (bfloat16 without instructions for it), small matrices have to do.
+    On a CPU a few matrix products are timed, once per process, dtype and number of threads. That takes some hundredths
+    of a second; for slow dtypes (bfloat16 without native instructions) only small matrices are timed.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, (half, single) in GPU_PEAKS.items():
-            if re.search(rf"\b{key}G?\b", name):  # whole words: an L40 is no L4; the G is the A10G's
+            if re.search(rf"\b{key}G?\b", name):  # whole words: an L40 is not an L4; the G is for the A10G
                 return single if dtype == torch.float32 else half
         return None
     if device.type != "cpu":
@@ -46,13 +46,13 @@ def _cpu_flops(dtype: torch.dtype, n_threads: int) -> float:
             start = time.perf_counter()
             a @ b
             times.append(time.perf_counter() - start)
-        if min(times) > 2e-3:  # 64 times that would be too long
+        if min(times) > 2e-3:  # the larger size takes 64 times as long, which is too long
             break
     return 2 * size**3 / min(times)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far: of the CUDA allocator, or of this process (resident) elsewhere; 0 if not known."""
+    """Return the peak memory so far: of the CUDA allocator, or (resident) of this process on a CPU; 0 if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -64,11 +64,11 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what this process frees, for its next allocation; return whether it could.
+    """Make the C library keep freed memory for the next allocation; return whether that worked.
 
-    A training step on a CPU frees its activations and soon allocates the same sizes again. By default glibc gives
-    large blocks back to the system in between, which then maps and zeroes every page again: thousands of page faults
-    per step. The peak is the same either way. Where there is no glibc (macOS, musl) nothing is changed.
+    A training step on a CPU frees its activations and soon allocates the same sizes again. By default glibc returns
+    large blocks to the system in between, which must then map and zero every page again: thousands of page faults per
+    step. The peak memory is the same. Without glibc (macOS, musl) nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

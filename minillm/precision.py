@@ -1,4 +1,4 @@
-"""Mixed precision: weights stay float32, products run in a shorter dtype, the loss is scaled for float16.
+"""Mixed precision: weights are float32, matrix products run in a 16-bit dtype, the loss is scaled for float16.
 
 Micikevicius et al., Mixed Precision Training (2018), section 3: master weights in float32 (3.1), loss scaling
 (3.2), reductions in float32 (3.3).
@@ -55,12 +55,12 @@ def cpu_has_fast_bfloat16() -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Return the context in which a forward pass runs: autocast, or nothing for float32 and float64."""
+    """Return the context for a forward pass: autocast, or a null context for float32 and float64."""
     if dtype in (torch.float32, torch.float64):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """Return a GradScaler: active for float16, a transparent one otherwise."""
+    """Return a GradScaler, which is enabled only for float16."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -1,4 +1,4 @@
-"""What a terminal can show, asked in one place: colours, and progress bars that move.
+"""Colours and progress bars, only where the output is a terminal.
 
 Files and pipes get neither escape codes nor carriage returns.
 """
@@ -14,8 +14,8 @@ DIM, BLACK_ON_GREEN, RESET = "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
 def use_colour(stream=None) -> bool:
     """Return whether escape codes may be written to ``stream`` (default: stdout).
 
-    NO_COLOR forbids them (https://no-color.org), FORCE_COLOR asks for them, TERM=dumb has none; else a terminal has
-    them and a file has not. As in Python's own interpreter, NO_COLOR wins.
+    NO_COLOR disables them (https://no-color.org), FORCE_COLOR enables them, TERM=dumb has none; otherwise terminals
+    have them and files do not. As in Python's own interpreter, NO_COLOR has precedence.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -25,16 +25,16 @@ def use_colour(stream=None) -> bool:
 
 
 def shows_progress() -> bool:
-    """Return whether a progress bar can be shown: where stdout or stderr goes elsewhere, its returns end up there."""
+    """Return whether a progress bar can be shown: both stdout and stderr must be terminals."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def progress(iterable=None, *, enabled: bool = True, **settings) -> tqdm:
-    """Return tqdm's bar over ``iterable``; it appears after 2 seconds, on a terminal alone, and leaves nothing.
+    """Return tqdm's bar over ``iterable``. It appears after 2 seconds, only in a terminal, and is removed at the end.
 
     Args:
-        enabled: False on ranks that show nothing.
-        settings: tqdm's own, such as ``total``, ``desc``, ``unit``.
+        enabled: False on ranks that show no bar.
+        settings: of tqdm, such as ``total``, ``desc``, ``unit``.
     """
     settings = {"delay": 2, "leave": False, "dynamic_ncols": True} | settings
     return tqdm(iterable, disable=not (enabled and shows_progress()), **settings)

@@ -1,1 +1,1 @@
-"""The command line: what flags mean, and every program's arguments."""
+"""The command line: how flags are parsed, and the arguments of every program."""

@@ -1,7 +1,7 @@
-"""What a command without ``--data_path`` does: the first known data in ``dataset/``, else the demo world.
+"""Defaults for a bare command, one without ``--data_path``: the first known data in ``dataset/``, else the demo data.
 
-The choices are values beneath the flags and ``--config``. What can be made on the spot is made by the first process of
-each machine, under temporary names; the others wait for it. ``choose`` says in one line what was chosen.
+Flags and ``--config`` override these defaults. Missing demo data and tokenizers are made at once, by the first process
+of each machine and under temporary names; the other processes wait. ``choose`` prints one line with its choices.
 """
 
 import os
@@ -36,15 +36,15 @@ MAX_WAIT_S = 3600
 
 
 def choose(stage: str, argv: list[str], from_file: dict) -> dict:
-    """Return the values of the arguments that a command without ``--data_path`` did not give.
+    """Return values for arguments that a command without ``--data_path`` does not give.
 
     Args:
         stage: pretrain, sft, lora, dpo, reason, distill or tokenizer.
-        argv: the flags; what they say is not chosen.
+        argv: the flags; arguments that they give are not chosen.
         from_file: the values of ``--config``, likewise.
 
     Raises:
-        UserError: weights that the stage starts from are missing; the message names the command that makes them.
+        UserError: the weights that the stage starts from are missing; the message names the command that makes them.
     """
 
     def given(name: str):
@@ -54,39 +54,48 @@ def choose(stage: str, argv: list[str], from_file: dict) -> dict:
     if own_data:
         values, notes = {"data_path": own_data}, [f"data {own_data}"]
     else:
-        values, notes = _demo_settings(stage), [f"data {_demo_data()} (the demo world), settings {_demo_config(stage)}"]
+        values, notes = _demo_settings(stage), [f"data {_demo_data()} (the demo), settings {_demo_config(stage)}"]
     if stage == "lora" and own_data:
         name = Path(own_data).name.partition(".")[0].removeprefix("lora_")
         values["lora_name"] = name or "lora"
     weights = None
     if stage in WEIGHTS:
         flag = "teacher" if stage == "distill" else "from_weight"
-        wanted = {"save_dir": given("save_dir"), "hidden_size": given("hidden_size")}
-        weights = _weights(given(flag), WEIGHTS[stage], flag=f"--{flag}", **wanted)
+        weights = _weights(
+            given(flag),
+            WEIGHTS[stage],
+            save_dir=given("save_dir"),
+            hidden_size=given("hidden_size"),
+            flag=f"--{flag}",
+        )
         if weights:
             values[flag] = str(weights)
             notes.append(f"{flag.replace('from_weight', 'weights')} {weights}")
     if not own_data:
         _make_demo_data()
-    is_of_the_demo = not own_data and (weights is None or weights.is_relative_to(DEMO))
-    save_dir = values["save_dir"] = given("save_dir") or (DEMO if is_of_the_demo else "out")
+    is_demo = not own_data and (weights is None or weights.is_relative_to(DEMO))
+    save_dir = values["save_dir"] = given("save_dir") or (DEMO if is_demo else "out")
     if stage == "tokenizer":
-        return _say(values, [*notes, f"results in {save_dir}/tokenizer"])
+        _print_choices([*notes, f"results in {save_dir}/tokenizer"])
+        return values
     if stage == "pretrain" and not given("tokenizer_path") and not given("from_weight"):
         values["tokenizer_path"] = _tokenizer(save_dir, own_data)
         notes.append(f"tokenizer {values['tokenizer_path']}")
     model_suffix = _model_suffix(stage, values, given, weights=weights)
     values |= _free_name(stage, values, given, save_dir=save_dir, model_suffix=model_suffix, notes=notes)
-    return _say(values, notes)
+    _print_choices(notes)
+    return values
 
 
 def flag_value(argv: list[str], name: str, default=None):
-    """Return the word that follows ``--name`` in ``argv`` (True where none does), or ``default``."""
+    """Return the value of ``--name`` in ``argv`` (True for a flag without a value), or ``default``."""
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if flag.startswith("--") and flag[2:].replace("-", "_") == name:
-            follows = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else True
-            return value if equals else follows
+            if equals:
+                return value
+            has_value = i + 1 < len(argv) and not argv[i + 1].startswith("--")
+            return argv[i + 1] if has_value else True
     return default
 
 
@@ -94,10 +103,10 @@ def flag_value(argv: list[str], name: str, default=None):
 
 
 def _weights(name, stage: str, *, save_dir: str | None, hidden_size, flag: str) -> Path | None:
-    """Return the weights to start from: a run of ``save_dir``, of ``out/`` or of the demo; None if ``name`` is a path.
+    """Return the weights to start from: a run in ``save_dir``, ``out/`` or the demo; None if ``name`` is a path.
 
     Raises:
-        UserError: no name was given, and none of the directories has a run of ``stage``.
+        UserError: no name is given, and none of the directories has a run of ``stage``.
     """
     if name is not None and (not name or "/" in str(name) or is_model(Path(name))):
         return None
@@ -106,25 +115,28 @@ def _weights(name, stage: str, *, save_dir: str | None, hidden_size, flag: str) 
         if is_model(Path(directory, name or stage)):
             return Path(directory, name or stage)
         runs = {path.name: path for path in runs_of(name or stage, save_dir=directory)}
-        widths = [hidden_size, DEMO_WIDTH if directory == DEMO else 512]
-        usual = [runs[key] for width in widths for key in (f"{name or stage}_{width}",) if key in runs]
-        if usual or runs:
-            return (usual or list(runs.values()))[0]
+        usual_names = [f"{name or stage}_{width}" for width in (hidden_size, DEMO_WIDTH if directory == DEMO else 512)]
+        usual_runs = [runs[run] for run in usual_names if run in runs]
+        if runs:
+            return (usual_runs or list(runs.values()))[0]
     if name:
-        return None  # find_weights lists what there is
+        return None  # find_weights reports the error, with a list of the runs
     kind = "pretrained" if stage == "pretrain" else stage
-    problem = next(filter(None, (describe_unfinished(stage, directory, flag=flag) for directory in directories)), None)
+    unfinished = (describe_unfinished(stage, directory, flag=flag) for directory in directories)
+    problem = next(filter(None, unfinished), None)
     problem = problem or f"run {how_to_make(stage, save_dirs=list(directories))} first"
     raise UserError(f"no {kind} weights in {' or '.join(f'{directory}/' for directory in directories)}: {problem}")
 
 
 def _model_suffix(stage: str, values: dict, given: Callable, *, weights: Path | None) -> str:
-    """Return what follows a stage in a run's name: ``_<hidden_size>``, with ``_moe`` behind it for experts."""
-    named = given("from_weight")
-    is_shape = weights and stage != "distill"  # a student is not as wide as its teacher
-    start = weights if is_shape else named and Path(named)
-    if start and start.is_dir() and is_model(start):
-        config = ModelConfig.from_hf(start)
+    """Return the end of a run's name, after the stage: ``_<hidden_size>``, and ``_moe`` for experts."""
+    from_weight = given("from_weight")
+    if weights and stage != "distill":  # a student's width differs from its teacher's
+        start_dir = weights
+    else:
+        start_dir = Path(from_weight) if from_weight else None
+    if start_dir and start_dir.is_dir() and is_model(start_dir):
+        config = ModelConfig.from_hf(start_dir)
         return run_name("", hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
     preset = PRESETS.get(given("preset") or values.get("preset") or "small", {})
     width = given("hidden_size") or values.get("hidden_size") or preset.get("hidden_size")
@@ -133,63 +145,63 @@ def _model_suffix(stage: str, values: dict, given: Callable, *, weights: Path | 
 
 
 def _free_name(stage: str, values: dict, given: Callable, *, save_dir: str, model_suffix: str, notes: list) -> dict:
-    """Return the argument that names a free directory for this run; none where its usual directory will do.
+    """Return the argument that names a free directory for this run; empty if its usual directory is free.
 
-    A directory that holds a finished run gets a neighbour: ``full_sft_128-2``, or the adapter ``identity-2``. That is
-    where ``--from_resume`` looks as well: the unfinished run of these names comes first, then the last one.
+    If the usual directory holds a finished run, a number is added: ``full_sft_128-2``, or the adapter ``identity-2``.
+    An unfinished run with one of these names is used first. ``--from_resume`` then takes the last finished run.
     """
-    is_tuned_as_adapter = stage == "lora" or given("lora_name")
-    flag = "lora_name" if is_tuned_as_adapter else "run_name"
+    trains_adapter = stage == "lora" or given("lora_name")
+    flag = "lora_name" if trains_adapter else "run_name"
     if given(flag) or _is_on(given("overwrite")):
-        return {}  # named by the user: Run says what is in the way
-    name = values.get("lora_name", "lora") if is_tuned_as_adapter else RUNS[stage] + model_suffix
+        return {}  # named by the user: Run reports an existing run there
+    usual_name = values.get("lora_name", "lora") if trains_adapter else RUNS[stage] + model_suffix
 
     def directory(name: str) -> Path:
-        return Path(save_dir, "lora", name + model_suffix) if is_tuned_as_adapter else Path(save_dir, name)
+        return Path(save_dir, "lora", name + model_suffix) if trains_adapter else Path(save_dir, name)
 
-    names = [name]
+    names = [usual_name]
     while holds_a_run(directory(names[-1])):
-        names.append(f"{name}-{len(names) + 1}")
-    *taken, chosen = names
-    unfinished = [name for name in taken if not (is_model(directory(name)) or is_adapter(directory(name)))]
+        names.append(f"{usual_name}-{len(names) + 1}")
+    *used_names, free_name = names
+    unfinished = [name for name in used_names if not (is_model(directory(name)) or is_adapter(directory(name)))]
     resumes = _is_on(given("from_resume")) or _is_on(given("auto_resume"))
+    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if unfinished:
         chosen = unfinished[-1]
-    elif taken and (resumes or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0):
-        chosen = taken[-1]
-    reason = f" ({directory(taken[-1])} holds a finished run)" if taken and chosen == names[-1] else ""
+    elif used_names and (resumes or was_restarted):
+        chosen = used_names[-1]
+    else:
+        chosen = free_name
+    reason = f" ({directory(used_names[-1])} holds a finished run)" if used_names and chosen == free_name else ""
     notes.append(f"results in {directory(chosen)}{reason}")
-    return {flag: chosen} if chosen != name or is_tuned_as_adapter else {}
+    return {flag: chosen} if chosen != usual_name or trains_adapter else {}
 
 
 def _is_on(value) -> bool:
-    """Return whether a flag of yes or no, as ``flag_value`` gives it, is set."""
+    """Return whether the value of a boolean flag, as ``flag_value`` returns it, is true."""
     return str(value).lower() in ("true", "1", "yes")
 
 
-# ---- what is made on the spot ------------------------------------------------------------------------------------
-
-
-def _near(path: str) -> str:
-    """Return ``path`` under the current directory if it exists there, else under the repository."""
-    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
+# ---- demo data and tokenizers, made if missing -------------------------------------------------------------------
 
 
 def _demo_config(stage: str) -> str:
-    return _near(f"configs/demo/{stage}.yaml")
+    """Return the demo's configuration file: below the current directory if it exists there, else in the repository."""
+    path = f"configs/demo/{stage}.yaml"
+    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
 
 
 def _demo_data() -> str:
-    """Return the directory of the demo world: that of the current directory if it is there, else the repository's."""
-    is_near = Path(DEMO_DATA, "meta.json").is_file() or Path.cwd() == ROOT
-    return DEMO_DATA if is_near else str(ROOT / DEMO_DATA)
+    """Return the directory of the demo data: below the current directory if it exists there, else in the repository."""
+    is_here = Path(DEMO_DATA, "meta.json").is_file() or Path.cwd() == ROOT
+    return DEMO_DATA if is_here else str(ROOT / DEMO_DATA)
 
 
 def _demo_settings(stage: str) -> dict:
     try:
         values = yaml.safe_load(Path(_demo_config(stage)).read_text(encoding="utf-8"))
     except OSError:
-        raise UserError("no --data_path, and no demo: these need the repository; give --data_path a file") from None
+        raise UserError("no --data_path, and the demo is only in the repository: give --data_path a file") from None
     for name in ("teacher", "from_weight"):
         values.pop(name, None)
     for name in ("data_path", "valid_path", "replay_path"):
@@ -199,18 +211,18 @@ def _demo_settings(stage: str) -> dict:
 
 
 def _make_demo_data() -> None:
-    """Make the demo world where it is missing, with the sizes of ``make demo``."""
+    """Make the demo data if it is missing, with the sizes of ``make demo``."""
     if not (ROOT / "dataset" / "make_demo.py").is_file():
-        raise UserError("no --data_path, and no dataset/make_demo.py to make the demo world: give --data_path a file")
-    _make(
+        raise UserError("no --data_path, and no dataset/make_demo.py to make the demo data: give --data_path a file")
+    _make_once(
         Path(_demo_data(), "meta.json"),  # the last file that is written
-        lambda: _call([str(ROOT / "dataset" / "make_demo.py"), "--out_dir", _demo_data()]),
-        "making the demo world",
+        lambda: _run_script([str(ROOT / "dataset" / "make_demo.py"), "--out_dir", _demo_data()]),
+        "making the demo data",
     )
 
 
 def _tokenizer(save_dir: str, own_data: str | None) -> str:
-    """Return the tokenizer of ``save_dir``, ``out/`` or (for the demo world) the demo; trained now if there is none."""
+    """Return the tokenizer of ``save_dir``, ``out/`` or (for the demo data) the demo; train one if there is none."""
     directories = [save_dir, "out", *([] if own_data else [DEMO])]
     for directory in directories:
         if Path(directory, "tokenizer", "tokenizer.json").is_file():
@@ -224,44 +236,44 @@ def _tokenizer(save_dir: str, own_data: str | None) -> str:
 
     def train() -> None:
         temporary = Path(save_dir, f".tokenizer-{os.getpid()}")
-        _call([str(ROOT / "train_tokenizer.py"), *data, "--save_dir", str(temporary)])
+        _run_script([str(ROOT / "train_tokenizer.py"), *data, "--save_dir", str(temporary)])
         if not final.exists():
             os.replace(temporary / "tokenizer", final)
         temporary.rmdir()
 
-    _make(final / "tokenizer.json", train, f"training a tokenizer, {final}")
+    _make_once(final / "tokenizer.json", train, f"training a tokenizer, {final}")
     return str(final)
 
 
-def _make(target: Path, make: Callable[[], None], what: str) -> None:
-    """Call ``make`` in this machine's first process unless ``target`` exists; the others wait until it does."""
+def _make_once(target: Path, make: Callable[[], None], activity: str) -> None:
+    """Call ``make`` in this machine's first process unless ``target`` exists; the other processes wait for it."""
     if target.is_file():
         return
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{what} ...", flush=True)
+        print(f"{activity} ...", flush=True)
         make()
         return
-    end = time.monotonic() + MAX_WAIT_S
+    deadline = time.monotonic() + MAX_WAIT_S
     while not target.is_file():
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise UserError(f"{target} did not appear within {MAX_WAIT_S} s: the first rank should have made it")
         time.sleep(0.2)
 
 
-def _call(words: list[str]) -> None:
-    """Run a script of the repository, alone: not as a rank of this process's job."""
-    of_the_job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR")
-    environment = {name: value for name, value in os.environ.items() if name not in of_the_job}
+def _run_script(command: list[str]) -> None:
+    """Run a script of the repository in its own process, which is not a rank of this job."""
+    rank_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR")
+    environment = {name: value for name, value in os.environ.items() if name not in rank_variables}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace"
+    result = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace"
     )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-        raise UserError(f"{Path(words[0]).name} failed: {reason}")
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        raise UserError(f"{Path(command[0]).name} failed: {reason}")
 
 
-def _say(values: dict, notes: list[str]) -> dict:
+def _print_choices(notes: list[str]) -> None:
+    """Print one line with the choices, on the first rank."""
     if os.environ.get("RANK", "0") == "0":
         print(f"no --data_path: {', '.join(notes)}", flush=True)
-    return values

@@ -1,8 +1,8 @@
-"""The command line of every script: a dataclass filled by tyro, with ``--config file.yaml`` beneath the flags.
+"""Parses the command line of every script into a dataclass of arguments, with tyro.
 
-``script`` (from ``minillm.errors``) decorates ``main``.
-Booleans accept ``--flag``, ``--flag 1`` and ``--flag true``; names are written with underscores.
-So does a choice that has 0 and 1 among others, such as ``--compile``.
+Values come from the flags, else from ``--config file.yaml``, else from the defaults. Booleans accept ``--flag``,
+``--flag 1`` and ``--flag true``, and so does a choice that has 0 and 1 among others, such as ``--compile``. Names are
+written with underscores. ``script`` (from ``minillm.errors``) decorates ``main``.
 """
 
 import contextlib
@@ -27,14 +27,15 @@ _BOOLEANS = {"1": "True", "true": "True", "yes": "True", "0": "False", "false": 
 
 
 def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
-    """Return ``cls`` filled from ``argv`` (default: the process's own), over ``--config``, over the defaults.
+    """Return the arguments ``cls`` from ``argv`` (default: this process's), ``--config`` and the defaults.
 
     Raises:
-        UserError: a configuration file that is missing, broken or names unknown fields; a value out of range.
-        SystemExit: code 2 for a wrong flag (tyro prints it), 0 for ``--help``.
+        UserError: a configuration file that is missing, broken or has unknown fields; a value out of range.
+        SystemExit: code 2 for a wrong flag (tyro prints the message), 0 for ``--help``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [word for word in argv if not word.startswith("--local_rank=")]  # DeepSpeed's launcher says it twice
+    # DeepSpeed's launcher passes the local rank as a flag and in the environment.
+    argv = [word for word in argv if not word.startswith("--local_rank=")]
     argv = [_as_text(word) for word in argv]
     if "--help" in argv or "-h" in argv:
         print(format_help(cls))
@@ -45,7 +46,7 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
     is_bare = stage and not values.get("data_path") and flag_value(argv, "data_path") is None
     argv = _spell_out_booleans(cls, argv)
     if is_bare:
-        _fill(cls, argv, _with_defaults(cls, values, missing=""))  # a wrong flag ends here, before anything is made
+        _fill(cls, argv, _with_defaults(cls, values, missing=""))  # reports a wrong flag before anything is written
         values = _checked(cls, choose(stage, argv, values) | values, where="the demo's settings")
     default = _with_defaults(cls, values) if config_path or is_bare else None
     arguments = _fill(cls, argv, default)
@@ -55,10 +56,11 @@ def parse(cls: type[Arguments], argv: list[str] | None = None) -> Arguments:
 
 
 def _fill(cls: type[Arguments], argv: list[str], default: Arguments | None) -> Arguments:
-    silent = contextlib.nullcontext() if on_first_rank() else contextlib.redirect_stderr(io.StringIO())
+    # A usage error is the same on all ranks: only the first one prints it.
+    quiet_other_ranks = contextlib.nullcontext() if on_first_rank() else contextlib.redirect_stderr(io.StringIO())
     settings = {"prog": program(), "use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
     try:
-        with silent:  # a usage error is the same in all ranks
+        with quiet_other_ranks:
             return tyro.cli(cls, args=argv, default=default, **settings)
     except SystemExit:
         after_the_first_rank()
@@ -66,7 +68,7 @@ def _fill(cls: type[Arguments], argv: list[str], default: Arguments | None) -> A
 
 
 def _as_text(word: str) -> str:
-    """Return a word of the command line as text where the locale could not decode its UTF-8; names of files stay."""
+    """Return a word that the locale could not decode as UTF-8 text; names of existing files stay unchanged."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -97,35 +99,36 @@ def _read_yaml(cls: type[Arguments], path: str) -> dict:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
-    except Exception as error:  # besides YAMLError, whatever a value of a wrong form leads its library into
+    except Exception as error:  # not only YAMLError: the library raises others for some invalid values
         raise UserError(f"--config {path}: not valid YAML ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected 'name: value' lines, found {type(values).__name__}")
+        raise UserError(f"--config {path}: must hold 'name: value' lines, not {type(values).__name__}")
     if "command" in values and isinstance(values.get("arguments"), dict):
-        values = values["arguments"]  # a run's own run.yaml
+        values = values["arguments"]  # the run.yaml of a run
     return _checked(cls, values, where=f"--config {path}")
 
 
 def _checked(cls: type[Arguments], values: dict, *, where: str) -> dict:
-    """Return ``values`` in the types of the fields of ``cls``; UserError for unknown names and wrong types."""
-    known = get_type_hints(cls)
-    unknown = sorted(map(str, set(values) - set(known)))
-    if unknown:
-        raise UserError(f"{where}: unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return {name: _to_type(f"{where}: {name}", value, known[name]) for name, value in values.items()}
+    """Return ``values`` converted to the types of the fields of ``cls``; UserError for unknown names, wrong types."""
+    types = get_type_hints(cls)
+    unknown_names = sorted(map(str, set(values) - set(types)))
+    if unknown_names:
+        raise UserError(f"{where}: unknown field {', '.join(unknown_names)}; known: {', '.join(sorted(types))}")
+    return {name: _to_type(f"{where}: {name}", value, types[name]) for name, value in values.items()}
 
 
 def _with_defaults(cls: type[Arguments], values: dict, *, missing=tyro.MISSING) -> Arguments:
+    """Return ``cls`` with ``values``; fields without a default get ``missing``, so that tyro requires their flags."""
     values = dict(values)
-    for field in dataclasses.fields(cls):  # what neither has is then asked for by tyro, by its flag's name
+    for field in dataclasses.fields(cls):
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             values[field.name] = missing
     return cls(**values)
 
 
 def _to_type(where: str, value, kind):
-    """YAML reads ``1e-3`` as a string and ``1`` as an integer: bring a value to its field's type, or refuse it."""
-    if type(None) in get_args(kind):  # int | None, say
+    """Convert a YAML value to the type of its field, or refuse it: YAML reads ``1e-3`` as a string, ``1`` as an int."""
+    if type(None) in get_args(kind):  # such as int | None
         if value is None:
             return None
         kind = next(choice for choice in get_args(kind) if choice is not type(None))
@@ -134,8 +137,8 @@ def _to_type(where: str, value, kind):
             converted = kind(value)
         except (TypeError, ValueError, OverflowError):
             converted = None
-        is_cut = kind is int and isinstance(value, float) and converted != value
-        if converted is None or isinstance(value, bool) or is_cut:
+        is_rounded = kind is int and isinstance(value, float) and converted != value
+        if converted is None or isinstance(value, bool) or is_rounded:
             raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
         return converted
     if kind is bool and not isinstance(value, bool):
@@ -155,6 +158,10 @@ def _is_switch(kind) -> bool:
 
 
 def _spell_out_booleans(cls, argv: list[str]) -> list[str]:
+    """Return ``argv`` with every boolean flag as ``--flag True`` or ``--flag False``, as tyro expects it.
+
+    A flag whose choices include 0 and 1 gets those.
+    """
     kinds = get_type_hints(cls)
     booleans = {name for name, kind in kinds.items() if kind in (bool, bool | None) or _is_switch(kind)}
     words, spelled = list(argv), []

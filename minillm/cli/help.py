@@ -1,4 +1,4 @@
-"""``--help``: flags in groups, the most used first, each with its default once."""
+"""Formats ``--help``: flags in groups, the most used first, each with its default."""
 
 import dataclasses
 import os
@@ -10,8 +10,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from tyro._docstrings import get_field_docstring
 
-# Flags that begin like this belong to the group; the first group that matches takes them. What no group takes is the
-# command's own, and comes after the most used ones.
+# A flag belongs to the first group with a prefix of its name. Flags without a group belong to "this command", after the
+# most used ones.
 MOST_USED = (
     "data_path", "valid_path", "from_weight", "teacher", "model_mode", "lora_name", "prompt", "prompts", "preset",
     "save_dir", "run_name", "epochs", "batch_size", "learning_rate", "max_seq_len", "from_resume", "dry_run", "output",
@@ -41,12 +41,12 @@ def program() -> str:
     if spec is not None and spec.name.startswith("minillm"):
         return f"python -m {spec.name.removesuffix('.__main__')}"
     path = Path(sys.argv[0])
-    shown = Path(os.path.relpath(path)) if path.is_absolute() else path
-    return f"python {path.name if '..' in shown.parts else shown}"
+    relative = Path(os.path.relpath(path)) if path.is_absolute() else path
+    return f"python {path.name if '..' in relative.parts else relative}"
 
 
 def format_help(cls: type) -> str:
-    """Return the help of a dataclass of arguments, as wide as the terminal (at most 120 characters)."""
+    """Return the help text of a dataclass of arguments, as wide as the terminal (at most 120 characters)."""
     width = min(120, shutil.get_terminal_size().columns)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     lines = [f"usage: {program()} [--config FILE] [--FLAG VALUE ...]", "", (cls.__doc__ or "").strip(), ""]
@@ -65,7 +65,7 @@ def _grouped(names: list[str]) -> dict[str, list[str]]:
     groups |= {title: [] for title in GROUPS}
     for name in names:
         if name not in groups["most used"]:
-            title = next((title for title, starts in GROUPS.items() if name.startswith(starts)), "this command")
+            title = next((title for title, prefixes in GROUPS.items() if name.startswith(prefixes)), "this command")
             groups[title].append(name)
     return {title: members for title, members in groups.items() if members or title == "most used"}
 
@@ -94,6 +94,6 @@ def _text(cls: type, field: dataclasses.Field) -> str:
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return f"{text} (required)"
     default = field.default
-    says_default = "default:" in text or default in (None, "", ()) or default is dataclasses.MISSING
-    shown = int(default) if isinstance(default, bool) else default
-    return text if says_default else f"{text} (default: {shown})"
+    if "default:" in text or default in (None, "", ()) or default is dataclasses.MISSING:
+        return text
+    return f"{text} (default: {int(default) if isinstance(default, bool) else default})"

@@ -1,4 +1,4 @@
-"""The shape of a model on the command line; shared by training and ``eval_model.py``."""
+"""The shape of a model on the command line, for training, planning and ``eval_model.py``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from minillm.cli.command_line import require
 from minillm.config import PRESETS
 
-# The flags that shape the experts, under the configuration's own names (and ``shared_expert_gate``, on or off).
+# The flags of a mixture of experts, with the names of the configuration (``shared_expert_gate`` is a switch besides).
 EXPERT_FLAGS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
     "first_k_dense_replace", "norm_topk_prob",
@@ -15,7 +15,7 @@ EXPERT_FLAGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
-    """The shape of a new model; with ``--from_weight`` the shape comes from there instead."""
+    """The shape of a new model; with ``--from_weight`` the shape comes from the weights instead."""
 
     preset: Literal["small", "base", "moe", "demo"] = "small"
     """small 512x8 (26M), base 768x16 (104M), moe 640x8 with experts (145M), demo 128x4 (two CPU cores)."""
@@ -30,17 +30,17 @@ class ModelArguments:
     intermediate_size: int | None = None
     """Feed-forward width F (default: 64*ceil(8D/3/64))."""
     tie_word_embeddings: bool = True
-    """Use the embedding matrix as the output layer too."""
+    """Use the embedding matrix also as the output layer."""
     use_qk_norm: bool = False
     """Normalise queries and keys per head (the Qwen3 family)."""
     rope_theta: float | None = None
-    """Base of the rotary angles (default: 1e6); a .pth with LLaMA's own names needs it."""
+    """Base of the rotary angles (default: 1e6); a .pth with LLaMA's own parameter names needs it."""
     use_moe: bool = False
-    """Mixture of experts: 4 experts, 2 per token, and 1 shared by all, unless the next flags say otherwise."""
+    """Mixture of experts: 4 experts, 2 per token, and 1 shared by all tokens; the next flags change this."""
     num_experts: int | None = None
-    """Experts E among which the router of a block chooses (default: 4)."""
+    """Experts E from which the router of a block chooses (default: 4)."""
     num_experts_per_tok: int | None = None
-    """Experts that each token goes through (default: 2)."""
+    """Experts per token (default: 2)."""
     moe_intermediate_size: int | None = None
     """Width F of one expert (default: that of the dense layer)."""
     n_shared_experts: int | None = None
@@ -55,23 +55,23 @@ class ModelArguments:
     norm_topk_prob: bool | None = None
     """Divide the weights of a token's experts by their sum (default: true)."""
     rope_scaling: str = ""
-    """Take more positions than were trained on, TYPE:FACTOR with linear, dynamic or yarn, e.g. yarn:4 for 4 times as
-    many; none: what the weights say is left out (default: what the weights say)."""
+    """Use more positions than in training: TYPE:FACTOR with linear, dynamic or yarn, e.g. yarn:4 for 4 times as many;
+    none: ignore the weights' setting (default: the weights' setting)."""
     rope_original_len: int = 0
-    """With rope_scaling: tokens of the longest rows trained on before (0: the model's positions without scaling)."""
+    """With rope_scaling: longest row in tokens of the earlier training (0: the model's positions without scaling)."""
 
     @property
     def rope_type_and_factor(self) -> tuple[str, float] | None:
-        """Return what ``--rope_scaling`` says: ``("default", 1.0)`` for none; None: nothing was said.
+        """The type and factor of ``--rope_scaling``; ``("default", 1.0)`` for "none"; None if it was not given.
 
         Raises:
-            UserError: it is not TYPE:FACTOR, or --rope_original_len does not go with it.
+            UserError: it is not TYPE:FACTOR, or --rope_original_len is given without it.
         """
         require(self.rope_original_len >= 0, f"--rope_original_len {self.rope_original_len}: must be at least 0")
-        scaled = self.rope_scaling not in ("", "none")
+        is_scaled = self.rope_scaling not in ("", "none")
         message = f"--rope_original_len {self.rope_original_len}: goes with a --rope_scaling such as yarn:4, add one"
-        require(scaled or not self.rope_original_len, message)
-        if not scaled:
+        require(is_scaled or not self.rope_original_len, message)
+        if not is_scaled:
             return ("default", 1.0) if self.rope_scaling else None
         rope_type, _, factor = self.rope_scaling.partition(":")
         usage = f"--rope_scaling {self.rope_scaling}: must be none or TYPE:FACTOR, TYPE"
@@ -85,11 +85,11 @@ class ModelArguments:
 
     @property
     def has_experts(self) -> bool:
-        """Return whether a mixture of experts is asked for."""
+        """Whether the model is a mixture of experts."""
         return self.use_moe or self.preset == "moe"
 
     def model_overrides(self) -> dict:
-        """Return the configuration keys that were set on the command line."""
+        """Return the configuration keys that the command line sets."""
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
                  "rope_theta")  # fmt: skip
         given = {name: getattr(self, name) for name in (*names, *EXPERT_FLAGS) if getattr(self, name) is not None}
@@ -98,15 +98,15 @@ class ModelArguments:
         return given | {"tie_word_embeddings": self.tie_word_embeddings, "use_qk_norm": self.use_qk_norm}
 
     def expert_defaults(self) -> dict:
-        """Return the configuration keys of the experts that ``--use_moe`` stands for: those of the preset ``moe``."""
+        """Return the configuration keys that ``--use_moe`` sets: the experts of the preset ``moe``."""
         if not self.has_experts:
             return {}
         experts = {name: PRESETS["moe"][name] for name in EXPERT_FLAGS if name in PRESETS["moe"]}
         return experts | ({"n_shared_experts": 0} if self.scoring_func == "softmax" else {})
 
     def check(self) -> None:
-        """Raise ``UserError`` for a --rope_scaling that cannot be, and flags of experts without any or out of range."""
-        _ = self.rope_type_and_factor  # raises what is to be raised
+        """Raise ``UserError`` for an invalid --rope_scaling, and for expert flags without --use_moe or out of range."""
+        _ = self.rope_type_and_factor  # raises the error
         given = [name for name in EXPERT_FLAGS if getattr(self, name) is not None]
         require(self.rope_theta is None or self.rope_theta > 0, f"--rope_theta {self.rope_theta}: must be positive")
         for name in given + (["shared_expert_gate"] if self.shared_expert_gate else []):

@@ -1,4 +1,4 @@
-"""What a model looks like: ``ModelConfig``, its presets, and the families of Hugging Face that hold it on disk."""
+"""The shape of a model: ``ModelConfig``, its presets, and the Hugging Face families in which it is stored."""
 
 from minillm.config.model_config import PRESETS, ModelConfig
 

@@ -31,9 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-MOST_LAYERS = 10_000  # and experts: what comes one by one in a loop
-MOST_PARAMETERS = 2**50
-# rope_type: the keys of rope_scaling that it must have, and those that it may have.
+MAX_LAYERS = 10_000  # also of experts: loops go over them
+MAX_PARAMETERS = 2**50
+# rope_type: required and optional keys of rope_scaling.
 ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -51,11 +51,11 @@ ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. Its options name the family that holds it on disk (``model_type``).
+    """The shape of a decoder-only transformer. Its options decide the family in which it is stored (``model_type``).
 
     Raises:
-        UserError: a value out of range, values that do not fit each other, or a mixture of options that no family of
-            Hugging Face's has.
+        UserError: a value out of range, values that contradict each other, or a combination of options that no Hugging
+            Face family has.
     """
 
     vocab_size: int = 6400
@@ -79,39 +79,39 @@ class ModelConfig:
     rope_theta: float = 1e6
     """Base of the rotary wavelengths, in positions."""
     rope_scaling: dict[str, Any] | None = None
-    """How positions beyond the original context are turned: ``rope_type`` and its settings (``ROPE_TYPES``).
+    """How RoPE treats positions beyond the original context: ``rope_type`` and its settings (``ROPE_TYPES``).
 
-    None is the type ``default``. ``yarn`` and ``llama3`` get the original length written in: without it they take
-    ``max_position_embeddings``, as transformers does.
+    None is the type ``default``. For ``yarn`` and ``llama3`` the original length is filled in; as in transformers it is
+    ``max_position_embeddings`` unless it is given.
     """
     partial_rotary_factor: float = 1.0
-    """Share of a head that is turned (GLM)."""
+    """Share of a head that RoPE rotates (GLM)."""
     sliding_window: int | None = None
-    """A query sees at most so many keys, itself included (Mistral); None: all before it."""
+    """Number of keys that a query attends to, including its own position (Mistral); None: all earlier ones."""
     attention_bias: bool = False
     """The query, key and value projections have a bias (Qwen2)."""
     use_qk_norm: bool = False
     """RMSNorm on each head of queries and keys (Qwen3)."""
     tie_word_embeddings: bool = True
-    """The embedding matrix is the output layer too."""
+    """The embedding matrix is also the output layer."""
     num_experts: int = 0
-    """E, experts among which a router chooses; 0: one feed-forward layer for all tokens."""
+    """E, experts from which a router chooses; 0: one feed-forward layer for all tokens."""
     num_experts_per_tok: int = 2
-    """Experts that each token goes through."""
+    """Routed experts per token."""
     moe_intermediate_size: int | None = None
     """F of one expert; None, or without experts: intermediate_size."""
     n_shared_experts: int = 0
-    """Experts that every token goes through, besides the routed ones."""
+    """Experts for every token, in addition to the routed ones."""
     shared_expert_intermediate_size: int | None = None
     """Feed-forward width of all shared experts together; None: n_shared_experts * moe_intermediate_size."""
     shared_expert_gate: bool = False
-    """The shared experts' output is multiplied by the sigmoid of one more projection (softmax routing only)."""
+    """The shared experts' output is multiplied by the sigmoid of another projection (softmax routing only)."""
     first_k_dense_replace: int = 0
-    """The first blocks, which have a dense feed-forward layer instead of experts."""
+    """Number of blocks at the beginning with a dense feed-forward layer instead of experts."""
     mlp_only_layers: tuple[int, ...] = ()
-    """More blocks with a dense layer, by number (softmax routing only)."""
+    """Numbers of further blocks with a dense layer (softmax routing only)."""
     decoder_sparse_step: int = 1
-    """One block in so many has experts, block decoder_sparse_step - 1 the first of them (softmax routing only)."""
+    """Every decoder_sparse_step-th block has experts, first block decoder_sparse_step - 1 (softmax routing only)."""
     scoring_func: str = "softmax"
     """Scores of the router: ``softmax`` over the experts, or a ``sigmoid`` for each (DeepSeek-V3, GLM-4.5)."""
     norm_topk_prob: bool = True
@@ -119,23 +119,24 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     """Multiplies the weights of the routed experts (sigmoid routing only)."""
     n_group: int = 1
-    """Groups of experts, of which ``topk_group`` are chosen first (sigmoid routing only)."""
+    """Groups of experts, of which the router first chooses ``topk_group`` (sigmoid routing only)."""
     topk_group: int = 1
-    """Groups that a token may choose its experts from."""
+    """Number of groups from which a token's experts are chosen."""
     initializer_range: float = 0.02
-    """Standard deviation of fresh weights."""
+    """Standard deviation of new weights."""
     bos_token_id: int | None = None
     """First token of a document."""
     eos_token_id: int | None = None
-    """Token that ends a document."""
+    """Last token of a document."""
     pad_token_id: int | None = None
-    """Padding, if a tokenizer has one."""
+    """Padding token, if the tokenizer has one."""
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
         self._check_whole(*sizes)
-        self._check_whole("num_hidden_layers", most=MOST_LAYERS)
-        self._check_whole(*(n for n in TOKENS if getattr(self, n) is not None), least=-1)  # -1: files that have none
+        self._check_whole("num_hidden_layers", most=MAX_LAYERS)
+        # Some files write -1 for no token.
+        self._check_whole(*(name for name in TOKENS if getattr(self, name) is not None), least=-1)
         for name in TOKENS:
             if (getattr(self, name) or 0) >= self.vocab_size:
                 raise UserError(
@@ -166,7 +167,7 @@ class ModelConfig:
         if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim!r}: rotary embedding turns pairs, so it must be even")
         self._check_whole("head_dim", "intermediate_size", "moe_intermediate_size", "n_group", "topk_group")
-        self._check_whole("decoder_sparse_step", most=MOST_LAYERS)
+        self._check_whole("decoder_sparse_step", most=MAX_LAYERS)
         positive = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range", "routed_scaling_factor")
         for name in positive:
             if not _is_positive(getattr(self, name)):
@@ -174,8 +175,8 @@ class ModelConfig:
         self._check_positions()
         self._check_experts()
         self._check_family()
-        if self.num_parameters() > MOST_PARAMETERS:
-            raise UserError(f"these sizes make {self.num_parameters():.1e} parameters, more than can be: check them")
+        if self.num_parameters() > MAX_PARAMETERS:
+            raise UserError(f"these sizes make {self.num_parameters():.1e} parameters, which is too many: check them")
 
     def _check_whole(self, *names: str, least: int = 1, most: int = families.LARGEST) -> None:
         for name in names:
@@ -198,29 +199,30 @@ class ModelConfig:
         self._check_rope_scaling(dict(self.rope_scaling))
 
     def _check_rope_scaling(self, scaling: dict[str, Any]) -> None:
-        """Raise UserError unless ``scaling`` is complete and sound; store it in its one form."""
+        """Raise UserError unless ``scaling`` is complete and valid; store it in normal form."""
         kind = scaling.pop("rope_type", None)
         if not isinstance(kind, str) or kind not in ROPE_TYPES:
             raise UserError(f"rope_type {kind!r} is not supported; supported are: {', '.join(ROPE_TYPES)}")
-        needed, optional = ROPE_TYPES[kind]
-        if needed - set(scaling) or set(scaling) - needed - optional:
+        required, optional = ROPE_TYPES[kind]
+        if required - set(scaling) or set(scaling) - required - optional:
             raise UserError(
-                f"rope_scaling of rope_type {kind!r} has the keys {sorted(scaling)}: it needs {sorted(needed)} "
+                f"rope_scaling of rope_type {kind!r} has the keys {sorted(scaling)}: it needs {sorted(required)} "
                 f"and may have {sorted(optional)}"
             )
         if kind in ("yarn", "llama3"):
             scaling.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         for name, value in scaling.items():
             if name == "truncate":
-                is_fine, wanted = isinstance(value, bool), "true or false"
+                is_valid, rule = isinstance(value, bool), "true or false"
             elif name == "original_max_position_embeddings":
-                is_fine, wanted = type(value) is int and 1 <= value <= families.LARGEST, "a whole number of at least 1"
+                is_valid, rule = type(value) is int and 1 <= value <= families.LARGEST, "a whole number of at least 1"
+            elif name == "factor":
+                is_valid = _is_positive(value) and 1 <= value <= 1e9
+                rule = "a number of at least 1 and at most 1e9"
             else:
-                is_fine, wanted = _is_positive(value), "a positive number, at most 1e18"
-                if name == "factor":
-                    is_fine, wanted = is_fine and 1 <= value <= 1e9, "a number of at least 1 and at most 1e9"
-            if not is_fine:
-                raise UserError(f"rope_scaling {name} is {value!r}: it must be {wanted}")
+                is_valid, rule = _is_positive(value), "a positive number, at most 1e18"
+            if not is_valid:
+                raise UserError(f"rope_scaling {name} is {value!r}: it must be {rule}")
         slow, fast = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
         if scaling.get(slow, 1) >= scaling.get(fast, 32):
             raise UserError(f"rope_scaling {slow} is {scaling.get(slow, 1)}: it must be below {fast}")
@@ -233,16 +235,16 @@ class ModelConfig:
         object.__setattr__(self, "rope_scaling", None if kind == "default" else {"rope_type": kind} | scaling)
 
     def _check_experts(self) -> None:
-        self._check_whole("num_experts", "n_shared_experts", "first_k_dense_replace", least=0, most=MOST_LAYERS)
+        self._check_whole("num_experts", "n_shared_experts", "first_k_dense_replace", least=0, most=MAX_LAYERS)
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise UserError(f"scoring_func is {self.scoring_func!r}: choose softmax or sigmoid")
-        usual = self.n_shared_experts * self.moe_intermediate_size
+        default_width = self.n_shared_experts * self.moe_intermediate_size
         if self.shared_expert_intermediate_size in (None, 0) or not self.n_shared_experts:
-            object.__setattr__(self, "shared_expert_intermediate_size", usual)
+            object.__setattr__(self, "shared_expert_intermediate_size", default_width)
         self._check_whole("shared_expert_intermediate_size", least=min(1, self.n_shared_experts))
         layers = self.mlp_only_layers
         is_list = isinstance(layers, list | tuple) and all(type(layer) is int and layer >= 0 for layer in layers)
-        if not is_list or len(layers) > MOST_LAYERS:
+        if not is_list or len(layers) > MAX_LAYERS:
             raise UserError(f"mlp_only_layers is {layers!r}: it must be a list of numbers of blocks")
         object.__setattr__(self, "mlp_only_layers", tuple(sorted(set(layers))))
         if not self.num_experts:
@@ -270,12 +272,12 @@ class ModelConfig:
             )
         if self.scoring_func == "sigmoid" and per_group < 2:
             raise UserError(
-                f"num_experts {self.num_experts} in n_group {self.n_group}: a group is judged by its 2 best experts, "
+                f"num_experts {self.num_experts} in n_group {self.n_group}: a group is scored by its 2 best experts, "
                 f"so it must have at least 2"
             )
 
     def _check_family(self) -> None:
-        """Raise UserError for a mixture of options that the family of ``model_type`` cannot hold."""
+        """Raise UserError for options that the family of ``model_type`` does not have."""
         family = self.model_type
         allowed = {
             "attention_bias": family in ("qwen2", "qwen2_moe", "glm4_moe"),
@@ -294,17 +296,18 @@ class ModelConfig:
             "norm_topk_prob": family in ("qwen2_moe", "qwen3_moe", "glm4_moe"),
             "scoring_func": family == "glm4_moe",
         }
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        mixed = [name for name, fine in allowed.items() if not fine and getattr(self, name) != usual[name]]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        unsupported = [name for name, is_allowed in allowed.items() if not is_allowed]
+        unsupported = [name for name in unsupported if getattr(self, name) != defaults[name]]
         if family == "mixtral" and self.moe_intermediate_size != self.intermediate_size:
-            mixed.append("moe_intermediate_size")
-        usual_width = self.n_shared_experts * self.moe_intermediate_size
-        if family == "glm4_moe" and self.shared_expert_intermediate_size != usual_width:
-            mixed.append("shared_expert_intermediate_size")
-        if mixed:
+            unsupported.append("moe_intermediate_size")
+        default_width = self.n_shared_experts * self.moe_intermediate_size
+        if family == "glm4_moe" and self.shared_expert_intermediate_size != default_width:
+            unsupported.append("shared_expert_intermediate_size")
+        if unsupported:
+            options = ", ".join(f"{name}={getattr(self, name)!r}" for name in unsupported)
             raise UserError(
-                f"no family holds this mixture: {family} has no "
-                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in mixed)}; leave that out, or change the rest"
+                f"no family has this combination: {family} has no {options}; leave that out, or change the rest"
             )
         if family == "glm4_moe" and not self.n_shared_experts:
             raise UserError("n_shared_experts is 0: sigmoid routing (glm4_moe) has at least 1 shared expert")
@@ -318,18 +321,22 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str:
-        """Return the Hugging Face family that holds this shape."""
-        if self.num_experts and self.scoring_func == "sigmoid":
-            return "glm4_moe"
+        """The Hugging Face family of this shape."""
         if self.num_experts:
-            return "qwen2_moe" if self.n_shared_experts else "qwen3_moe" if self.use_qk_norm else "mixtral"
+            if self.scoring_func == "sigmoid":
+                return "glm4_moe"
+            if self.n_shared_experts:
+                return "qwen2_moe"
+            return "qwen3_moe" if self.use_qk_norm else "mixtral"
         if self.attention_bias:
             return "qwen2"
-        return "qwen3" if self.use_qk_norm else "mistral" if self.sliding_window else "llama"
+        if self.use_qk_norm:
+            return "qwen3"
+        return "mistral" if self.sliding_window else "llama"
 
     @property
     def rotary_dim(self) -> int:
-        """Return how many of a head's numbers are turned by their position."""
+        """Number of a head's dimensions that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def has_experts(self, layer: int) -> bool:
@@ -339,16 +346,16 @@ class ModelConfig:
 
     @property
     def n_sparse_layers(self) -> int:
-        """Return the number of blocks with experts."""
+        """Number of blocks with experts."""
         return sum(map(self.has_experts, range(self.num_hidden_layers)))
 
     def num_parameters(self, *, active: bool = False) -> int:
-        """Return the number of parameters, tied ones counted once.
+        """Return the number of parameters; tied ones count once.
 
-        The correction bias of sigmoid routing is a buffer, moved by counts and not by a gradient: it is left out.
+        The correction bias of sigmoid routing does not count: it is a buffer, updated by counts and not by a gradient.
 
         Args:
-            active: count only the experts that one token goes through.
+            active: count only the experts that one token uses.
         """
         n_heads = self.num_attention_heads + self.num_key_value_heads
         attention = self.hidden_size * self.head_dim * 2 * n_heads + 2 * self.head_dim * self.use_qk_norm
@@ -365,9 +372,9 @@ class ModelConfig:
         return embeddings + blocks + self.hidden_size
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Return the FLOPs of forward and backward per token of a row of ``seq_len`` tokens.
+        """Return the FLOPs of forward and backward per token, for rows of ``seq_len`` tokens.
 
-        6 per parameter that multiplies (the embedding lookup does not, nor experts that were not chosen), and
+        They are 6 for each parameter of a matrix product (not of the embedding lookup, not of unused experts), and
         12·H·K·T per layer for the two attention products (Chowdhery et al., PaLM, 2022, appendix B).
         """
         output = self.vocab_size * self.hidden_size
@@ -381,14 +388,14 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: "dict[str, Any] | str | Path") -> "ModelConfig":
-        """Return the configuration that a Hugging Face ``config.json`` describes.
+        """Return the configuration of a Hugging Face ``config.json``.
 
         Args:
-            source: the parsed file, its path, or the directory that holds it.
+            source: the parsed file, its path, or its directory.
 
         Raises:
-            UserError: the file is missing or broken, the family is not supported, or it uses a setting that
-                this model does not have; nothing is silently ignored.
+            UserError: the file is missing or broken, the family is not supported, or the file has a setting that this
+                model does not support; no such setting is ignored.
         """
         if not isinstance(source, dict):
             raw = families.read_json(Path(source))
@@ -400,5 +407,5 @@ class ModelConfig:
 
 
 def _is_positive(value: Any) -> bool:
-    # JSON has integers of any size; torch takes those below 2**63 for a number.
+    # JSON allows integers of any size; torch accepts those below 2**63.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e18

@@ -1,7 +1,7 @@
-"""Judged answers for KTO, each next to the answer to another question.
+"""Judged answers for KTO, each with an answer to another question.
 
-KTO's baseline is how far the model has moved from its reference on answers that do not belong to their questions
-(Ethayarajh et al., KTO, 2024, section 4.1): question i meets the answer to another one.
+KTO needs a baseline: how far the model has moved from its reference on answers that do not belong to their questions
+(Ethayarajh et al., KTO, 2024, section 4.1). So each question is also paired with the answer to another question.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,33 +13,33 @@ from minillm.errors import UserError
 
 
 def mismatched(records: Iterable[Record]) -> Iterator[Record]:
-    """Yield judged records with ``rejected`` set to the answer to a question before (for the first, to the next).
+    """Yield judged records with ``rejected`` set to an answer to the question before it (the first one: after it).
 
-    A preference counts as two of them: its chosen reply is good, its rejected one bad. Answers to equal questions
-    that stand side by side are not taken for each other's.
+    A preference counts as two records: its chosen reply is good, its rejected one bad. Consecutive records with equal
+    questions form a group; they never get each other's answers.
 
     Raises:
         UserError: there is only one question.
     """
-    previous: list[Record] = []
-    first: list[Record] | None = None
-    for _, same in groupby(_judged(records), key=lambda record: record.messages):
-        group = list(same)
-        if not previous:
-            first = group
-        elif first is not None:
-            yield from _beside(first, group)
-            first = None
-        if previous:
-            yield from _beside(group, previous)
-        previous = group
-    if first is not None:
+    previous_group: list[Record] = []
+    n_groups = 0
+    for _, same_question in groupby(_judged(records), key=lambda record: record.messages):
+        group = list(same_question)
+        n_groups += 1
+        if n_groups == 2:
+            yield from _with_answers_of(group, previous_group)
+        if n_groups >= 2:
+            yield from _with_answers_of(previous_group, group)
+        previous_group = group
+    if n_groups == 1:
         raise UserError(
-            "the judged answers are all to one question: kto compares with answers to others, so give at least two"
+            "all judged answers are to one question, but kto compares with answers to other questions: give at least "
+            "two questions"
         )
 
 
 def _judged(records: Iterable[Record]) -> Iterator[Record]:
+    """Yield judged records unchanged, and two judged records for each preference."""
     for record in records:
         if record.kind == "judged":
             yield record
@@ -48,6 +48,7 @@ def _judged(records: Iterable[Record]) -> Iterator[Record]:
             yield replace(record, kind="judged", label=False, chosen=record.rejected, rejected=None)
 
 
-def _beside(group: list[Record], other: list[Record]) -> Iterator[Record]:
-    for place, record in enumerate(group):
-        yield replace(record, rejected=other[place % len(other)].chosen)
+def _with_answers_of(other_group: list[Record], group: list[Record]) -> Iterator[Record]:
+    """Yield the records of ``group`` with ``rejected`` set to the answers of ``other_group``, in turn."""
+    for index, record in enumerate(group):
+        yield replace(record, rejected=other_group[index % len(other_group)].chosen)

@@ -1,12 +1,13 @@
-"""Rows of replies to be compared: a chosen and a rejected one (``PairRows``), or judged ones (``JudgedRows``).
+"""Rows for preference tuning: a chosen and a rejected reply (``PairRows``), or judged replies (``JudgedRows``).
 
-Both replies of a pair stand in one row as two documents, which never see each other, so that one forward pass gives
-the log-probabilities of both; the prompt stands there twice:
+Both replies of a pair are in one row, as two documents that never attend to each other. So one forward pass computes
+the log-probabilities of both. The row contains the prompt twice:
 
     pairs           c c c c c r r r C C C R R R R R . .      c, r: chosen and rejected of one pair; C, R: of the next
     document_ids    0 0 0 0 0 1 1 1 2 2 2 3 3 3 3 3 - -      even: chosen, odd: rejected
 
-A reply is never cut: without its end it would be another reply. What is too long is set aside with a reason.
+A reply is never cut, because without its end it would be another reply. A record with a reply that is too long is
+rejected.
 """
 
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.data.cache.shards import TokenStore, prepare
+from minillm.data.cache.shards import TokenStore
+from minillm.data.cache.tokenise import tokenise_files
 from minillm.data.packing import PackedRows, Pieces, assemble, best_fit, check_max_seq_len
 from minillm.data.sources.split import DataFiles
 from minillm.data.turns import answer_turns
@@ -25,10 +27,10 @@ PACKINGS = ("best_fit", "none")
 
 
 class _ReplyRows(PackedRows):
-    """What both kinds share: two documents per record, checked, and laid out in rows."""
+    """The base class of both: two documents per record, checked, and arranged in rows."""
 
     kind: str
-    documents_in_a_row: int  # of one record
+    documents_per_row: int  # how many of a record's two documents the same row holds
 
     def __init__(
         self,
@@ -45,27 +47,27 @@ class _ReplyRows(PackedRows):
         if packing not in PACKINGS:
             raise UserError(f"packing {packing!r} for replies: allowed are {', '.join(PACKINGS)}")
         source = DataFiles.of(path)
-        store = TokenStore(prepare(source, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
-        row_len = self.documents_in_a_row * max_seq_len
+        store = TokenStore(tokenise_files(source, tokenizer, kind=self.kind, cache_dir=cache_dir, strict=strict))
+        row_len = self.documents_per_row * max_seq_len
         fixed_len = None if packing == "none" else row_len
         super().__init__(store, tokenizer, source, max_seq_len=row_len, fixed_len=fixed_len)
 
         _, first, end = answer_turns(store)  # one reply per document
-        length = end - 1  # what follows a reply teaches nothing
-        kept, lost = self._check(first, length, max_seq_len, strict)
-        if not len(kept):
-            line, reason = next(iter(filter(None, lost)))[0]
+        length = end - 1  # in pairs; what follows a reply teaches nothing
+        records, unused = self._check(first, length, max_seq_len, strict)
+        if not len(records):
+            line, reason = next(iter(filter(None, unused)))[0]
             raise UserError(
                 f"no record of {', '.join(map(str, self.files))} can be used; the first, line {line}: {reason}; see "
-                f"{', '.join(store.publish_rejected(source, lost, Path(cache_dir)))}"
+                f"{', '.join(store.publish_rejected(source, unused, Path(cache_dir)))}"
             )
-        documents = np.stack([2 * kept, 2 * kept + 1])  # (2, records)
-        self._lay_out(documents, length, packing, seed)
-        self.n_targets, self.log_prob, self.target_bytes = float(len(kept)), None, 0
+        documents = np.stack([2 * records, 2 * records + 1])  # (2, records)
+        self._arrange(documents, length, packing, seed)
+        self.n_targets, self.log_prob, self.target_bytes = float(len(records)), None, 0
         self.data_hash = self.hash_with(self.kind, max_seq_len, packing, seed)
         self.summary = self._summarise(
             "pairs" if self.kind == "preference" else "replies",
-            set_aside=lost,
+            unused=unused,
             cut=0,
             targets_lost=0,
             cache_dir=Path(cache_dir),
@@ -73,10 +75,9 @@ class _ReplyRows(PackedRows):
         )
 
     def _check(self, first, length, max_seq_len: int, strict: bool) -> tuple[np.ndarray, list[list[tuple]]]:
-        """Return the numbers of the records to use, and (line, reason) of the others, by file."""
-        store, lost, kept = self.store, [[] for _ in self.files], []
-        bases = store.document_bases
-        for record in range(store.n_documents // 2):
+        """Return the numbers of the usable records, and by file the (line, reason) of the others."""
+        unused, usable = [[] for _ in self.files], []
+        for record in range(self.store.n_documents // 2):
             one, two = 2 * record, 2 * record + 1
             longest = int(max(length[one], length[two]))
             reason = None
@@ -89,33 +90,33 @@ class _ReplyRows(PackedRows):
                     "several turns, only the last one may differ"
                 )
             if reason is None:
-                kept.append(record)
+                usable.append(record)
                 continue
-            file = int(np.searchsorted(bases, one, side="right")) - 1
-            line = int(store.shards[file].lines[one - bases[file]])
+            file, line = self.store.locate(one)
             if strict:
                 raise UserError(f"{self.files[file]}, line {line}: {reason}; leave the line out")
-            lost[file].append((line, reason))
-        return np.asarray(kept, np.int64), lost
+            unused[file].append((line, reason))
+        return np.asarray(usable, np.int64), unused
 
     def _same_prompt(self, one: int, two: int, first: np.ndarray) -> bool:
-        """Whether the replies of two documents answer the same prompt.
+        """Return whether the replies of two documents answer the same prompt.
 
         One reply may begin some tokens later than the other: a template may write an empty think block before it, or
-        a token may join the header with blanks that the other reply begins with. Another turn does not belong there.
+        one token may join the end of the header and the white space at the beginning of the reply. But no turn may end
+        between the common prompt and the reply.
         """
-        common = min(first[one], first[two])
+        common_len = min(first[one], first[two])
         prompts = []
         for document in (one, two):
             start = self.store.offsets[document]
             tokens = self.store.gather("tokens", np.arange(start, start + first[document]))
-            if np.isin(tokens[common:], self.tokenizer.end_ids).any():
+            if np.isin(tokens[common_len:], self.tokenizer.end_ids).any():
                 return False
-            prompts.append(tokens[:common])
+            prompts.append(tokens[:common_len])
         return np.array_equal(*prompts)
 
-    def _rows_of(self, lengths: np.ndarray, packing: str, seed: int) -> np.ndarray:
-        """Decide which records share a row; return them in their order, and set where each row begins."""
+    def _pack_records(self, lengths: np.ndarray, packing: str, seed: int) -> np.ndarray:
+        """Decide which records share a row: return the order of the records, and set where each row begins."""
         if packing == "none":
             self._record_starts = np.arange(len(lengths) + 1)
             return np.arange(len(lengths))
@@ -123,58 +124,60 @@ class _ReplyRows(PackedRows):
         return order
 
 
-def _pieces(documents: np.ndarray, length: np.ndarray) -> Pieces:
+def _whole_documents(documents: np.ndarray, length: np.ndarray) -> Pieces:
     return Pieces(documents, np.zeros(len(documents), np.int64), length[documents])
 
 
 class PairRows(_ReplyRows):
-    """Rows of pairs, chosen and rejected in turn.
+    """Rows of pairs of replies: chosen, rejected, chosen, rejected, and so on.
 
     Args:
         path: files with preferences (``chosen``, ``rejected``); whatever ``expand_paths`` takes, or ``DataFiles``.
-        max_seq_len: the longest conversation in pairs of tokens; a row holds two of them or more shorter ones.
-        packing: "best_fit" fills rows with pairs; "none" gives each a row of its own.
+        max_seq_len: length of the longest conversation, prompt with one reply. A row holds two of this length, or more
+            shorter ones.
+        packing: "best_fit" fills rows with pairs; "none" gives each pair its own row.
         cache_dir, seed, strict: as for ``ChatRows``.
 
-    ``n_targets`` counts pairs. Raises UserError for bad arguments and files, and when no pair fits.
+    ``n_targets`` counts pairs of replies.
+
+    Raises:
+        UserError: bad arguments or files, or no pair fits in a row.
     """
 
-    kind, documents_in_a_row = "preference", 2
+    kind, documents_per_row = "preference", 2
 
-    def _lay_out(self, documents: np.ndarray, length: np.ndarray, packing: str, seed: int) -> None:
-        order = self._rows_of(length[documents].sum(axis=0), packing, seed)
-        self._pieces = _pieces(documents[:, order].T.reshape(-1), length)
+    def _arrange(self, documents: np.ndarray, length: np.ndarray, packing: str, seed: int) -> None:
+        order = self._pack_records(length[documents].sum(axis=0), packing, seed)
+        self._pieces = _whole_documents(documents[:, order].T.reshape(-1), length)
         self._row_starts = 2 * self._record_starts
 
 
 class JudgedRows(_ReplyRows):
-    """Rows of judged replies, for KTO: each row next to another with replies to other prompts in their place.
+    """Rows of judged replies, for KTO. Each row has a second one: the same prompts with replies to other prompts.
 
-    The columns of that other row begin with ``other_``: ``other_input_ids`` and so on. ``labels`` is 1 at every
-    position of a good reply, 0 elsewhere. Preferences count as a good reply and a bad one.
+    The columns of the second row begin with ``other_``: ``other_input_ids`` and so on. ``labels`` is 1 at every
+    position of a good reply, else 0. A preference counts as a good reply and a bad one.
 
-    Args:
-        as for ``PairRows``; a row holds one conversation of ``max_seq_len`` or more shorter ones.
-
+    The arguments are those of ``PairRows``; a row holds one conversation of ``max_seq_len``, or more shorter ones.
     ``n_targets`` counts replies.
     """
 
-    kind, documents_in_a_row = "judged", 1
+    kind, documents_per_row = "judged", 1
 
-    def _lay_out(self, documents: np.ndarray, length: np.ndarray, packing: str, seed: int) -> None:
-        order = self._rows_of(length[documents].max(axis=0), packing, seed)  # so that the other row fits too
+    def _arrange(self, documents: np.ndarray, length: np.ndarray, packing: str, seed: int) -> None:
+        order = self._pack_records(length[documents].max(axis=0), packing, seed)  # so that the second row fits too
         documents = documents[:, order]
-        self._pieces, self._others = _pieces(documents[0], length), _pieces(documents[1], length)
+        self._pieces, self._other_pieces = (_whole_documents(side, length) for side in documents)
         self._row_starts = self._record_starts
         labels = np.concatenate([shard.label for shard in self.store.shards])
         self._labels = labels[documents[0]].astype(np.int64)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         columns = super().__getitem__(row)
-        here = slice(self._row_starts[row], self._row_starts[row + 1])
-        columns["labels"] = np.repeat(self._labels[here], self._pieces.length[here])
-        others = assemble(self.store, self._others.take(here))
-        return columns | {f"other_{name}": column for name, column in others.items()}
+        in_row = slice(self._row_starts[row], self._row_starts[row + 1])
+        columns["labels"] = np.repeat(self._labels[in_row], self._pieces.length[in_row])
+        other_columns = assemble(self.store, self._other_pieces.take(in_row))
+        return columns | {f"other_{name}": column for name, column in other_columns.items()}
 
 
 def count_pairs(batch: dict[str, Tensor]) -> Tensor:

@@ -1,9 +1,9 @@
-"""New rows with some old ones among them, so that a model that learns the new does not forget the old.
+"""Mixes old rows into new ones, so that a model does not forget the old data while it learns the new.
 
-Rehearsal, Robins, Catastrophic forgetting, rehearsal and pseudorehearsal (1995). Every epoch has all the new rows, and
-as many old ones as the share asks for, other ones each time:
+Rehearsal: Robins, Catastrophic forgetting, rehearsal and pseudorehearsal (1995). Every epoch has all new rows, and a
+new random choice of old rows; ``share`` says how many:
 
-    share 0.25    | n n o n n n n o |    6 new rows, 2 of the many old
+    share 0.25    | n n o n n n n o |    6 new rows, 2 of the many old ones
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from minillm.errors import UserError
 
 
 class ReplayRows:
-    """The rows of ``new``, and in every epoch a share of rows of ``old`` among them, for ``StepBatches``.
+    """The rows of ``new``, and in every epoch some rows of ``old`` among them, for ``StepBatches``.
 
-    ``len(rows)`` counts the rows of an epoch; rows ``len(new)`` and up are the old ones. Both must be rows of the same
-    length and packing. What is reported about the data (``summary``, ``target_counts``) is that of the new rows.
+    ``len(rows)`` is the number of rows of an epoch; row numbers from ``len(new)`` are old rows. Both must have the same
+    row length and packing. ``summary`` and ``target_counts`` are those of the new rows.
 
     Args:
-        share: of the old rows in an epoch, above 0 and below 1.
+        share: of old rows in an epoch, above 0 and below 1.
 
     Raises:
         UserError: a share out of range.
@@ -50,7 +50,7 @@ class ReplayRows:
         return np.concatenate([self.new.lengths, self.old.lengths])
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Return the numbers of an epoch's rows, in their order: (len(self),)."""
-        again = self.n_old > len(self.old)  # fewer than are asked for: some come twice
-        old = rng.choice(len(self.old), size=self.n_old, replace=again) + len(self.new)
-        return rng.permutation(np.concatenate([np.arange(len(self.new)), old]))
+        """Return the row numbers of an epoch in their order, (len(self),)."""
+        with_repetition = self.n_old > len(self.old)
+        old_rows = rng.choice(len(self.old), size=self.n_old, replace=with_repetition) + len(self.new)
+        return rng.permutation(np.concatenate([np.arange(len(self.new)), old_rows]))

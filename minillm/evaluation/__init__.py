@@ -1,7 +1,4 @@
-"""Measuring a trained model: how well it predicts, how often its answers are right, how like a reference they are.
-
-Answers that come with their reasoning and replies that people compare have measures of their own.
-"""
+"""Measures a trained model: loss on texts, correct answers, similarity to references, preferences, reasoning."""
 
 from minillm.evaluation.answer_loss import AnswerLoss, answer_loss
 from minillm.evaluation.exact_match import ExactMatch, exact_match

@@ -1,6 +1,6 @@
-"""How well a model predicts the expected answers of conversations, without writing any of its own.
+"""Measures how well a model predicts the expected answers of conversations, without generating its own answers.
 
-Beside a score of its answers this tells more: a better guess counts even where the greedy text stays the same.
+The loss shows more than a score of generated answers: a better prediction counts even if the greedy text is the same.
 """
 
 import math
@@ -20,14 +20,14 @@ from minillm.tokenizer import encode_chats
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerLoss:
-    """The summed loss of the last turns, nats, and the number of their tokens, the end of the turn among them."""
+    """The summed loss of the last turns in nats, and the number of their tokens, including the end of the turn."""
 
     loss_sum: float
     n_targets: int
 
     @property
     def nats_per_token(self) -> float:
-        """Return the mean loss per target."""
+        """The mean loss per target."""
         return self.loss_sum / self.n_targets
 
     def as_dict(self) -> dict:
@@ -41,10 +41,10 @@ def answer_loss(model, tokenizer, records: Iterable[dict | Record], *, batch_siz
 
     Args:
         records: as for ``exact_match``.
-        batch_size: conversations per forward pass; it changes nothing but speed and memory.
+        batch_size: conversations per forward pass; it only affects speed and memory.
 
     Raises:
-        UserError: no records; a record whose last turn is not an assistant's, or that is longer than the model reads.
+        UserError: no records, or one whose last turn is not an assistant's or that exceeds the model's positions.
     """
     turns = [task_fields(number, record)[0] for number, record in enumerate(records)]
     if not turns:
@@ -54,7 +54,7 @@ def answer_loss(model, tokenizer, records: Iterable[dict | Record], *, batch_siz
     for number, (ids, _) in enumerate(encoded):
         if len(ids) - 1 > limit:
             raise UserError(f"record {number} has {len(ids)} tokens and the model reads {limit}: shorten or remove it")
-    encoded.sort(key=lambda pair: len(pair[0]))  # rows of a batch have similar lengths
+    encoded.sort(key=lambda ids_and_mask: len(ids_and_mask[0]))  # rows of a batch have similar lengths
     loss_sums, counts = [], []
     device = next(model.parameters()).device
     for first in progress(range(0, len(encoded), batch_size), desc="measuring", unit="batch"):
@@ -66,7 +66,7 @@ def answer_loss(model, tokenizer, records: Iterable[dict | Record], *, batch_siz
 
 
 def padded(encoded: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    """Return conversations, as ids and answer mask, as one batch: columns of (B, T) each, padded at the end."""
+    """Return conversations, given as ids and answer masks, as one batch: columns (B, T), padded at the end."""
     width = max(len(ids) for ids, _ in encoded) - 1
     batch = {
         "input_ids": torch.zeros(len(encoded), width, dtype=torch.long),
@@ -76,7 +76,7 @@ def padded(encoded: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
     for row, (ids, mask) in enumerate(encoded):
         n = len(ids) - 1
         batch["input_ids"][row, :n] = torch.tensor(ids[:-1])
-        learnt = torch.tensor(mask[1:], dtype=torch.bool)
-        batch["targets"][row, :n] = torch.tensor(ids[1:]).where(learnt, IGNORE_INDEX)
+        is_target = torch.tensor(mask[1:], dtype=torch.bool)
+        batch["targets"][row, :n] = torch.tensor(ids[1:]).where(is_target, IGNORE_INDEX)
         batch["document_ids"][row, :n] = 0
     return batch

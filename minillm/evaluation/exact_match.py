@@ -57,34 +57,34 @@ class ExactMatch:
 
     @property
     def groups(self) -> list[GroupScore]:
-        """Return a score per (task, group), sorted by these names."""
+        """A score per (task, group), sorted by these names."""
         return self._scores(lambda answer: (answer.task, answer.group))
 
     @property
     def tasks(self) -> list[GroupScore]:
-        """Return a score per task, over all its groups."""
+        """A score per task, over all its groups."""
         return self._scores(lambda answer: (answer.task, ""))
 
     @property
     def task_average(self) -> float:
-        """Return the mean of the tasks' accuracies: each task counts the same, however many its records."""
+        """The mean of the tasks' accuracies: each task has the same weight, whatever its number of records."""
         tasks = self.tasks
         return sum(score.accuracy for score in tasks) / len(tasks)
 
     def as_dict(self, *, answers: bool = True) -> dict:
-        """Return the scores, and every answer if wanted, as plain values for JSON."""
+        """Return the scores, and with ``answers`` every answer, as plain values for JSON."""
         groups = [asdict(score) | {"accuracy": score.accuracy} for score in self.groups]
         values = {"n": len(self.answers), "accuracy": self.accuracy, "task_average": self.task_average}
         values |= {"tasks": {score.task: score.accuracy for score in self.tasks}, "groups": groups}
         return values | ({"answers": [asdict(answer) for answer in self.answers]} if answers else {})
 
     def table(self) -> str:
-        """Return a table for people: a line per task and group, then the averages."""
+        """Return a table as text: a line per task and group, then the averages."""
         width = max(20, *(len(score.group) for score in self.groups))
         n_correct = sum(answer.correct for answer in self.answers)
-        everything = GroupScore(task="all", group="", n=len(self.answers), n_correct=n_correct)
+        total = GroupScore(task="all", group="", n=len(self.answers), n_correct=n_correct)
         lines = [f"{'task':<20} {'group':<{width}} {'exact':>7} {'of':>7} {'share':>8}"]
-        for score in [*self.groups, everything]:
+        for score in [*self.groups, total]:
             counts = f"{score.n_correct:>7,} {score.n:>7,} {score.accuracy:>8.1%}"
             lines.append(f"{score.task:<20} {score.group:<{width}} {counts}")
         lines.append(f"{'mean of tasks':<20} {'':<{width}} {'':>7} {'':>7} {self.task_average:>8.1%}")
@@ -103,14 +103,13 @@ class ExactMatch:
 def exact_match(
     model, tokenizer, records: Iterable[dict | Record], *, max_new_tokens: int = 64, batch_size: int = 64
 ) -> ExactMatch:
-    """Return how many greedy answers equal the expected last turn, both stripped of outer blanks.
+    """Return how many greedy answers equal the expected last turn, both without white space around them.
 
     Args:
-        records: ``{"conversations": [...], "task"?, "group"?}`` ("messages" is read too) as dicts or from
-            ``read_records``; messages with ``role`` and ``content``, the last one the assistant's.
-        max_new_tokens: an answer ends here at the latest; more than any expected answer needs.
-        batch_size: prompts answered together. Prompts of similar length share a batch, and a row that is
-            done leaves it.
+        records: ``{"conversations": [...], "task"?, "group"?}`` (or "messages") as dicts or from ``read_records``;
+            messages with ``role`` and ``content``, of which the last is the assistant's.
+        max_new_tokens: longest answer; choose it larger than any expected answer.
+        batch_size: prompts per batch. Prompts of similar length share a batch, and finished rows leave it.
 
     Raises:
         UserError: no records; a record whose last turn is not an assistant's; a prompt that does not fit.
@@ -153,12 +152,12 @@ def greedy_answers(
             eos_token_id=tokenizer.end_ids,
             tokenizer=tokenizer,
         )
-        texts |= {number: done.text.strip() for number, done in zip(batch, completions, strict=True)}
+        texts |= {number: completion.text.strip() for number, completion in zip(batch, completions, strict=True)}
     return [texts[number] for number in range(len(prompts))]
 
 
 def task_fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
-    """Return the record's turns and its other keys, after checking for a question and an expected answer."""
+    """Return the record's turns and its other keys; UserError unless it has a question and an expected answer."""
     if isinstance(record, Record):
         turns, extra = record.messages, record.extra
     else:
@@ -168,6 +167,6 @@ def task_fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
     if turns[-1].get("role") != "assistant" or not isinstance(turns[-1].get("content"), str):
         raise UserError(
             f"record {number}: the last turn must be the assistant's expected answer, a text; "
-            f"found role {turns[-1].get('role')!r}"
+            f"its role is {turns[-1].get('role')!r}"
         )
     return turns, extra

@@ -1,6 +1,6 @@
-"""How well a model predicts texts: nats per token, and bits per byte, which compares across tokenizers.
+"""Measures how well a model predicts texts: in nats per token, and in bits per byte, to compare different tokenizers.
 
-A text of n tokens has n + 1 targets: it is a document of its tokenizer, as in training.
+A text of n tokens has n + 1 targets, because it is encoded as a document, as in training.
 
     input    bos  t1  t2  ...  tn
     target   t1   t2  t3  ...  eos
@@ -29,7 +29,7 @@ TEXTS_AT_ONCE = 4096  # tokenised and sorted together, so that a large file need
 
 @dataclass(kw_only=True)
 class Perplexity:
-    """Sums over some texts, and what follows from them."""
+    """Sums over texts, and the figures that follow from them."""
 
     loss_sum: float = 0.0
     """Σ −log p(target), nats."""
@@ -55,12 +55,12 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Return Σ loss / ln 2 / bytes; None when all texts are empty."""
+        """Σ loss / ln 2 / bytes; None if all texts are empty."""
         return self.loss_sum / math.log(2) / self.n_bytes if self.n_bytes else None
 
     @property
     def floor(self) -> float | None:
-        """Return −Σ log p / targets, nats per token: on average no model can do better. None if not known."""
+        """−Σ log p / targets, in nats per token: the best possible loss on average. None if not known."""
         return None if self.log_prob is None else -self.log_prob / self.n_targets
 
     @property
@@ -84,7 +84,7 @@ class Perplexity:
         return values
 
     def table(self) -> str:
-        """Return a table for people: a line per kind, then one for all."""
+        """Return a table as text: a line per kind, then one for all."""
         lines = [f"{'kind':<20} {'texts':>8} {'targets':>10} {'nats/token':>11} {'bits/byte':>10}"]
         with_floor = self.log_prob is not None or any(p.log_prob is not None for p in self.by_kind.values())
         if with_floor:
@@ -129,7 +129,7 @@ def perplexity(
     batch_size: int = 16,
     overlap: int | None = None,
 ) -> Perplexity:
-    """Return the summed loss of ``model`` on ``texts``; each text is scored for itself.
+    """Return the summed loss of ``model`` on ``texts``; each text is scored separately.
 
     Args:
         texts: strings, or records ``{"text", "kind"?, "log_prob"?}`` as dicts or from ``read_records``: the
@@ -137,12 +137,12 @@ def perplexity(
             a group's records have ``log_prob`` (nats, end included).
         tokenizer: the model's own.
         max_seq_len: longest window T in tokens; None: 1,024, or the model's positions if these are fewer.
-        batch_size: windows per forward pass; it changes nothing but speed and memory.
-        overlap: a text longer than a window is read in several, each of which repeats this many inputs of
-            the one before as context only (None: half a window). Every target counts exactly once and sees
-            the text before it back to the start of the window: at least ``overlap`` tokens.
+        batch_size: windows per forward pass; it only affects speed and memory.
+        overlap: a text longer than a window is split into several; each repeats this many inputs of the one before as
+            context (None: half a window). Every target counts exactly once, and its context is the text back to the
+            start of its window: at least ``overlap`` tokens.
 
-    Losses are taken in at least float32 and summed in float64.
+    Losses are computed in at least float32 and summed in float64.
 
     Raises:
         UserError: no texts; a record without text; a window longer than the model's positions; a tokenizer
@@ -160,7 +160,7 @@ def perplexity(
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {vocab_size}: "
-            "use the tokenizer the model was trained with"
+            "use the model's own tokenizer"
         )
     total = Perplexity()
     was_training = model.training
@@ -177,7 +177,7 @@ def perplexity(
     finally:
         model.train(was_training)
     if not total.n_texts:
-        raise UserError("no texts to measure perplexity on")
+        raise UserError("there are no texts to measure perplexity on")
     return total
 
 
@@ -203,7 +203,7 @@ def _fields(record: str | dict | Record) -> tuple[str | None, str | None, float 
 
 
 def _kind(value) -> str | None:
-    """Return the name of a group; a record may have any value there, and names must be hashable and in an order."""
+    """Return ``kind`` as a string: a record may have any value, but the names of groups are hashed and sorted."""
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -219,7 +219,7 @@ def _windows(text: int, ids: list[int], max_seq_len: int, overlap: int) -> Itera
 
 @torch.inference_mode()
 def _text_losses(model, texts: list[_Text], max_seq_len: int, overlap: int, batch_size: int) -> list[float]:
-    """Return the summed loss of each text, in nats, from windows of similar length side by side."""
+    """Return the summed loss of each text in nats, computed in batches of windows of similar length."""
     windows = [w for n, text in enumerate(texts) for w in _windows(n, text.ids, max_seq_len, overlap)]
     windows.sort(key=lambda window: len(window.inputs), reverse=True)  # the largest batch first: it must fit
     sums = [0.0] * len(texts)
@@ -249,7 +249,7 @@ def _window_losses(model, windows: list[_Window], device) -> list[float]:
     log_probs = model(input_ids, document_ids=document_ids.to(device), head=head)
     if log_probs.dim() == 3:  # a wrapped output layer ignores head: logits (B, T, V)
         log_probs = linear_log_probs(log_probs, None, targets)
-    # On the CPU: float64 does not exist on every device.
+    # On the CPU, because not every device has float64.
     return (-log_probs.cpu().double().sum(dim=1)).tolist()
 
 

@@ -1,7 +1,7 @@
-"""Does a model give the chosen reply of a pair the higher probability?
+"""Measures how often a model gives the chosen reply of a pair a higher probability than the rejected one.
 
-By whole replies, as preference training compares them, long ones lose: every token costs. So the same is counted per
-token too (Meng et al., SimPO, 2024, section 2.2, whose reward is the mean per token).
+Preference training compares whole replies, and there long replies lose, because every token lowers the probability. So
+the same comparison is also made per token (the reward of SimPO, Meng et al., 2024, section 2.2).
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from minillm.tokenizer import encode_chats
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
-    """The log-probabilities of a pair's replies, nats, and their lengths in tokens, the end of the turn among them."""
+    """The log-probabilities of a pair's replies in nats, and their lengths in tokens, including the end of the turn."""
 
     chosen: float
     rejected: float
@@ -39,21 +39,21 @@ class PreferenceScore:
 
     @property
     def accuracy(self) -> float:
-        """Return the share of pairs whose chosen reply has the higher log-probability, 0 to 1."""
+        """Share of pairs whose chosen reply has the higher log-probability, 0 to 1."""
         return self._mean(lambda pair: pair.chosen > pair.rejected)
 
     @property
     def accuracy_per_token(self) -> float:
-        """Return the share of pairs whose chosen reply has the higher log-probability per token, 0 to 1."""
+        """Share of pairs whose chosen reply has the higher log-probability per token, 0 to 1."""
         return self._mean(lambda pair: pair.chosen / pair.n_chosen > pair.rejected / pair.n_rejected)
 
     @property
     def mean_margin(self) -> float:
-        """Return the mean of log p(chosen) − log p(rejected), nats."""
+        """Mean of log p(chosen) − log p(rejected), in nats."""
         return self._mean(lambda pair: pair.chosen - pair.rejected)
 
     def as_dict(self, *, pairs: bool = True) -> dict:
-        """Return the figures, and every pair if wanted, as plain values for JSON."""
+        """Return the figures, and with ``pairs`` every pair, as plain values for JSON."""
         names = ("accuracy", "accuracy_per_token", "mean_margin")
         values = {"n": len(self.pairs)} | {name: getattr(self, name) for name in names}
         for side in ("chosen", "rejected"):
@@ -62,7 +62,7 @@ class PreferenceScore:
         return values | ({"pairs": [asdict(pair) for pair in self.pairs]} if pairs else {})
 
     def table(self) -> str:
-        """Return the figures for people: the shares, then a line per side."""
+        """Return the figures as text: the shares, then a line per side."""
         values = self.as_dict(pairs=False)
         lines = [
             f"the chosen reply is more probable in {self.accuracy:.1%} of {len(self.pairs):,} pairs, per token in "
@@ -74,23 +74,23 @@ class PreferenceScore:
             lines.append(f"{side:<10} {log_prob:>15.3f} {n_tokens:>8.1f}")
         return "\n".join([*lines, f"{'margin':<10} {self.mean_margin:>15.3f}"])
 
-    def _mean(self, of) -> float:
-        return sum(map(of, self.pairs)) / len(self.pairs)
+    def _mean(self, value_of) -> float:
+        return sum(map(value_of, self.pairs)) / len(self.pairs)
 
 
 @torch.inference_mode()
 def preference_accuracy(model, tokenizer, records: Iterable[Record], *, batch_size: int = 16) -> PreferenceScore:
-    """Return how the log-probabilities of the chosen and the rejected replies compare under ``model`` alone.
+    """Return the log-probabilities of the chosen and the rejected replies under ``model``.
 
-    Each reply's last assistant turn is scored, given what stands before it. There is no reference model here: this
+    The score of a reply is that of its last assistant turn, given the turns before it. There is no reference model: it
     is the ranking of the model itself, not the implicit reward of DPO.
 
     Args:
         records: preferences from ``read_records``.
-        batch_size: replies per forward pass; it changes nothing but speed and memory.
+        batch_size: replies per forward pass; it only affects speed and memory.
 
     Raises:
-        UserError: no records; one that is not a preference, or that is longer than the model reads.
+        UserError: no records, or one that is not a preference or longer than the model's positions.
     """
     conversations = []
     for number, record in enumerate(records):
@@ -101,65 +101,66 @@ def preference_accuracy(model, tokenizer, records: Iterable[Record], *, batch_si
             )
         conversations += [[*record.messages, *reply] for reply in (record.chosen, record.rejected)]
     if not conversations:
-        raise UserError("no records to compare replies of")
+        raise UserError("there are no records with replies to compare")
     encoded = encode_chats(tokenizer, conversations, train_on="last")
     limit = model.config.max_position_embeddings
-    for place, (ids, _) in enumerate(encoded):
+    for index, (ids, _) in enumerate(encoded):
         if len(ids) - 1 > limit:
-            side = ("chosen", "rejected")[place % 2]
+            side = ("chosen", "rejected")[index % 2]
             raise UserError(
-                f"record {place // 2} has {len(ids)} tokens with its {side} reply and the model reads {limit}: shorten "
+                f"record {index // 2} has {len(ids)} tokens with its {side} reply and the model reads {limit}: shorten "
                 "or remove it"
             )
-    order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))  # batches of similar lengths
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))  # batches of similar lengths
     sums: dict[int, float] = {}
     device = next(model.parameters()).device
     for first in progress(range(0, len(order), batch_size), desc="measuring", unit="batch"):
-        places = order[first : first + batch_size]
-        batch = {name: rows.to(device) for name, rows in padded([encoded[place] for place in places]).items()}
+        indices = order[first : first + batch_size]
+        batch = {name: rows.to(device) for name, rows in padded([encoded[index] for index in indices]).items()}
         head = partial(linear_log_probs, targets=batch["targets"])
         log_probs = model(batch["input_ids"], document_ids=batch["document_ids"], head=head)  # (B, T)
-        # On the CPU: float64 does not exist on every device.
-        sums |= zip(places, log_probs.cpu().double().sum(1).tolist(), strict=True)
+        # On the CPU, because not every device has float64.
+        sums |= zip(indices, log_probs.cpu().double().sum(1).tolist(), strict=True)
     lengths = [sum(mask) for _, mask in encoded]
     return PreferenceScore(
         pairs=[
-            PairScore(chosen=sums[one], rejected=sums[one + 1], n_chosen=lengths[one], n_rejected=lengths[one + 1])
-            for one in range(0, len(encoded), 2)
+            PairScore(chosen=sums[i], rejected=sums[i + 1], n_chosen=lengths[i], n_rejected=lengths[i + 1])
+            for i in range(0, len(encoded), 2)
         ]
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreeAnswer:
-    """What the model says to the prompt of a pair."""
+    """The model's own answer to the prompt of a pair."""
 
     answer: str
     like_chosen: bool
-    """Whether it is more like the chosen reply than like the rejected one."""
+    """Whether it is more similar to the chosen reply than to the rejected one."""
 
 
 def like_chosen(
     model, tokenizer, records: Iterable[Record], *, max_new_tokens: int = 64, batch_size: int = 64
 ) -> list[FreeAnswer]:
-    """Return the model's greedy answers to the prompts of pairs, and which reply each is more like.
+    """Return the model's greedy answers to the prompts of pairs, and to which reply each is more similar.
 
-    Likeness is the share of equal characters in the longest common blocks (``difflib``, Ratcliff and Obershelp's
-    measure): a matter of style and length rather than of truth.
+    The similarity is the share of equal characters in the longest common blocks (``difflib``, the measure of Ratcliff
+    and Obershelp). It measures style and length more than correctness.
 
     Args:
         records: preferences from ``read_records``.
-        max_new_tokens: longest answer. batch_size: prompts answered together.
+        max_new_tokens: longest answer.
+        batch_size: prompts per batch.
     """
     records = list(records)
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     answers = greedy_answers(model, tokenizer, [record.messages for record in records], **limits)
-    found = []
+    free_answers = []
     for record, answer in zip(records, answers, strict=True):
-        chosen, rejected = (_likeness(answer, reply[-1]["content"]) for reply in (record.chosen, record.rejected))
-        found.append(FreeAnswer(answer=answer, like_chosen=chosen > rejected))
-    return found
+        chosen, rejected = (_similarity(answer, reply[-1]["content"]) for reply in (record.chosen, record.rejected))
+        free_answers.append(FreeAnswer(answer=answer, like_chosen=chosen > rejected))
+    return free_answers
 
 
-def _likeness(one: str, other: str) -> float:
-    return SequenceMatcher(None, one, other, autojunk=False).ratio()
+def _similarity(text: str, other: str) -> float:
+    return SequenceMatcher(None, text, other, autojunk=False).ratio()

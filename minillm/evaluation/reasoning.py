@@ -1,8 +1,8 @@
-"""Reasoned answers, ``<think>…</think><answer>…</answer>``: are they right, have they the form, do more samples help?
+"""Measures answers with reasoning, ``<think>…</think><answer>…</answer>``: correctness, form, gain by more samples.
 
-A record's last turn is the expected answer, reasoned or plain, and ``final``, where it is there, the part that is
-compared. Asked to think, a model writes both blocks; asked directly, its turn is begun for it with a block of thinking
-that is empty, so that what it gains by thinking can be measured.
+A record's last turn is the expected answer, with or without reasoning; if the record has ``final``, that is compared
+instead. With thinking, the model writes both blocks. Without thinking, its turn is started with an empty think block.
+The difference between the two is the gain by thinking.
 """
 
 import math
@@ -23,7 +23,7 @@ DIRECT = "<think>\n\n</think>\n<answer>\n"  # the beginning of an answer without
 
 
 class ReadAnswer(NamedTuple):
-    """What an answer says, whether or not it has the form."""
+    """The parts of an answer, which may or may not have the form."""
 
     answer: str
     thinking: str
@@ -33,7 +33,7 @@ class ReadAnswer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonedAnswer:
-    """One record's outcome: lists over its samples, in the order they were drawn."""
+    """The result of one record: lists over its samples, in the order of sampling."""
 
     task: str
     group: str
@@ -41,19 +41,19 @@ class ReasonedAnswer:
     """The last turn before the answer."""
     expected: str
     texts: list[str]
-    """The whole turns, special tokens left out."""
+    """The complete turns, without special tokens."""
     answers: list[str]
     correct: list[bool]
     well_formed: list[bool]
     n_tokens: list[int]
-    """New tokens, the end of the turn among them."""
+    """New tokens, including the end of the turn."""
 
     @property
     def majority_correct(self) -> bool:
-        """Return whether the most frequent well-formed answer is right; without one it is not."""
+        """Whether the most frequent well-formed answer is right; False without a well-formed answer."""
         votes = [answer for answer, formed in zip(self.answers, self.well_formed, strict=True) if formed]
-        chosen = majority(votes)
-        return chosen is not None and same_answer(chosen, self.expected)
+        winner = majority(votes)
+        return winner is not None and same_answer(winner, self.expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class ReasoningScore:
 
     @property
     def accuracy(self) -> float:
-        """Return the share of right answers over all samples, 0 to 1: exact match where there is one per record."""
+        """The share of right answers over all samples, 0 to 1; with one sample per record this is exact match."""
         return self._mean("correct")
 
     @property
@@ -104,7 +104,7 @@ class ReasoningScore:
         return {key: ReasoningScore(answers=answers) for key, answers in sorted(grouped.items())}
 
     def as_dict(self, *, answers: bool = True) -> dict:
-        """Return the figures, those of the groups, and every answer if wanted, as plain values for JSON."""
+        """Return the figures, those of the groups, and with ``answers`` every answer, as plain values for JSON."""
         values = {"n": len(self.answers), "n_samples": self.n_samples} | self._figures()
         groups = [
             {"task": task, "group": group, "n": len(score.answers)} | score._figures()
@@ -113,7 +113,7 @@ class ReasoningScore:
         return values | {"groups": groups} | ({"answers": list(map(asdict, self.answers))} if answers else {})
 
     def table(self) -> str:
-        """Return a table for people: a line per task and group, then one for all."""
+        """Return a table as text: a line per task and group, then one for all."""
         width = max(20, *(len(group) for _, group in self.groups))
         ks = list(self.pass_at) if self.n_samples > 1 else []
         names = ["exact", "format", *(["majority"] if ks else []), *(f"pass@{k}" for k in ks)]
@@ -153,16 +153,16 @@ def evaluate_reasoning(
     report: Callable[[int, int], None] = lambda n_done, n: None,
     **sampling,
 ) -> ReasoningScore:
-    """Return how many answers are right and have the form, with the thinking or without it.
+    """Return how many answers are right and have the form, with or without thinking.
 
     Args:
-        records: as for ``exact_match``, with ``final`` next to them where the last turn is more than the answer.
-        batch_size: answers written together; it changes nothing but speed and memory.
-        n_samples: answers per record; with several the score has ``majority_accuracy`` and ``pass_at`` too.
-        temperature: 0 is greedy, for one answer per record alone.
-        generator: a ``torch.Generator`` on the CPU, which draws one seed per answer.
-        think: False begins the turn with an empty block of thinking and the tag ``<answer>``.
-        report: called after each batch with the number of answers there are and will be.
+        records: as for ``exact_match``; with ``final`` if the last turn is more than the answer.
+        batch_size: answers per batch; it only affects speed and memory.
+        n_samples: answers per record; with several, the score also has ``majority_accuracy`` and ``pass_at``.
+        temperature: 0 is greedy, only for one answer per record.
+        generator: a ``torch.Generator`` on the CPU, which gives one seed per answer.
+        think: False starts the turn with an empty think block and the tag ``<answer>``.
+        report: called after each batch with the number of answers so far and of all answers.
         sampling: other options of ``complete``.
 
     Raises:
@@ -179,10 +179,10 @@ def evaluate_reasoning(
     expected = [_expected(number, turns[-1]["content"], extra) for number, (turns, extra) in enumerate(fields)]
     prompts = _prompts(model, tokenizer, [turns[:-1] for turns, _ in fields], think=think)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # batches of similar lengths
-    waiting = [number for number in order for _ in range(n_samples)]
-    done: dict[int, list[Completion]] = {number: [] for number in order}
-    for first in progress(range(0, len(waiting), batch_size), desc="answering", unit="batch"):
-        batch = waiting[first : first + batch_size]
+    queue = [number for number in order for _ in range(n_samples)]
+    completions_of: dict[int, list[Completion]] = {number: [] for number in order}
+    for first in progress(range(0, len(queue), batch_size), desc="answering", unit="batch"):
+        batch = queue[first : first + batch_size]
         completions = complete(
             model,
             [prompts[number] for number in batch],
@@ -194,16 +194,18 @@ def evaluate_reasoning(
             **sampling,
         )
         for number, completion in zip(batch, completions, strict=True):
-            done[number].append(completion)
-        report(first + len(batch), len(waiting))
+            completions_of[number].append(completion)
+        report(first + len(batch), len(queue))
     opened = chat_format(tokenizer).opens_with if think else DIRECT
     answers = []
     for number, (turns, extra) in enumerate(fields):
-        texts = [opened + each.text for each in done[number]]
-        found = list(map(read_answer, texts))
-        said = [each.answer for each in found]
-        if not think:  # the answer is begun already: it is what follows, and no later block
-            said = [each.text.partition("</answer>")[0].strip() for each in done[number]]
+        completions = completions_of[number]
+        texts = [opened + completion.text for completion in completions]
+        parsed = list(map(read_answer, texts))
+        if think:
+            given_answers = [parts.answer for parts in parsed]
+        else:  # the prompt has already opened the answer: it is the text up to the closing tag
+            given_answers = [completion.text.partition("</answer>")[0].strip() for completion in completions]
         answers.append(
             ReasonedAnswer(
                 task=str(extra.get("task", "all")),
@@ -211,17 +213,17 @@ def evaluate_reasoning(
                 question=turns[-2].get("content") or "",
                 expected=expected[number],
                 texts=texts,
-                answers=said,
-                correct=[same_answer(answer, expected[number]) for answer in said],
-                well_formed=[each.well_formed for each in found],
-                n_tokens=[len(each.ids) for each in done[number]],
+                answers=given_answers,
+                correct=[same_answer(answer, expected[number]) for answer in given_answers],
+                well_formed=[parts.well_formed for parts in parsed],
+                n_tokens=[len(completion.ids) for completion in completions],
             )
         )
     return ReasoningScore(answers=answers)
 
 
 def read_answer(text: str) -> ReadAnswer:
-    """Return the answer and the thinking of ``text``, as far as they can be told apart, and whether it has the form."""
+    """Return the answer and the thinking of ``text``, as far as they can be separated, and whether it has the form."""
     try:
         thinking, answer = parse_reasoning(text)
         return ReadAnswer(answer, thinking, True)
@@ -231,7 +233,7 @@ def read_answer(text: str) -> ReadAnswer:
 
 
 def final_answer(content: str, extra: dict) -> str:
-    """Return the answer that counts: ``final`` of the record, else the one in the last turn's form.
+    """Return the right answer: ``final`` of the record, else the answer block of the last turn.
 
     Raises:
         UserError: ``final`` is not text, or there is none and the turn lacks the form.
@@ -245,19 +247,19 @@ def final_answer(content: str, extra: dict) -> str:
 
 
 def majority(answers: Sequence[str]) -> str | None:
-    """Return the most frequent answer, of equally frequent ones the one that came first; None if there are none."""
+    """Return the most frequent answer (of equally frequent ones the first), or None if there are none."""
     votes: dict[str, int] = {}
     for answer in answers:
-        known = next((known for known in votes if same_answer(answer, known)), answer)
-        votes[known] = votes.get(known, 0) + 1
+        candidate = next((candidate for candidate in votes if same_answer(answer, candidate)), answer)
+        votes[candidate] = votes.get(candidate, 0) + 1
     return max(votes, key=votes.get, default=None)
 
 
 def pass_at_k(n: int, n_correct: int, k: int) -> float:
-    """Return the chance that k of n answers, drawn without replacement, hold a right one of the ``n_correct``.
+    """Return the probability that k of n answers, drawn without replacement, contain one of ``n_correct`` right ones.
 
-    It is an unbiased estimate for k fresh answers, which ``1 − (1 − n_correct/n)^k`` is not (Chen et al., Evaluating
-    Large Language Models Trained on Code, 2021, equation 1).
+    It is an unbiased estimate for k new answers; ``1 − (1 − n_correct/n)^k`` is biased (Chen et al., Evaluating Large
+    Language Models Trained on Code, 2021, equation 1).
     """
     if not 1 <= k <= n:
         raise UserError(f"pass@{k} of {n} answers: k must be 1 to {n}; draw more answers")
@@ -274,12 +276,12 @@ def _expected(number: int, content: str, extra: dict) -> str:
 
 
 def _prompts(model, tokenizer, conversations: list[list[dict]], *, think: bool) -> list[list[int]]:
-    """Return the ids before each answer, for a direct one with the beginning of its turn."""
+    """Return the ids before each answer; without thinking they include the start of the answer's turn."""
     if think:
         prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
-    else:  # a turn that says nothing else, without its end
-        begun = {"role": "assistant", "content": DIRECT}
-        encoded = encode_chats(tokenizer, [[*turns, begun] for turns in conversations], train_on="last")
+    else:  # a turn with only the start, without its end token
+        start_turn = {"role": "assistant", "content": DIRECT}
+        encoded = encode_chats(tokenizer, [[*turns, start_turn] for turns in conversations], train_on="last")
         prompts = [ids[: len(ids) - 1 - mask[::-1].index(1)] for ids, mask in encoded]
     limit = model.config.max_position_embeddings
     for number, ids in enumerate(prompts):

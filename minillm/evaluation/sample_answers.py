@@ -1,12 +1,11 @@
-"""Rejection sampling: a reasoning model's own answers that proved right, as new training data.
+"""Rejection sampling: makes training data of a reasoning model's own correct answers.
 
-    python -m minillm.evaluation.sample_answers --from_weight reason --data_path problems.jsonl --output kept.jsonl
-    python train_reason.py --from_weight full_sft --data_path kept.jsonl
+    python -m minillm.evaluation.sample_answers --from_weight reason --data_path problems.jsonl --output new.jsonl
+    python train_reason.py --from_weight full_sft --data_path new.jsonl
 
-Several answers are drawn for each problem, and those that have the form and end in the right answer are kept, each text
-once: different ways to one answer teach more than one way twice (Yuan et al., Scaling Relationship on Learning
-Mathematical Reasoning, 2023, section 3.3, where this is called rejection sampling fine-tuning; DeepSeek-R1, 2025,
-section 2.3.3).
+Several answers are sampled for each problem. Those that have the right form and the right answer are kept, without
+duplicates, because different ways to an answer teach more than the same way twice (Yuan et al., Scaling Relationship on
+Learning Mathematical Reasoning, 2023, section 3.3: rejection sampling fine-tuning; DeepSeek-R1, 2025, section 2.3.3).
 """
 
 import json
@@ -19,74 +18,75 @@ import torch
 
 from minillm.cli.command_line import parse, require, script
 from minillm.cli.eval_arguments import OpenArguments
-from minillm.data.schema import Record, read_records
+from minillm.data.records import read_records
+from minillm.data.schema import Record
 from minillm.data.sources.columns import parse_columns
-from minillm.data.sources.files import expand_paths
+from minillm.data.sources.paths import expand_paths
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import task_fields
 from minillm.evaluation.reasoning import evaluate_reasoning, final_answer
-from minillm.hub import open_model
+from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments(OpenArguments):
-    """Draw answers to problems and keep the right ones as training data."""
+    """Sample answers to problems and keep the correct ones as training data."""
 
     data_path: str
-    """Problems: conversations with the right answer as final, or in the last turn's form."""
+    """Problems: conversations with the right answer under the key final, or in the last turn."""
     columns: str = ""
-    """Its names for our keys, ours=theirs: prompt=question,completion=answer."""
+    """The file's names for our keys, as ours=theirs: prompt=question,completion=answer."""
     output: str
-    """The new training file, .jsonl; one that is there already is replaced."""
+    """The new training file, .jsonl; an existing file is replaced."""
     n_samples: int = 8
-    """Answers drawn per problem."""
+    """Sampled answers per problem."""
     keep: int = 4
-    """Most answers kept per problem, the first ones (0: all)."""
+    """Largest number of answers to keep per problem, the first ones (0: all)."""
     from_weight: str = "reason"
     """The model that answers: a stage name, a model directory or a .pth file."""
     temperature: float = 0.8
-    """Logits are divided by this; 0 is greedy, for one answer per problem alone."""
+    """Divide the logits by this; 0 is greedy, only with --n_samples 1."""
     top_p: float = 1.0
-    """Sample from the most probable tokens that reach this probability together (1: all)."""
+    """Sample from the smallest set of most probable tokens with this total probability (1: all)."""
     max_new_tokens: int = 512
     """Longest answer in tokens."""
     batch_size: int = 64
-    """Answers written together."""
+    """Answers per batch."""
     seed: int = 42
     """Seed of the sampling: the same seed gives the same file."""
 
     def check(self) -> None:
         """Raise ``UserError`` for the first value out of range, or a file that cannot be read or written."""
         super().check()
-        least = {"n_samples": 1, "keep": 0, "num_threads": 0, "max_new_tokens": 1, "batch_size": 1}
-        for name, limit in least.items():
+        at_least = {"n_samples": 1, "keep": 0, "num_threads": 0, "max_new_tokens": 1, "batch_size": 1}
+        for name, least in at_least.items():
             value = getattr(self, name)
-            require(value >= limit, f"--{name} {value}: must be at least {limit}")
-        greedy = SamplingOptions(temperature=self.temperature, top_p=self.top_p).greedy
-        drawn = f"--n_samples {self.n_samples} at --temperature {self.temperature}"
-        require(self.n_samples == 1 or not greedy, f"{drawn}: all would be equal; raise it, say to 0.8")
+            require(value >= least, f"--{name} {value}: must be at least {least}")
+        is_greedy = SamplingOptions(temperature=self.temperature, top_p=self.top_p).greedy
+        flags = f"--n_samples {self.n_samples} at --temperature {self.temperature}"
+        require(self.n_samples == 1 or not is_greedy, f"{flags}: all would be equal; use e.g. --temperature 0.8")
         require(bool(self.from_weight), "--from_weight is empty: name the model that answers")
         files = expand_paths(self.data_path)
         require(bool(files), "--data_path names no file: give at least one")
         for path in files:
             require(path.is_file(), f"--data_path {path}: no such file")
         parse_columns(self.columns)
-        folder = os.path.dirname(os.path.abspath(self.output))
-        writable = os.path.isdir(folder) and os.access(folder, os.W_OK) and not os.path.isdir(self.output)
-        is_other = os.path.realpath(self.output) not in map(os.path.realpath, files)
-        usable = writable and is_other and self.output.endswith(".jsonl")
-        message = "name another .jsonl file than the problems', in a folder that you may write to"
-        require(usable, f"--output {self.output}: cannot be written; {message}")
+        output_dir = os.path.dirname(os.path.abspath(self.output))
+        is_writable = os.path.isdir(output_dir) and os.access(output_dir, os.W_OK) and not os.path.isdir(self.output)
+        is_other_file = os.path.realpath(self.output) not in map(os.path.realpath, files)
+        is_usable = is_writable and is_other_file and self.output.endswith(".jsonl")
+        advice = "name another .jsonl file than the problems', in a folder with write permission"
+        require(is_usable, f"--output {self.output}: cannot be written; {advice}")
 
 
 @script
 def main(argv: list[str] | None = None) -> None:
     args = parse(SampleArguments, argv)
-    problems = read_problems(args.data_path, columns=args.columns)  # complains now, not after the weights are read
+    problems = read_problems(args.data_path, columns=args.columns)  # first, to report errors before loading the weights
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    model, tokenizer, _ = open_model(args)
+    model, tokenizer, _ = open_from_arguments(args)
     rows, counts = sample_answers(
         model,
         tokenizer,
@@ -105,16 +105,17 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         raise UserError(
             f"none of {counts['answers']} answers to {args.data_path} is right and has the form, so {args.output} is "
-            "not written: draw more (--n_samples), or train the model further first"
+            "not written: sample more (--n_samples), or train the model further first"
         )
     write_whole(Path(args.output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_problems(path: str, *, columns: str = "") -> list[Record]:
-    """Return the problems of a file with ``final`` filled in where it stood in the last turn alone.
+    """Return the problems of a file, with ``final`` taken from the last turn where the key is missing.
 
     Raises:
-        UserError: a record, named by its line, is not a conversation or tells no right answer; no record is usable.
+        UserError: a record is not a conversation or has no right answer (the message gives its line); no record is
+            usable.
     """
     problems = []
     for number, record in enumerate(read_records(path, columns=columns)):
@@ -129,14 +130,15 @@ def read_problems(path: str, *, columns: str = "") -> list[Record]:
 def sample_answers(
     model, tokenizer, problems: Sequence[Record], *, n_samples: int, keep: int = 0, **settings
 ) -> tuple[list[dict], dict[str, int]]:
-    """Return the records to train on, in the order of the problems, and what was counted on the way.
+    """Return the records to train on, in the order of the problems, and a few counts.
 
-    A record has the problem's turns with a kept answer as the last one (``conversations``), its other keys, and
+    A record has the problem's turns with a sampled answer as the last one (``conversations``), its other keys, and
     ``n_samples``, ``n_correct`` and ``n_well_formed``, which tell how hard the problem was.
 
     Args:
         problems: as from ``read_problems``.
-        n_samples: answers per problem. keep: most of them that are kept, the first ones drawn; 0: all.
+        n_samples: answers per problem.
+        keep: largest number of answers to keep per problem, the first ones; 0: all.
         settings: of ``evaluate_reasoning``.
 
     Raises:
@@ -145,14 +147,18 @@ def sample_answers(
     score = evaluate_reasoning(model, tokenizer, problems, n_samples=n_samples, **settings)
     rows, n_solved, n_good, n_distinct = [], 0, 0, 0
     for problem, answer in zip(problems, score.answers, strict=True):
-        right = zip(answer.texts, answer.correct, answer.well_formed, strict=True)
-        good = [text.strip() for text, correct, well_formed in right if correct and well_formed]
-        distinct = list(dict.fromkeys(good))
-        n_solved, n_good, n_distinct = n_solved + bool(good), n_good + len(good), n_distinct + len(distinct)
-        found = {"n_samples": n_samples, "n_correct": sum(answer.correct), "n_well_formed": sum(answer.well_formed)}
-        for text in distinct[: keep or None]:
+        judged_texts = zip(answer.texts, answer.correct, answer.well_formed, strict=True)
+        good_texts = [text.strip() for text, correct, well_formed in judged_texts if correct and well_formed]
+        distinct_texts = list(dict.fromkeys(good_texts))
+        n_solved += bool(good_texts)
+        n_good += len(good_texts)
+        n_distinct += len(distinct_texts)
+        difficulty = {
+            "n_samples": n_samples, "n_correct": sum(answer.correct), "n_well_formed": sum(answer.well_formed),
+        }  # fmt: skip
+        for text in distinct_texts[: keep or None]:
             turns = [*problem.messages[:-1], {"role": "assistant", "content": text}]
-            rows.append(problem.extra | {"conversations": turns} | found)
+            rows.append(problem.extra | {"conversations": turns} | difficulty)
     counts = {
         "problems": len(problems),
         "solved": n_solved,
@@ -166,7 +172,7 @@ def sample_answers(
 
 
 def report_tenths() -> Callable[[int, int], None]:
-    """Return a function of (answers there are, answers there will be) that prints a line at each tenth of the way."""
+    """Return a function of (answers so far, all answers) that prints a line after every tenth of the answers."""
     printed = 0
 
     def report(n_done: int, n: int) -> None:
@@ -179,7 +185,7 @@ def report_tenths() -> Callable[[int, int], None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name, then rename: the file is whole or absent."""
+    """Write ``text`` atomically: under a temporary name, which is then renamed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_text(text, encoding="utf-8")

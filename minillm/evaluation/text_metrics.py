@@ -1,8 +1,8 @@
-"""BLEU and ROUGE: how much of a reference text an answer has, word by word.
+"""BLEU and ROUGE: the overlap of an answer with a reference text, word by word.
 
-Papineni et al., BLEU (2002); Lin, ROUGE (2004). Both by the libraries that published figures come from: sacrebleu
-(Post, A Call for Clarity in Reporting BLEU Scores, 2018) and rouge-score. Their own tokenizers know no Chinese words:
-sacrebleu has one of single characters for it, and rouge-score gets the words that jieba finds.
+Papineni et al., BLEU (2002); Lin, ROUGE (2004). Both are computed by the libraries that published results use:
+sacrebleu (Post, A Call for Clarity in Reporting BLEU Scores, 2018) and rouge-score. For Chinese, sacrebleu compares
+single characters, and rouge-score compares the words of jieba.
 """
 
 import logging
@@ -39,10 +39,10 @@ class Rouge:
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> Bleu:
-    """Return corpus BLEU of one answer against one reference each.
+    """Return corpus BLEU, with one reference for each answer.
 
-    Tokens are sacrebleu's ``13a``; where more than half of the references hold Chinese, its ``zh`` (the signature says
-    which). Scores by different tokens do not compare.
+    The tokenizer is sacrebleu's ``13a``, or ``zh`` if more than half of the references contain Chinese; the signature
+    names it. Scores with different tokenizers are not comparable.
 
     Raises:
         UserError: not as many references as answers, or none; sacrebleu is not installed.
@@ -66,7 +66,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> Bleu:
 def rouge(answers: Sequence[str], references: Sequence[str]) -> Rouge:
     """Return the means of ROUGE-1, ROUGE-2 and ROUGE-L over pairs of answer and reference.
 
-    Words are lower-cased; jieba parts Chinese. Nothing is stemmed.
+    Words are lower-cased and not stemmed; jieba splits Chinese text into words.
 
     Raises:
         UserError: not as many references as answers, or none; rouge-score or jieba is not installed.

@@ -1,4 +1,4 @@
-"""Models on disk: Hugging Face directories, bare state dicts, and what people call them."""
+"""Models on disk: Hugging Face directories, plain state dicts, and the names that the command line accepts."""
 
 from minillm.hub.huggingface import load_model, save_model
 from minillm.hub.open import open_model

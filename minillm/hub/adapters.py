@@ -1,4 +1,4 @@
-"""Adapters by the names that people give them."""
+"""Finds adapters by their names and merges them into a model."""
 
 from pathlib import Path
 
@@ -9,26 +9,30 @@ from minillm.lora.more.merge import merge_adapters
 
 def adapter_directory(name: str, *, save_dir: str, config) -> Path:
     """Return the directory of the adapter ``name`` for a model of the shape ``config``."""
-    stage = run_name(name, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
-    return Path(save_dir) / "lora" / stage
+    return Path(save_dir) / "lora" / (name + _model_suffix(config))
 
 
-def add_adapters(model, said: str, *, save_dir: str) -> list[Path]:
-    """Add the adapters that ``--lora_name`` names to the weights of ``model``; return where they were.
+def add_adapters(model, lora_name: str, *, save_dir: str) -> list[Path]:
+    """Merge the adapters of ``--lora_name`` into the weights of ``model``; return their paths.
 
-    ``said`` is a name, a directory or a ``.pth``, or several with their weights: ``cooking:0.7,medical:0.3``.
+    ``lora_name`` is a name, a directory or a ``.pth``, or several with weights: ``cooking:0.7,medical:0.3``.
 
     Raises:
-        UserError: nothing there (the message lists the adapters there are), or it does not fit the model.
+        UserError: there is no such adapter (the message lists those that exist), or it does not fit the model.
     """
-    chosen = []
-    for part in filter(None, map(str.strip, said.split(","))):
-        name, colon, weight = part.partition(":")
+    paths_and_weights = []
+    for part in filter(None, map(str.strip, lora_name.split(","))):
+        name, colon, weight_text = part.partition(":")
         try:
-            share = float(weight) if colon else 1.0
+            weight = float(weight_text) if colon else 1.0
         except ValueError:
-            raise UserError(f"--lora_name {said}: {weight!r} is not a weight; write NAME:0.7,OTHER:0.3") from None
-        suffix = run_name("", hidden_size=model.config.hidden_size, has_experts=bool(model.config.num_experts))
-        chosen.append((find_adapter(name, save_dir=save_dir, model_suffix=suffix), share))
-    merge_adapters(model, chosen)  # answers then cost what the model alone costs
-    return [path for path, _ in chosen]
+            message = f"--lora_name {lora_name}: {weight_text!r} is not a weight; write NAME:0.7,OTHER:0.3"
+            raise UserError(message) from None
+        path = find_adapter(name, save_dir=save_dir, model_suffix=_model_suffix(model.config))
+        paths_and_weights.append((path, weight))
+    merge_adapters(model, paths_and_weights)  # merged, they cost no time per token
+    return [path for path, _ in paths_and_weights]
+
+
+def _model_suffix(config) -> str:
+    return run_name("", hidden_size=config.hidden_size, has_experts=bool(config.num_experts))

@@ -1,7 +1,7 @@
-"""Models on disk: Hugging Face directories, read and written; plain ``.pth`` state dicts, read.
+"""Reads and writes Hugging Face directories; also reads plain ``.pth`` state dicts.
 
-Our parameter names are theirs, but for the experts, which their files hold one by one (``experts_on_disk.py``). Tied
-matrices are stored once.
+Our parameter names are Hugging Face's, except for the experts, which their files store one by one
+(``experts_on_disk.py``). Tied matrices are stored once.
 """
 
 import json
@@ -33,9 +33,9 @@ from minillm.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
-PICKLED = "pytorch_model.bin"  # as older releases wrote it, and MiniMind's export does: a .pth by another name
+PICKLED = "pytorch_model.bin"  # from older releases and MiniMind's export: a .pth with another name
 TIED = "lm_head.weight"
-IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints hold this table; ours follows from the configuration
+IGNORED = (".rotary_emb.inv_freq",)  # a table in old checkpoints; ours follows from the configuration
 
 
 def load_model(
@@ -45,18 +45,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     config: ModelConfig | None = None,
 ) -> Transformer:
-    """Return the model stored in a Hugging Face directory (sharded or not), or in a ``.pth`` state dict.
+    """Return the model in a Hugging Face directory (sharded or not), or in a ``.pth`` state dict.
 
-    A directory without safetensors may hold one ``pytorch_model.bin``, which is read like a ``.pth``.
-
-    Tensors are read one at a time, each into its place, so that the weights lie in memory once.
+    A directory without safetensors may hold one ``pytorch_model.bin``, which is read like a ``.pth``. Tensors are read
+    one at a time, each directly into its parameter, so that the weights are in memory once.
 
     Args:
-        config: needed for a ``.pth``, which holds weights alone; a directory has its own.
+        config: required for a ``.pth``, which holds only weights; a directory has its own.
 
     Raises:
-        UserError: no weights there, a missing shard, an unsupported configuration, or weights that do not fit
-            it (the first three names, with both shapes).
+        UserError: no weights, a missing shard, an unsupported configuration, or weights that do not fit it (the message
+            gives the first three names, with both shapes).
     """
     path = Path(path)
     if path.is_dir():
@@ -65,7 +64,7 @@ def load_model(
     elif path.is_file() and config is not None:
         stored = _open_pth(path, config)
     elif path.is_file():
-        raise UserError(f"{path} holds weights alone: give the model's configuration too, e.g. infer_config(path)")
+        raise UserError(f"{path} holds only weights: also give the model's configuration, e.g. infer_config(path)")
     else:
         raise UserError(f"no model at {path}: neither a directory nor a .pth file")
     ignored = prediction_layer_names(stored, config)
@@ -84,14 +83,15 @@ def load_model(
     for name in gates:
         if stored[name].read().any():
             raise UserError(
-                f"{path}: {name} is not zero, but the configuration says shared_expert_gate false: the gate was "
-                f"trained since, set it to true"
+                f"{path}: {name} is not zero, but the configuration has shared_expert_gate false: the gate has been "
+                f"trained, set it to true"
             )
     buffers = dict(model.named_buffers())
     for name, tensor in state.items():
-        as_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
-        state[name] = _read(pieces[name], stored, tensor.shape, as_dtype, device)
-    model.load_state_dict(state, assign=True, strict=False)  # strict was _check_fit; a tied matrix comes once
+        tensor_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
+        state[name] = _read(pieces[name], stored, tensor.shape, tensor_dtype, device)
+    # _check_fit was strict; here a tied matrix has only one of its names.
+    model.load_state_dict(state, assign=True, strict=False)
     model.generation_config = _read_generation(path)
     model.tie_weights()
     return model.requires_grad_(True)
@@ -105,33 +105,31 @@ def save_model(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 2**30,
 ) -> None:
-    """Write ``model`` as a Hugging Face directory that transformers opens as it is.
-
-    Each file appears under its name only when it is whole.
+    """Write ``model`` as a Hugging Face directory that transformers opens. Each file is written atomically.
 
     Args:
-        tokenizer: saved next to the model; its end tokens are added to ``generation_config.json``, which otherwise
-            stays what the model came with.
-        dtype: of the stored weights; default: the model's. The correction biases of routers stay float32 at least.
-        max_shard_size: bytes per weight file; so much is copied at a time if the weights are elsewhere or other.
+        tokenizer: saved next to the model. Its end tokens are added to ``generation_config.json``, which is otherwise
+            that of the loaded model.
+        dtype: of the stored weights; default: the model's. The correction biases of routers are at least float32.
+        max_shard_size: bytes per weight file; also the size of the copy if device or dtype differ.
 
     Raises:
-        UserError: a weight is not finite, or would not be in ``dtype``; the model has an adapter. Nothing is written.
+        UserError: a weight is not finite, or not finite in ``dtype``; or the model has an adapter. Nothing is written.
     """
     path = Path(path)
     if any(".lora." in name for name, _ in model.named_parameters()):
         raise UserError(
-            f"the model has an adapter, which {path} could not hold: merge_lora(model, keep_base=False) first, or "
-            f"write the adapter alone with save_lora"
+            f"the model has an adapter, which {path} cannot hold: call merge_lora(model, keep_base=False) first, or "
+            f"save only the adapter with save_lora"
         )
     dtype = dtype or next(model.parameters()).dtype
     weights = _pieces_to_write(model, dtype)
     _check_finite(weights)
     path.mkdir(parents=True, exist_ok=True)
-    written = _write_weights(weights, path, max_shard_size)
-    for stale in path.glob("model*.safetensors*"):  # shards of an earlier, larger or smaller save
-        if stale.name not in written:
-            stale.unlink()
+    file_names = _write_weights(weights, path, max_shard_size)
+    for old_file in path.glob("model*.safetensors*"):  # shards of an earlier save
+        if old_file.name not in file_names:
+            old_file.unlink()
     config = model.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(path / "config.json", config)
     if tokenizer is not None:
@@ -140,21 +138,22 @@ def save_model(
 
 
 def _generation_config(model: Transformer, tokenizer) -> dict:
-    """Return what the model came with (its temperature, say), with the tokens that end its answers now."""
-    came_with = model.generation_config
+    """Return the loaded model's settings (such as its temperature), with the tokens that end its answers now."""
+    loaded = model.generation_config
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-    ends = came_with.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = loaded.get("eos_token_id")
+    if not isinstance(ends, list):
+        ends = [] if ends is None else [ends]
     if tokenizer is not None:
         ids["pad_token_id"] = tokenizer.pad_token_id
         if not set(tokenizer.end_ids) <= set(ends):
             ids["eos_token_id"] = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
-            came_with = {key: value for key, value in came_with.items() if key != "eos_token_id"}
-    return {key: value for key, value in (ids | came_with).items() if value is not None}
+            loaded = {key: value for key, value in loaded.items() if key != "eos_token_id"}
+    return {key: value for key, value in (ids | loaded).items() if value is not None}
 
 
 def _read_generation(path: Path) -> dict:
-    """Return the content of a directory's generation_config.json; empty where it is missing or broken."""
+    """Return the content of a directory's generation_config.json; empty if it is missing or broken."""
     try:
         content = json.loads((path / GENERATION).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -163,7 +162,7 @@ def _read_generation(path: Path) -> dict:
 
 
 def _state(model: Transformer) -> dict[str, Tensor]:
-    """Return all that is stored: the parameters, a tied one once, and the buffers (correction biases)."""
+    """Return all tensors to store: the parameters (a tied one once) and the buffers (correction biases)."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -171,11 +170,11 @@ def _state(model: Transformer) -> dict[str, Tensor]:
 
 
 def _pieces_to_write(model: Transformer, dtype: torch.dtype) -> dict[str, tuple[Tensor, torch.dtype, float]]:
-    """Return the tensors under their names on disk, as parts of the model's; dtype and scale of each there."""
+    """Return {name on disk: (part of a parameter, its dtype on disk, its scale on disk)}."""
     buffers = dict(model.named_buffers())
-    wide = torch.promote_types(dtype, torch.float32)
+    buffer_dtype = torch.promote_types(dtype, torch.float32)
     weights = {
-        piece.name: (tensor.detach()[piece.index], wide if name in buffers else dtype, piece.scale)
+        piece.name: (tensor.detach()[piece.index], buffer_dtype if name in buffers else dtype, piece.scale)
         for name, tensor in _state(model).items()
         for piece in pieces_of(name, model.config)
     }
@@ -184,15 +183,16 @@ def _pieces_to_write(model: Transformer, dtype: torch.dtype) -> dict[str, tuple[
 
 
 def _write_weights(weights: dict[str, tuple[Tensor, torch.dtype, float]], path: Path, max_shard_size: int) -> set[str]:
+    """Write the weights to one or several files; return the names of the files."""
     sizes = {name: tensor.numel() * dtype.itemsize for name, (tensor, dtype, _) in weights.items()}
     shards: list[list[str]] = [[]]
-    room = max_shard_size
+    n_free = max_shard_size  # bytes left in the last shard
     for name, size in sizes.items():
-        if size > room and shards[-1]:
+        if size > n_free and shards[-1]:
             shards.append([])
-            room = max_shard_size
+            n_free = max_shard_size
         shards[-1].append(name)
-        room -= size
+        n_free -= size
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -211,15 +211,15 @@ def _as_stored(tensor: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 
 
 def _check_finite(weights: dict[str, tuple[Tensor, torch.dtype, float]]) -> None:
-    """Raise UserError unless every number is finite, and stays so in the dtype it is stored in."""
+    """Raise UserError unless every number is finite, also in the dtype in which it is stored."""
     for name, (tensor, dtype, scale) in weights.items():
         low, high = (bound.item() * scale for bound in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise UserError(f"{name} has numbers that are not finite: nothing was written; take older weights")
+            raise UserError(f"{name} has numbers that are not finite: nothing was written; use older weights")
         if max(-low, high) > torch.finfo(dtype).max:
-            short = str(dtype).removeprefix("torch.")
+            dtype_name = str(dtype).removeprefix("torch.")
             raise UserError(
-                f"{name} has the number {max(-low, high):.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}: "
+                f"{name} has the number {max(-low, high):.3g}, and {dtype_name} ends at {torch.finfo(dtype).max:.3g}: "
                 f"nothing was written; choose bfloat16 or float32"
             )
 
@@ -229,7 +229,7 @@ def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(shard, temporary, metadata={"format": "pt"})
         use_umask(temporary)
-    except SafetensorError as error:  # it wraps the system's errors, a full disk among them
+    except SafetensorError as error:  # it wraps the system's errors, such as a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(str(error)) from error
     os.replace(temporary, path)
@@ -245,7 +245,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 class _InMemory(NamedTuple):
-    """A tensor that was read already."""
+    """A tensor in memory."""
 
     tensor: Tensor
 
@@ -258,7 +258,7 @@ class _InMemory(NamedTuple):
 
 
 class _InFile(NamedTuple):
-    """A tensor in an open safetensors file: its shape is known, its numbers are read when asked for."""
+    """A tensor in an open safetensors file; ``read`` loads its numbers."""
 
     file: Any
     name: str
@@ -272,10 +272,11 @@ class _InFile(NamedTuple):
 
 
 def _pieces(name: str, config: ModelConfig, stored: Mapping[str, Any], has_gates: bool) -> list[Piece]:
-    """Return the pieces of a parameter in the layout that ``stored`` has."""
+    """Return the pieces of a parameter in the layout of ``stored``."""
     if name in stored and not (has_gates and pieces_of(name, config)[0].scale != 1):
-        return [Piece(name)]  # a state dict of ours holds the experts as they lie in memory
-    return (None if has_gates else pieces_of_minimind(name, config, stored)) or pieces_of(name, config)
+        return [Piece(name)]  # our own state dicts store the experts as in memory
+    minimind_pieces = None if has_gates else pieces_of_minimind(name, config, stored)
+    return minimind_pieces or pieces_of(name, config)
 
 
 def _open_pth(path: Path, config: ModelConfig) -> dict[str, _InMemory]:
@@ -293,7 +294,7 @@ def _open_directory(path: Path, config: ModelConfig) -> Mapping[str, _InFile | _
     elif (path / PICKLED).is_file():
         return _open_pth(path / PICKLED, config)
     else:
-        raise UserError(f"no weights in {path}: neither {WEIGHTS} nor {INDEX} nor {PICKLED} is there")
+        raise UserError(f"no weights in {path}: it has neither {WEIGHTS} nor {INDEX} nor {PICKLED}")
     stored: dict[str, _InFile] = {}
     for name in names:
         if not (path / name).is_file():
@@ -313,27 +314,28 @@ def _read(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Return one parameter, of ``shape``, put together from its pieces."""
+    """Return one parameter, of ``shape``, assembled from its pieces."""
     if pieces[0].index == ():
-        whole = stored[pieces[0].name].read().to(device=device, dtype=dtype)
-        return whole if pieces[0].scale == 1 else whole / pieces[0].scale
-    whole = torch.empty(shape, dtype=dtype, device=device)
+        parameter = stored[pieces[0].name].read().to(device=device, dtype=dtype)
+        return parameter if pieces[0].scale == 1 else parameter / pieces[0].scale
+    parameter = torch.empty(shape, dtype=dtype, device=device)
     for name, index, _ in pieces:
-        whole[index].copy_(stored[name].read())
-    return whole
+        parameter[index].copy_(stored[name].read())
+    return parameter
 
 
-def _check_fit(path: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not part of this model" for name in found if name not in expected]
+def _check_fit(path: Path, expected: dict[str, torch.Size], stored: dict[str, torch.Size]) -> None:
+    """Raise UserError unless the stored tensors have the expected names and shapes."""
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is not part of this model" for name in stored if name not in expected]
     problems += [
-        f"{name} has shape {tuple(found[name])} instead of {tuple(shape)}"
+        f"{name} has shape {tuple(stored[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in stored and stored[name] != shape
     ]
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        others = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"the weights of {path} do not fit their configuration, take both from one model: "
-            f"{'; '.join(problems[:3])}{more}"
+            f"{'; '.join(problems[:3])}{others}"
         )

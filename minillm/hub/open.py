@@ -1,10 +1,12 @@
-"""The model that the command line names, ready to answer: weights, tokenizer, adapters, positions."""
+"""Opens a model with its tokenizer and adapters: ``open_model``, and for programs ``open_from_arguments``."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
 from minillm.hardware import keep_freed_memory
 from minillm.hub.adapters import add_adapters
@@ -22,65 +24,134 @@ from minillm.hub.names import (
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
 from minillm.lora.more.base import BASE
 from minillm.model.sizes import describe_parameters
+from minillm.model.transformer import Transformer
 from minillm.precision import choose_device, choose_dtype
-from minillm.tokenizer import load_tokenizer
+from minillm.tokenizer import Tokenizer, load_tokenizer
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 
 
-def open_model(args):
-    """Return model (evaluation mode, on its device), tokenizer and the path of the weights; print what was opened.
+def open_model(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    lora_name: str = "",
+    tokenizer_path: str = "",
+    save_dir: str = "out",
+) -> tuple[Transformer, Tokenizer]:
+    """Return the model, in evaluation mode on its device, and its tokenizer.
 
     Args:
-        args: ``OpenArguments``; where ``from_weight`` is empty, ``model_mode`` names the stage. A stage is looked for
-            at the width of the flags, unless there is only one.
+        path: a model directory, a ``.pth`` with a ``config.json`` next to it, a stage (``full_sft``) or a run
+            (``full_sft_512``) in ``save_dir``, or a model on a hub (``Qwen/Qwen3-0.6B``), which is downloaded.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        dtype: of the weights: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        lora_name: adapters to merge into the weights: a name, a directory or a ``.pth``, or several with weights
+            (``cooking:0.7,medical:0.3``).
+        tokenizer_path: directory of the tokenizer; default: the model's own, else SAVE_DIR/tokenizer.
+        save_dir: directory that holds the runs and their adapters.
 
     Raises:
         UserError: no such weights, tokenizer or adapter, or they do not belong together.
     """
-    path, save_dir = _find(args)
-    folder = path if path.is_dir() else path.parent
-    default = folder if (folder / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
-    tokenizer = load_tokenizer(args.tokenizer_path or default)
+    hidden_size = PRESETS["small"]["hidden_size"]  # of a stage's runs, this one or the only one
+    weights = find_weights(str(path), save_dir=save_dir, hidden_size=hidden_size, any_width=True, flag="path")
+    chosen_device = choose_device(device)
+    model, tokenizer, _ = _open(
+        weights,
+        device=chosen_device,
+        dtype=choose_dtype(dtype, chosen_device),
+        lora_name=lora_name,
+        tokenizer_path=tokenizer_path,
+        save_dir=save_dir,
+    )
+    return model, tokenizer
+
+
+def open_from_arguments(args: Any) -> tuple[Transformer, Tokenizer, Path]:
+    """Return the model, as ``open_model``, the tokenizer and the path of the weights, for a program; print their names.
+
+    Args:
+        args: ``OpenArguments``. If ``from_weight`` is empty, ``model_mode`` names the stage. Of a stage's runs, the one
+            with the width of the flags is opened, or the only one.
+
+    Raises:
+        UserError: no such weights, tokenizer or adapter, or they do not belong together.
+    """
+    path, save_dir = _find_weights(args)
     device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype = choose_dtype(args.dtype, device)
-    config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
-    # An adapter is added in float32: what it changes is smaller than a bfloat16's last digit.
-    model = load_model(path, device=device, dtype=torch.float32 if args.lora_name else dtype, config=config).eval()
-    model.origin = str(path)
-    check_tokenizer(tokenizer, model, path)
-    model.config = scale_positions(model.config, args)
-    adapters = add_adapters(model, args.lora_name, save_dir=save_dir) if args.lora_name else []
-    model.to(dtype)
-    shown = " + ".join(map(str, [path, *adapters]))
-    print(f"{shown}: parameters {describe_parameters(model)}; {device}, {dtype}")
+    model, tokenizer, adapter_paths = _open(
+        path,
+        device=device,
+        dtype=dtype,
+        lora_name=args.lora_name,
+        tokenizer_path=args.tokenizer_path,
+        save_dir=save_dir,
+        args=args,
+    )
+    names = " + ".join(map(str, [path, *adapter_paths]))
+    print(f"{names}: parameters {describe_parameters(model)}; {device}, {dtype}")
     return model, tokenizer, path
 
 
-def _base_of_adapter(args) -> str:
-    """Return the model for which the one adapter of ``--lora_name`` was made, if it is there; else an empty text."""
+def _open(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora_name: str,
+    tokenizer_path: str,
+    save_dir: str,
+    args: Any = None,
+) -> tuple[Transformer, Tokenizer, list[Path]]:
+    """Return the model at ``path`` with its adapters merged, its tokenizer, and the paths of the adapters.
+
+    Args:
+        args: a program's arguments, for the shape of a ``.pth`` without a ``config.json``, and for ``--rope_scaling``.
+    """
+    model_dir = path if path.is_dir() else path.parent
+    default_tokenizer = model_dir if (model_dir / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
+    tokenizer = load_tokenizer(tokenizer_path or default_tokenizer)
+    config = None
+    if path.suffix == ".pth":
+        config = ModelConfig.from_hf(model_dir) if args is None else pth_config(path, args, tokenizer)
+    # An adapter is merged in float32: its changes can be smaller than the last digit of bfloat16.
+    load_dtype = torch.float32 if lora_name else dtype
+    model = load_model(path, device=device, dtype=load_dtype, config=config).eval()
+    model.origin = str(path)
+    check_tokenizer(tokenizer, model, path)
+    if args is not None:
+        model.config = scale_positions(model.config, args)
+    adapter_paths = add_adapters(model, lora_name, save_dir=save_dir) if lora_name else []
+    return model.to(dtype), tokenizer, adapter_paths
+
+
+def _base_of_adapter(args: Any) -> str:
+    """Return the model on which the only adapter of ``--lora_name`` was trained, if it exists; else an empty string."""
     paths = adapters_called(args.lora_name, save_dir=args.save_dir) if args.lora_name else []
     if len(paths) != 1 or not (paths[0] / BASE).is_file():
         return ""
     try:
         base = str(json.loads((paths[0] / BASE).read_text(encoding="utf-8"))["base"])
     except (ValueError, TypeError, KeyError):
-        return ""  # adding it says what is wrong with it
+        return ""  # add_adapters will report the problem
     return base if is_model(Path(base)) else ""
 
 
-def _find(args) -> tuple[Path, str]:
-    """Return the path of the weights, and the directory of runs that they and their adapters are in.
+def _find_weights(args: Any) -> tuple[Path, str]:
+    """Return the path of the weights, and the directory of runs with them and their adapters.
 
-    Without ``--save_dir``, the demo's runs serve where ``out/`` has none of that stage or name.
+    Without ``--save_dir``, the demo's runs are used if ``out/`` has none of that stage or name.
     """
     stage, save_dir = args.from_weight or _base_of_adapter(args) or STAGES[args.model_mode], args.save_dir
     config = preset_config(args)
     hidden_size = config.hidden_size
-    is_there = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
-    if save_dir == "out" and not is_there:
+    exists = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
+    if save_dir == "out" and not exists:
         if has_run(stage, DEMO):
             save_dir = DEMO
             if args.hidden_size is None:  # the demo has a second, smaller pretrained model to compare with

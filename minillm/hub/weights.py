@@ -1,6 +1,6 @@
-"""Where a model comes from: a new one from a preset, or the weights that ``--from_weight`` names.
+"""Makes the model of a program: a new one from a preset, or one with the weights of ``--from_weight``.
 
-``args`` are those of a program (``minillm.cli``): the flags of the model's shape and, for training, of its data.
+``args`` are a program's arguments (``minillm.cli``): the shape of the model, and for training its data.
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ def find_tokenizer(args, *, teacher: Path | None = None) -> str:
     """Return the tokenizer directory: ``--tokenizer_path``, else that of ``--from_weight``, else SAVE_DIR/tokenizer.
 
     Args:
-        teacher: weights whose tokenizer a student from scratch has to share; it then comes before SAVE_DIR/tokenizer.
+        teacher: path of a teacher's weights. A new student shares its tokenizer, which precedes SAVE_DIR/tokenizer.
     """
     if args.tokenizer_path:
         return args.tokenizer_path
     weights = weights_of(args, preset_config(args)) if args.from_weight else teacher
     if weights is not None:
-        folder = weights if weights.is_dir() else weights.parent  # a .pth has it next to itself
-        if (folder / "tokenizer.json").is_file():
-            return str(folder)
+        model_dir = weights if weights.is_dir() else weights.parent
+        if (model_dir / "tokenizer.json").is_file():
+            return str(model_dir)
     return str(Path(args.save_dir) / "tokenizer")
 
 
-def preset_config(args, **more) -> ModelConfig:
+def preset_config(args, **overrides) -> ModelConfig:
     """Return the configuration that ``--preset``, ``--use_moe`` and the shape flags describe."""
-    return ModelConfig.preset(args.preset, **(args.expert_defaults() | args.model_overrides() | more))
+    return ModelConfig.preset(args.preset, **(args.expert_defaults() | args.model_overrides() | overrides))
 
 
 def weights_of(args, config: ModelConfig) -> Path:
-    """Return what ``--from_weight`` means for a model of the shape ``config`` (see ``find_weights``)."""
+    """Return the path of ``--from_weight`` for a model of the shape ``config`` (see ``find_weights``)."""
     return find_weights(
         args.from_weight,
         save_dir=args.save_dir,
@@ -54,14 +54,14 @@ def weights_of(args, config: ModelConfig) -> Path:
 
 
 def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Return the model to train, on the CPU: new (weights drawn from ``--seed``), or from ``--from_weight``.
+    """Return the model to train, on the CPU: a new one (random weights from ``--seed``), or that of ``--from_weight``.
 
     Args:
-        dtype: of weights that are not trained themselves; those that are need float32.
+        dtype: of frozen weights; trained weights need float32.
 
     Raises:
-        UserError: the weights are missing, their vocabulary is smaller than the tokenizer's, or a row is
-            longer than the model's positions.
+        UserError: the weights are missing, their vocabulary is smaller than the tokenizer's, or a row is longer than
+            the model's positions.
     """
     config = preset_config(
         args, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
@@ -72,16 +72,16 @@ def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Tran
         torch.manual_seed(args.seed)
         return Transformer(config).to(dtype)
     path = weights_of(args, config)
-    usual = run_name(args.from_weight, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
+    usual_name = run_name(args.from_weight, hidden_size=config.hidden_size, has_experts=bool(config.num_experts))
     if on_first_rank() and "/" not in args.from_weight:
         if path.parent == Path(DEMO) != Path(args.save_dir):
             print(f"no {args.from_weight} weights in {args.save_dir}/: using the demo's, {path}")
-        elif path.name not in (args.from_weight, usual):
+        elif path.name not in (args.from_weight, usual_name):
             print(f"weights: {path}, the only {args.from_weight} in {args.save_dir}/")
-    stored = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
-    model = load_model(path, device="cpu", dtype=dtype, config=stored)
+    config_of_pth = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
+    model = load_model(path, device="cpu", dtype=dtype, config=config_of_pth)
     model.origin = str(path)
-    if stored is None:
+    if config_of_pth is None:
         _check_shape(args, model.config, path)
     check_tokenizer(tokenizer, model, path)
     model.config = scale_positions(model.config, args)
@@ -90,30 +90,28 @@ def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Tran
 
 
 def pth_config(path: Path, args, tokenizer) -> ModelConfig:
-    """Return the shape of the weights in a ``.pth``: a ``config.json`` next to it, else its tensors and the flags.
+    """Return the shape of a ``.pth``: from a ``config.json`` next to it, else from its tensors and the flags.
 
-    What tensors do not tell comes from the flags, then from ``--preset``; its number of heads only if its width is
-    that of the weights, because a wrong number of heads loads without an error and answers nonsense.
+    What the tensors do not tell comes from the flags, then from ``--preset``. The preset's number of heads is used only
+    if its width is that of the weights: a wrong number of heads would load without an error and answer nonsense.
 
     Raises:
-        UserError: the number of heads is not known, a flag contradicts the tensors, or no model of ours holds them.
+        UserError: the number of heads is unknown, a flag contradicts the tensors, or the architecture is unsupported.
     """
     if (path.parent / "config.json").is_file():
         return ModelConfig.from_hf(path.parent)
-    usual = {field.name: field.default for field in dataclasses.fields(args)}
-    given = args.model_overrides()
-    given = {name: value for name, value in given.items() if value != usual.get(name)}
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    given = {name: value for name, value in args.model_overrides().items() if value != defaults.get(name)}
     fallback = PRESETS[args.preset] | args.expert_defaults()
     fallback |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return infer_config(path, given=given, fallback=fallback)
 
 
 def scale_positions(config: ModelConfig, args) -> ModelConfig:
-    """Return ``config`` with the positions that ``--rope_scaling`` asks for; without the flag as it is.
+    """Return ``config`` with the positions of ``--rope_scaling``; unchanged without the flag.
 
-    FACTOR times the original length fits then, and scaling that ``config`` has already is replaced, not multiplied:
-    the original length is ``--rope_original_len``, or what ``config`` would have without its scaling. The weights do
-    not depend on any of this.
+    The model then has FACTOR times its original length. An existing scaling is replaced, not multiplied: the original
+    length is ``--rope_original_len``, or the length without the existing scaling. The weights do not depend on this.
 
     Raises:
         UserError: the original length is more than the model has positions without scaling.
@@ -125,11 +123,11 @@ def scale_positions(config: ModelConfig, args) -> ModelConfig:
     if args.rope_original_len > unscaled:
         raise UserError(
             f"--rope_original_len {args.rope_original_len}: the model has {unscaled} positions without scaling; "
-            f"give the length of the rows it was trained on, at most that"
+            f"give the length of the rows that it was trained on, at most {unscaled}"
         )
     original = args.rope_original_len or unscaled
     scaling = {"rope_type": rope_type, "factor": factor}
-    if rope_type != "linear":  # which divides all positions, whatever was trained on
+    if rope_type != "linear":  # linear divides all positions; it does not depend on the original length
         scaling["original_max_position_embeddings"] = original
     return dataclasses.replace(
         config,
@@ -139,49 +137,49 @@ def scale_positions(config: ModelConfig, args) -> ModelConfig:
 
 
 def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
-    """Raise ``UserError`` unless ``tokenizer`` is the one that the weights at ``path`` were trained with.
+    """Raise ``UserError`` unless the weights at ``path`` were trained with ``tokenizer``.
 
-    With another one of the same size every id would mean another text, and nothing else would say so. Another chat
-    template, or other tokens around a document, are allowed, since a model may well be taught a new format; a note
-    says so.
+    With another tokenizer of the same size every id would have another meaning, and no other check would notice.
+    Another chat template, or other tokens around a document, are allowed, because a model can learn a new format; a
+    message reports them.
     """
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the weights {path} have embeddings for "
-            f"{model.config.vocab_size}; give --tokenizer_path the tokenizer these weights were trained with"
+            f"{model.config.vocab_size}; give --tokenizer_path the tokenizer of these weights"
         )
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "tokenizer.json").is_file():
+    model_dir = path if path.is_dir() else path.parent
+    if not (model_dir / "tokenizer.json").is_file():
         return
-    theirs = load_tokenizer(folder)
-    if theirs.content_hash != tokenizer.content_hash:
+    model_tokenizer = load_tokenizer(model_dir)
+    if model_tokenizer.content_hash != tokenizer.content_hash:
         raise UserError(
-            f"the tokenizer ({tokenizer.vocab_size} tokens) is not the one that lies next to the weights in {folder}: "
+            f"the tokenizer ({tokenizer.vocab_size} tokens) differs from the one next to the weights in {model_dir}: "
             f"leave --tokenizer_path out, or give it that directory"
         )
-    difference = other_format(tokenizer, theirs)
+    difference = other_format(tokenizer, model_tokenizer)
     if difference and int(os.environ.get("RANK", 0)) == 0:
         print(
-            f"note: {tokenizer.origin} has {difference} than the weights in {folder}; its own is used from now on "
+            f"note: {tokenizer.origin} has {difference} than the weights in {model_dir}; its own is used from now on "
             f"(leave --tokenizer_path out to keep that of the weights)",
             file=sys.stderr,
         )
 
 
-def other_format(tokenizer, theirs) -> str:
-    """Return in words how two tokenizers of one vocabulary differ in what they write; empty where they agree."""
+def other_format(tokenizer, other_tokenizer) -> str:
+    """Return a description of how the formats of two tokenizers with one vocabulary differ; empty if they agree."""
     differences = []
-    if tokenizer.document_hash != theirs.document_hash:
+    if tokenizer.document_hash != other_tokenizer.document_hash:
         differences.append("other tokens around a document")
-    if tokenizer.template_hash != theirs.template_hash:
+    if tokenizer.template_hash != other_tokenizer.template_hash:
         differences.append("another chat template")
     return " and ".join(differences)
 
 
 def _check_shape(args, config: ModelConfig, path: Path) -> None:
     """Raise ``UserError`` for a flag of the model's shape that the weights contradict."""
-    settings = ("tie_word_embeddings", "use_qk_norm")  # have a default, so nobody need have said them
-    given = {name: value for name, value in args.model_overrides().items() if name not in settings}
+    with_default = ("tie_word_embeddings", "use_qk_norm")  # the user may not have given these
+    given = {name: value for name, value in args.model_overrides().items() if name not in with_default}
     for name, value in given.items():
         if (stored := getattr(config, name)) != value:
             raise UserError(f"--{name} {value}: the weights {path} have {name} {stored}; leave the flag out")

@@ -1,4 +1,4 @@
-"""A conversation at the terminal, streamed."""
+"""A chat in the terminal, with streamed answers."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from minillm.inference.thinking import ThinkingView, without_thinking
 
 HELP = "/help shows this, /clear forgets the conversation, /quit or /exit ends"
 ENDS = ("/exit", "/quit", "exit", "quit")
-UNKNOWN = re.compile(r"/[a-z]+")  # one word alone: "/etc/hosts" and "/ means what?" are questions
+UNKNOWN_COMMAND = re.compile(r"/[a-z]+")  # a single word: "/etc/hosts" and "/ means what?" are questions
 
 
 def chat(
@@ -27,15 +27,15 @@ def chat(
 ) -> None:
     """Read questions and stream answers until /exit, /quit, exit, end of input, or Ctrl-C at the prompt.
 
-    Ctrl-C during an answer ends that answer only. /clear forgets the conversation.
+    Ctrl-C during an answer ends only this answer. /clear forgets the conversation.
 
     Args:
-        encode: turns a list of messages, the last one the question, into prompt ids.
-        history_turns: earlier questions with their answers that the model still sees. The oldest are
-            forgotten when the conversation no longer fits into the model's positions.
-        thinking: how a ``ThinkingView`` shows the thinking of a reasoning model, which it does not see again with the
-            next question (``without_thinking``). None: answers are shown and kept as they are.
-        opened: what the prompt has already of a reasoned answer.
+        encode: turns a list of messages, of which the last is the question, into prompt ids.
+        history_turns: number of earlier questions and answers that stay in the prompt. The oldest ones are dropped when
+            the conversation exceeds the model's positions.
+        thinking: how a ``ThinkingView`` shows a reasoning model's thinking, which is removed from the history
+            (``without_thinking``). None: answers are shown and stored unchanged.
+        opened: beginning of a reasoned answer that the prompt already contains.
         options: of :func:`~minillm.inference.generate.stream`.
     """
     with contextlib.suppress(ImportError):
@@ -55,46 +55,46 @@ def chat(
             history.clear()
         elif command == "/help":
             print(HELP)
-        elif UNKNOWN.fullmatch(command):
+        elif UNKNOWN_COMMAND.fullmatch(command):
             print(f"unknown command {command}: {HELP}")
         elif command:
-            asked = {"role": "user", "content": question}
-            kept = history[-history_turns:] if history_turns else []
+            user_turn = {"role": "user", "content": question}
+            context = history[-history_turns:] if history_turns else []
             try:
-                ids = encode([*(turn for pair in kept for turn in pair), asked])
-                while kept and len(ids) + max_new_tokens > model.config.max_position_embeddings:
-                    kept = kept[1:]
-                    ids = encode([*(turn for pair in kept for turn in pair), asked])
+                ids = encode([*(turn for pair in context for turn in pair), user_turn])
+                while context and len(ids) + max_new_tokens > model.config.max_position_embeddings:
+                    context = context[1:]
+                    ids = encode([*(turn for pair in context for turn in pair), user_turn])
                 view = ThinkingView(thinking, opened=opened) if thinking else None
-                answer = _say(stream(model, ids, max_new_tokens=max_new_tokens, **options), view)
-            except UserError as error:  # a question too long, say: the conversation goes on as it was
+                answer = _print_answer(stream(model, ids, max_new_tokens=max_new_tokens, **options), view)
+            except UserError as error:  # such as a question that is too long: the conversation stays unchanged
                 print(f"error: {error}", file=sys.stderr)
                 continue
             answer = without_thinking(opened + answer) if thinking else answer
-            history = [*kept, (asked, {"role": "assistant", "content": answer})]
+            history = [*context, (user_turn, {"role": "assistant", "content": answer})]
 
 
-def _say(pieces, view: ThinkingView | None) -> str:
-    """Print the pieces as they come, then the speed; return the answer."""
-    shown: list[str] = []
+def _print_answer(pieces, view: ThinkingView | None) -> str:
+    """Print the pieces as they arrive, then the speed; return the answer."""
+    answer: list[str] = []
     start = time.perf_counter()
-    done = None
+    completion = None
     try:
-        while done is None:
+        while completion is None:
             try:
-                shown.append(next(pieces))
+                answer.append(next(pieces))
             except StopIteration as end:
-                done = end.value
+                completion = end.value
             else:
-                print(view.push(shown[-1]) if view else shown[-1], end="", flush=True)
+                print(view.push(answer[-1]) if view else answer[-1], end="", flush=True)
     except KeyboardInterrupt:
         pieces.close()
     print(view.finish() if view else "")
-    if done is not None:
-        print(speed(len(done.ids), time.perf_counter() - start))
-    return "".join(shown)
+    if completion is not None:
+        print(speed(len(completion.ids), time.perf_counter() - start))
+    return "".join(answer)
 
 
 def speed(n_tokens: int, seconds: float) -> str:
-    """Return the line that says how many tokens took how long."""
+    """Return a line with the number of tokens, the time and the rate."""
     return f"[{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / max(seconds, 1e-9):,.0f} tokens/s]"

@@ -1,8 +1,7 @@
-"""Decoding with a key-value cache: prompts of different lengths side by side, or one streamed as text.
+"""Decoding with a key-value cache: a batch of prompts of different lengths, or one prompt streamed as text.
 
-Prompts are right-padded and read in one forward pass; the cache then holds each row's own length, so the
-rows go on together, one token each, without padding between prompt and answer. A row that is finished
-leaves the batch.
+Prompts are right-padded and processed in one forward pass. The cache stores each row's own length, so all rows then
+continue together, one token at a time, without padding between prompt and answer. A finished row leaves the batch.
 
 Shapes: B rows still running, T positions, V vocabulary.
 """
@@ -34,7 +33,7 @@ class Completion:
 
 
 class _Row:
-    """One sequence in the making: its ids, its text so far and why it ended."""
+    """One answer while it is generated: its ids, its text so far, and why it ended."""
 
     def __init__(self, limit: int, eos_ids: frozenset[int], stop: tuple[str, ...], tokenizer):
         self.limit, self.eos_ids = limit, eos_ids
@@ -45,7 +44,7 @@ class _Row:
         self._pieces: list[str] = []
 
     def push(self, token: int) -> str:
-        """Add ``token`` and return the text that became certain with it ("" without a tokenizer)."""
+        """Add ``token`` and return the text that is certain now ("" without a tokenizer)."""
         self.ids.append(token)
         piece = ""
         if token in self.eos_ids:
@@ -85,13 +84,13 @@ def complete(
 
     Args:
         prompts: lists of token ids, of any lengths; none may be empty (begin with the eos token).
-        max_new_tokens: most new tokens per prompt. A row also ends where ``max_position_embeddings`` does.
+        max_new_tokens: limit of new tokens per prompt. A row also ends at ``max_position_embeddings``.
         temperature: 0 is greedy; the other sampling options are those of
             :class:`~minillm.inference.sampling.SamplingOptions`, in transformers' order.
-        stop: strings that end an answer; found in the text (special tokens left out), needs ``tokenizer``.
-        eos_token_id: id or ids that end an answer; None: the configuration's own, ``()``: nothing does.
-        generator: gives one seed per prompt, in order. A prompt's answer depends on its seed and not on
-            its companions (but for rounding of the logits), so batches of any size draw the same.
+        stop: strings that end an answer; they are matched in the text without special tokens, and need ``tokenizer``.
+        eos_token_id: id or ids that end an answer; None: those of the configuration, ``()``: none.
+        generator: gives one seed per prompt, in order. A prompt's answer depends on its seed and not on the other
+            prompts (except for rounding of the logits), so the batch size does not change it.
 
     Raises:
         UserError: an option out of range; a prompt that is empty, holds an id outside the vocabulary, or
@@ -109,8 +108,8 @@ def complete(
 def generate(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options) -> list[list[int]]:
     """Return the new ids of each prompt, in order: :func:`complete`, with the same options, but ids only.
 
-    The end token, if one came, is the last id. Under greedy decoding a batch gives what its prompts give
-    one by one, and what transformers' ``generate`` gives.
+    If an answer has an end token, it is the last id. With greedy decoding the result equals that of each prompt alone,
+    and that of transformers' ``generate``.
     """
     completions = complete(model, prompts, max_new_tokens=max_new_tokens, **options)
     return [completion.ids for completion in completions]
@@ -133,10 +132,10 @@ def stream(
 ) -> Generator[str, None, Completion]:
     """Yield the answer to one prompt as text, piece by piece, as soon as each piece is certain.
 
-    A piece never ends inside a character (an emoji may take four tokens) and never shows the beginning of
-    a stop string that is then completed. Special tokens print nothing. The pieces joined are the ``text``
-    of :func:`complete` with the same options and generator; that :class:`Completion` is the generator's
-    return value (``completion = yield from stream(...)``). Errors as in :func:`complete`, at the call.
+    A piece never ends inside a character (an emoji may be four tokens) and never contains the beginning of a stop
+    string. Special tokens give no text. The joined pieces are the ``text`` of :func:`complete` with the same options
+    and generator. The :class:`Completion` is the return value of the generator
+    (``completion = yield from stream(...)``). Errors are those of :func:`complete`, raised at the call.
     """
     options = SamplingOptions(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -152,7 +151,7 @@ def stream(
 
 
 def _rows(model, prompts, max_new_tokens, stop, eos_token_id, tokenizer) -> list[_Row]:
-    """Return a fresh row per prompt, after checking all of them."""
+    """Check all prompts and return an empty row for each."""
     config = model.config
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
@@ -164,24 +163,24 @@ def _rows(model, prompts, max_new_tokens, stop, eos_token_id, tokenizer) -> list
         if not len(prompt):
             raise UserError(f"prompt {number} is empty: begin it with a token, such as the eos token")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            bad = next(token for token in prompt if not 0 <= token < config.vocab_size)
+            bad_id = next(token for token in prompt if not 0 <= token < config.vocab_size)
             raise UserError(
-                f"prompt {number} holds token id {bad}, the model's vocabulary has {config.vocab_size} ids "
+                f"prompt {number} holds token id {bad_id}, the model's vocabulary has {config.vocab_size} ids "
                 f"(0..{config.vocab_size - 1}): use the model's own tokenizer"
             )
-        room = config.max_position_embeddings - len(prompt)
-        if room < 1:
+        n_free = config.max_position_embeddings - len(prompt)
+        if n_free < 1:
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens, the model has {config.max_position_embeddings} "
                 "positions and an answer needs at least one: shorten the prompt"
             )
-        rows.append(_Row(min(max_new_tokens, room), eos_ids, stop, tokenizer))
+        rows.append(_Row(min(max_new_tokens, n_free), eos_ids, stop, tokenizer))
     return rows
 
 
 @torch.inference_mode()
 def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generator) -> Iterator[list[str]]:
-    """Fill ``rows`` step by step; yield the running rows' new text, a piece per row, after each step."""
+    """Fill ``rows`` step by step; after each step yield the new text of each running row."""
     if not rows:
         return
     was_training = model.training
@@ -203,7 +202,7 @@ def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generato
         for step in range(max(row.limit for row in rows)):
             with uncompiled():
                 logits = _last_logits(model, tokens, document_ids, cache)  # (B, V)
-            is_finite = logits.amax(dim=-1).isfinite()  # (B,): false of NaN anywhere in the row, and of infinity
+            is_finite = logits.amax(dim=-1).isfinite()  # (B,): False for NaN anywhere in the row, and for infinity
             if seen is not None:
                 seen.scatter_(1, tokens, True)
             uniform = None if uniforms is None else uniforms[running, step]
@@ -233,12 +232,12 @@ def _decode(model, prompts, rows: list[_Row], options: SamplingOptions, generato
 
 
 def uncompiled():
-    """Return a context in which compiled modules run as they were written.
+    """Return a context in which compiled modules run eagerly.
 
-    Every length of the cache would be compiled again, until torch's limit is reached and the same modules are not
-    compiled for training any more.
+    Otherwise torch would recompile for every length of the cache, up to its limit; after that the same modules would
+    also run eagerly in training.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and asking would load the compiler
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; set_stance would load the compiler
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
@@ -246,7 +245,7 @@ def uncompiled():
 def _pad(prompts, device) -> tuple[Tensor, Tensor | None]:
     """Return ids (B, T) padded on the right, and document ids: 0 at a prompt, -1 at padding (None: all 0).
 
-    The padding repeats the row's last token, so that marking a padded row's tokens as seen adds nothing.
+    The padding repeats the row's last token, so that it adds no token to ``seen``.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
@@ -258,14 +257,14 @@ def _pad(prompts, device) -> tuple[Tensor, Tensor | None]:
 
 
 def _last_logits(model, tokens: Tensor, document_ids: Tensor | None, cache) -> Tensor:
-    """Return the logits (B, V) after each row's last real token; the others are never computed."""
+    """Return the logits (B, V) after each row's last real token; no other logits are computed."""
     last = tokens.shape[1] - 1
     if document_ids is not None:
         last = (document_ids >= 0).sum(1) - 1  # (B,)
     rows = torch.arange(tokens.shape[0], device=tokens.device)
 
     def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
-        used = hidden[rows, last]  # (B, T, D) -> (B, D); an adapted output layer has made logits of them already
+        used = hidden[rows, last]  # (B, T, D) -> (B, D); an adapted output layer has already made logits of them
         return used if output_weight is None else torch.nn.functional.linear(used, output_weight)  # (B, V)
 
     out = model(tokens, document_ids=document_ids, cache=cache, head=head)

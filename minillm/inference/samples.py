@@ -1,4 +1,4 @@
-"""A few texts from a model just trained, for its summary page."""
+"""Generates a few texts with a newly trained model, for its summary page."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -6,7 +6,6 @@ from itertools import islice
 import torch
 
 from minillm.data import DataFiles, Record, read_records
-from minillm.data.cache.shards import split_paths
 from minillm.errors import UserError
 from minillm.inference.generate import generate
 from minillm.tokenizer.chat import encode_chat
@@ -27,7 +26,7 @@ def sample_completions(model, tokenizer, files: DataFiles | list[str], *, n_samp
 def sample_answers(model, tokenizer, files: DataFiles | list[str], *, n_samples: int = 6) -> list[tuple[str, str]]:
     """Return ``(question, answer)`` for the first user turn of the first ``n_samples`` conversations of ``files``.
 
-    A conversation without a user turn, or with one that fills the model's positions, gives none.
+    Conversations without a user turn, or with one that is too long for the model, are skipped.
     """
     questions, prompts = [], []
     for record in islice(_usable(files), n_samples):
@@ -35,7 +34,7 @@ def sample_answers(model, tokenizer, files: DataFiles | list[str], *, n_samples:
         if question is not None:
             try:
                 ids = encode_chat(tokenizer, [question], add_generation_prompt=True)[0]
-            except UserError:  # training set it aside too, and said why
+            except UserError:  # training has rejected it too, and reported the reason
                 continue
             if len(ids) < model.config.max_position_embeddings:  # room for an answer
                 questions.append(question)
@@ -45,9 +44,9 @@ def sample_answers(model, tokenizer, files: DataFiles | list[str], *, n_samples:
 
 
 def _usable(files: DataFiles | list[str]) -> Iterator[Record]:
-    """The first file's records; its bad lines were reported when the data was read, and are left as they are."""
+    """Return the first file's usable records; its bad lines were already reported when the data was read."""
     source = DataFiles.of(files)
-    records = read_records(split_paths(source)[0], on_reject=lambda *bad: None, columns=source.columns)
+    records = read_records(source.files[0], on_reject=lambda *bad: None, columns=source.columns)
     return filter(source.takes, records)
 
 

@@ -1,8 +1,7 @@
 """From logits to the next token: penalty, temperature, top-k, top-p, min-p, then one draw per row.
 
-The order is fixed and is that of transformers' ``generate``: repetition penalty, temperature, top-k,
-top-p, min-p; each step sees what the one before it left over. Temperature 0 takes the largest logit of
-the penalised logits and ignores the rest.
+The order is that of transformers' ``generate``: repetition penalty, temperature, top-k, top-p, min-p. Each step works
+on the result of the step before it. Temperature 0 takes the largest penalised logit and ignores the other options.
 
 Shapes: B rows, V vocabulary.
 """
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from minillm.errors import UserError
 
-GREEDY_BELOW = 1e-5  # a temperature under this would overflow float32 logits: it means greedy anyway
+GREEDY_BELOW = 1e-5  # a lower temperature is greedy: dividing by it could overflow float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +40,21 @@ class SamplingOptions:
             "min_p": (0.0 <= self.min_p <= 1.0, "must lie between 0 (off) and 1"),
             "repetition_penalty": (0.0 < self.repetition_penalty < math.inf, "must be positive (1 is off)"),
         }
-        for name, (holds, rule) in limits.items():
-            if not holds:
+        for name, (is_valid, rule) in limits.items():
+            if not is_valid:
                 raise UserError(f"{name} {getattr(self, name)}: {rule}")
 
     @property
     def greedy(self) -> bool:
-        """Return whether the most probable token is taken, without any randomness."""
+        """Whether the most probable token is taken, without any randomness."""
         return self.temperature < GREEDY_BELOW
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Return logits (B, V) with the tokens marked in ``seen`` (B, V, bool) made less likely.
 
-    CTRL (Keskar et al. 2019), section 4.1: positive logits are divided by ``penalty``, negative ones
-    multiplied, once per token however often it occurred.
+    CTRL (Keskar et al. 2019), section 4.1: positive logits are divided by ``penalty``, negative ones multiplied. How
+    often a token occurred makes no difference.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -69,13 +68,13 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Return logits (B, V) reduced to the nucleus: the fewest tokens whose probabilities reach ``p``.
 
-    Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1. The tail is summed
-    from its small end, so a token is cut when it and everything below it hold at most 1 - p together.
+    Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1. Probabilities are summed from the
+    smallest on: a token is removed if it and all smaller ones together have at most probability 1 - p.
     """
     ascending, order = logits.sort(dim=-1)
-    cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
-    cut[..., -1] = False  # the best token stays whatever rounding says
-    return logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
+    is_removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    is_removed[..., -1] = False  # the best token always stays, also after rounding
+    return logits.masked_fill(torch.zeros_like(is_removed).scatter(-1, order, is_removed), -math.inf)
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
@@ -91,9 +90,8 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 def process_logits(logits: Tensor, options: SamplingOptions, seen: Tensor | None = None) -> Tensor:
     """Return logits (B, V), at least float32, after penalty, temperature, top-k, top-p and min-p.
 
-    ``seen`` (B, V, bool) marks the tokens of the prompt and of the answer so far; it is needed only when
-    ``repetition_penalty`` is not 1. Tokens that may not be drawn come back as -inf. Greedy options leave
-    all but the penalty out.
+    ``seen`` (B, V, bool) marks the tokens of the prompt and of the answer so far; only a ``repetition_penalty`` other
+    than 1 needs it. Excluded tokens have the logit -inf. Greedy options apply only the penalty.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if options.repetition_penalty != 1.0:
@@ -114,13 +112,13 @@ def process_logits(logits: Tensor, options: SamplingOptions, seen: Tensor | None
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """Return one token per row, (B,) int64, by inverting the cumulative distribution at ``uniform`` (B,).
 
-    The same number and the same logits give the same token whatever the other rows hold, which is what
-    ``torch.multinomial`` on a batch cannot promise. A token at -inf is never drawn.
+    Unlike with ``torch.multinomial`` on a batch, a row's token depends only on its own number and logits. A token with
+    the logit -inf is never drawn.
     """
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no float64
     cumulative = logits.to(wide).softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[..., -1]
-    # The largest number below the total: rounding of uniform * total must not run past the last token.
+    # The largest number below the total: after rounding, uniform * total must not go beyond the last token.
     below_total = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniform.to(logits.device, wide) * total, below_total)
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
@@ -138,11 +136,11 @@ def sample(
 
 
 def row_uniforms(n_rows: int, n_draws: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return uniform numbers in [0, 1), (n_rows, n_draws) float64 on the CPU, each row from its own stream.
+    """Return uniform numbers in [0, 1), (n_rows, n_draws) float64 on the CPU, each row with its own random stream.
 
-    ``generator`` (on any device; None: torch's default) gives exactly one seed per row, in order, and a
-    row's numbers follow from its seed alone, the first n of them whatever ``n_draws`` is. So two prompts
-    in one call, or in two calls that share the generator, are drawn alike.
+    ``generator`` (on any device; None: torch's default) gives one seed per row, in order. A row's numbers depend only
+    on its seed; its first n numbers do not depend on ``n_draws``. So two prompts get the same numbers in one call as in
+    two calls that share the generator.
     """
     device = generator.device if generator is not None else "cpu"
     numbers = torch.empty(n_rows, n_draws, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""From token ids to text while it grows: whole characters only, and never a part of a stop string."""
+"""Decodes a growing list of token ids: only complete characters, and never a part of a stop string."""
 
 import codecs
 
@@ -6,11 +6,10 @@ from minillm.errors import UserError
 
 
 class TextDecoder:
-    """Turn ids into text one at a time; a character split over several tokens appears with its last byte.
+    """Turn ids into text one at a time. A character of several tokens appears with its last byte.
 
-    Special tokens that ``tokenizer.decode(..., skip_special_tokens=True)`` leaves out are left out here
-    too. Bytes that can never become a character turn into U+FFFD, as in that function; a character still
-    unfinished when the ids end is not printed.
+    Special tokens give no text, and bytes that can never become a character give U+FFFD, as in
+    ``tokenizer.decode(..., skip_special_tokens=True)``. A character that is incomplete at the end gives no text.
     """
 
     def __init__(self, tokenizer):
@@ -18,51 +17,51 @@ class TextDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Return the text that ``token`` completes; it may be empty."""
+        """Return the characters that ``token`` completes; there may be none."""
         piece = b"" if token in self.tokenizer.special_ids else self.tokenizer.token_bytes(token)
         return self._utf8.decode(piece)
 
 
 class StopMatcher:
-    """Let text through up to the first stop string, holding back what may still turn out to begin one."""
+    """Pass text on up to the first stop string, but hold back an end that may be the beginning of a stop string."""
 
     def __init__(self, stop: tuple[str, ...]):
         self.stop = stop
         self.stopped = False
-        self._held = ""
+        self._pending = ""  # the end that is held back
 
     def push(self, piece: str) -> str:
-        """Return the text that is now certain; ``self.stopped`` tells whether a stop string was completed."""
-        text = self._held + piece
-        found = [index for index in (text.find(stop) for stop in self.stop) if index >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        n_held = max((_n_begun(text, stop) for stop in self.stop), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+        """Return the text that is certain now; ``self.stopped`` is True after a complete stop string."""
+        text = self._pending + piece
+        stop_positions = [index for index in (text.find(stop) for stop in self.stop) if index >= 0]
+        if stop_positions:
+            self.stopped, self._pending = True, ""
+            return text[: min(stop_positions)]
+        n_pending = max((_n_matched(text, stop) for stop in self.stop), default=0)
+        self._pending = text[len(text) - n_pending :]
+        return text[: len(text) - n_pending]
 
     def finish(self) -> str:
-        """Return what was held back, once no more text can come."""
-        held, self._held = self._held, ""
-        return held
+        """Return the text that was held back; call it when no more text follows."""
+        pending, self._pending = self._pending, ""
+        return pending
 
 
-def _n_begun(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that begins ``stop`` without completing it."""
+def _n_matched(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` that is the beginning of ``stop``, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def check_stop(stop: str | list[str] | tuple[str, ...], tokenizer) -> tuple[str, ...]:
-    """Return the stop strings as a tuple; one string alone is accepted.
+    """Return the stop strings as a tuple; ``stop`` may be a single string.
 
     Raises:
-        UserError: an empty stop string (it would end everything at once), or no tokenizer to read text with.
+        UserError: an empty stop string (it would end every answer at once), or no tokenizer to decode text.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not isinstance(text, str) or not text for text in stop):
         raise UserError(f"stop {list(stop)!r}: stop strings must be texts of at least one character")
     if stop and tokenizer is None:
-        raise UserError(f"stop {list(stop)!r}: stop strings are found in decoded text: pass tokenizer= too")
+        raise UserError(f"stop {list(stop)!r}: stop strings are matched in decoded text: also pass tokenizer=")
     return stop

@@ -1,4 +1,4 @@
-"""What is shown of a reasoned answer while it is written, and what is kept of it for the next question."""
+"""Shows the answer of a reasoning model while it is generated, and removes its thinking from the history."""
 
 import re
 
@@ -6,58 +6,59 @@ from minillm.data.reasoning import TAGS
 from minillm.terminal import DIM, RESET, use_colour
 
 _TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
-_UNDECIDED = re.compile(r"\s*(<[/a-z]{0,7})?\Z")  # blanks that may end a block, and the beginning of a tag
+_UNDECIDED = re.compile(r"\s*(<[/a-z]{0,7})?\Z")  # white space that may end a block, and the beginning of a tag
 _THINKING = re.compile(r"<think>.*?(</think>|(?=<answer>)|\Z)", re.DOTALL)
 
 
 class ThinkingView:
-    """Turns the text of a reasoned answer into what is shown of it, piece by piece, however it is cut.
+    """Turns the text of an answer, in pieces of any size, into the text to show.
 
-    The tags and the blanks around them are not shown; where one part follows another, it begins a new line.
+    The tags and the white space around them are not shown; the answer begins on a new line after the thinking.
 
     Args:
-        mode: "dim" shows the thinking dimmed where the output has colours, else as it is, which is "plain"; "hide"
-            leaves it out.
-        opened: what the prompt has already of the answer; it decides whether thinking goes on, and is not shown.
+        mode: "dim" shows the thinking dimmed (if the terminal has colours, else like "plain"), "plain" shows it like
+            the answer, "hide" does not show it.
+        opened: beginning of the answer that the prompt already contains. It tells whether the model is thinking; it is
+            not shown.
     """
 
     def __init__(self, mode: str, *, opened: str = ""):
         self.mode = "plain" if mode == "dim" and not use_colour() else mode
-        self._held, self._thinks = "", False
-        self._begins, self._shown = True, False  # the next text begins a part; some was shown before
+        self._pending, self._is_thinking = "", False
+        self._is_new_part, self._has_output = True, False
         self.push(opened)
-        self._shown = False
+        self._has_output = False
 
     def push(self, piece: str) -> str:
-        """Return what is to be shown now."""
-        *parts, text = _TAG.split(self._held + piece)  # text, tag, ..., text, tag; text
-        shown = ""
+        """Return the text to show now."""
+        *parts, text = _TAG.split(self._pending + piece)  # text, tag, ..., text, tag; text
+        output = ""
         for part in parts:
             if part in TAGS:
-                self._thinks, self._begins = part == TAGS[0], True
+                self._is_thinking, self._is_new_part = part == TAGS[0], True
             else:
-                shown += self._show(part.rstrip())
+                output += self._styled(part.rstrip())
         end = _UNDECIDED.search(text).start()
-        self._held = text[end:]
-        return shown + self._show(text[:end])
+        self._pending = text[end:]
+        return output + self._styled(text[:end])
 
     def finish(self) -> str:
-        """Return what was held back, once no more text can come."""
-        held, self._held = self._held, ""
-        return self._show(held.rstrip())
+        """Return the text that was held back; call it when no more text follows."""
+        pending, self._pending = self._pending, ""
+        return self._styled(pending.rstrip())
 
-    def _show(self, text: str) -> str:
-        text = text.lstrip() if self._begins else text
-        if not text or (self._thinks and self.mode == "hide"):
+    def _styled(self, text: str) -> str:
+        text = text.lstrip() if self._is_new_part else text
+        if not text or (self._is_thinking and self.mode == "hide"):
             return ""
-        line = "\n" if self._begins and self._shown else ""
-        self._begins, self._shown = False, True
-        return line + (f"{DIM}{text}{RESET}" if self._thinks and self.mode == "dim" else text)
+        line_break = "\n" if self._is_new_part and self._has_output else ""
+        self._is_new_part, self._has_output = False, True
+        return line_break + (f"{DIM}{text}{RESET}" if self._is_thinking and self.mode == "dim" else text)
 
 
 def without_thinking(text: str) -> str:
-    """Return a reasoned answer with its thinking emptied: the form that was learned, without what led to the answer.
+    """Return an answer with an empty think block: the same form, without the thoughts.
 
-    DeepSeek-R1 (2025) and its successors are given earlier answers without their thoughts too.
+    Earlier answers in the prompts of DeepSeek-R1 (2025) and its successors also have no thoughts.
     """
     return _THINKING.sub("<think>\n\n</think>", text)

@@ -7,7 +7,7 @@ not be in memory while another is trained. A cache is a directory:
     manifest.json    what it was made from and with (``identity``), and the columns with their sizes
 
 The directory's name is a hash of the rows and of everything else the numbers depend on, so two caches never share a
-place. It is whole or absent, and several processes may make the same one at once (``data/cache/whole_directory.py``).
+place. It is whole or absent, and several processes may make the same one at once (``data/cache/atomic_directory.py``).
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillm.data.batches import collate
+from minillm.data.cache.atomic_directory import build_directory
 from minillm.data.cache.sealed import read_sealed, write_sealed
-from minillm.data.cache.whole_directory import build_directory
 from minillm.errors import UserError
 
 FORMAT = 2  # raise it when the meaning of the columns changes: older caches are then not looked at
@@ -115,7 +115,7 @@ def cached_columns(
         write_sealed(partial / MANIFEST, {"identity": identity, "columns": columns, "sizes": sizes})
 
     try:
-        build_directory(place, write=write, is_whole=_is_whole)
+        build_directory(place, write=write, is_complete=_is_whole)
     except OSError as error:
         free = shutil.disk_usage(directory.parent if directory.parent.exists() else ".").free
         raise UserError(

@@ -15,7 +15,7 @@ from minillm.plan.gpus import find_gpu, known_gpus
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments(ModelArguments):
-    """Say what a run would take, before it takes anything."""
+    """Estimate memory, time and compute of a training run before it starts."""
 
     from_weight: str = ""
     """Plan for the model in this directory (config.json) instead of a new one; names as in training."""
@@ -32,9 +32,9 @@ class PlanArguments(ModelArguments):
     global_batch_size: int = 0
     """Rows per optimizer update over all ranks (0: batch_size x accumulation_steps x ranks)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of products; weights stay float32. auto: bfloat16, or float16 on GPUs that are not fast at it."""
+    """Dtype of matrix products; weights stay float32. auto: bfloat16, or float16 on GPUs without fast bfloat16."""
     gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass. The table of memory shows both in any case."""
+    """Recompute each block in the backward pass. The memory table always shows both."""
     lora_rank: int = 0
     """Train an adapter of this rank on all linear layers and freeze the rest (0: train everything)."""
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -42,11 +42,11 @@ class PlanArguments(ModelArguments):
     ranks: int = 1
     """GPUs, one rank on each."""
     async_save: bool = True
-    """Go on training while a checkpoint is written, from a copy in the main rank's host memory."""
+    """Continue training while a checkpoint is written, from a copy in the main rank's host memory."""
     tokens: float = 0
     """Tokens to train on (0: 20 per parameter, after Hoffmann et al., 2022)."""
     mfu: float = 0.35
-    """Share of the GPU's peak that the model's operations reach; an assumption, runs print what they reach."""
+    """Assumed share of the GPU's peak that the model's operations reach; runs print the measured share."""
     gpus: str = "all"
     """Comma list of GPUs: T4, V100-16, V100-32, 3090, 4090, A10, L4, A100-40, L40S, A100-80, H100, H200."""
     json: bool = False
@@ -87,7 +87,7 @@ class PlanArguments(ModelArguments):
             value = getattr(self, name)
             require(value >= least, f"--{name} {value}: must be at least {least}")
         require(math.isfinite(self.tokens), f"--tokens {self.tokens}: must be a finite number")
-        require(0 < self.mfu <= 1, f"--mfu {self.mfu}: must lie above 0 and at most at 1")
+        require(0 < self.mfu <= 1, f"--mfu {self.mfu}: must be above 0 and at most 1")
         per_step = self.batch_size * self.ranks
         message = f"--global_batch_size {self.global_batch_size}: must be a multiple of batch_size x ranks = {per_step}"
         require(self.global_batch_size % per_step == 0, message)

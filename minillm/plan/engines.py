@@ -1,4 +1,4 @@
-"""What one rank holds under each engine: one process or DDP, FSDP2, and DeepSpeed's ZeRO 1 to 3.
+"""The memory of one rank under each engine: one process or DDP, FSDP2, and DeepSpeed's ZeRO 1 to 3.
 
 Rajbhandari et al., ZeRO (2020), section 3: mixed-precision Adam takes 16 bytes per parameter: 2 for the weight, 2 for
 its gradient, and K = 12 for master weight and two moments, all float32. Stage 1 shares the 12 among the ranks, stage 2

@@ -1,4 +1,4 @@
-"""GPUs: their memory, their peak, and which short dtype they multiply fast."""
+"""GPUs: their memory, their peak FLOP/s, and the 16-bit dtype that they multiply fast."""
 
 from dataclasses import dataclass
 

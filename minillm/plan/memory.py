@@ -1,4 +1,4 @@
-"""The bytes of a training step at the moments when it may hold most.
+"""The memory of a training step, in bytes, at the moments at which it may be largest.
 
 A step is followed through time, because nothing is held all the time: activations grow until the loss is known and are
 freed block by block while the gradients grow; the update meets gradients alone. The peak is the largest of these
@@ -29,32 +29,32 @@ class Layout:
     """Bytes that one rank holds of weights and of what belongs to them, under an engine (``engines.py``)."""
 
     weights: float
-    """Held all the time."""
+    """Weights that are always in memory."""
     gradients: float
-    """When the backward pass is over."""
+    """At the end of the backward pass."""
     optimizer: float
-    """AdamW's two moments, and master weights where the engine has them."""
+    """AdamW's two moments, and master weights if the engine has them."""
     gathered: float = 0
-    """Weights brought together for the moment."""
+    """Weights that are gathered temporarily."""
     buffers: float = 0
-    """What the engine communicates from."""
+    """The engine's communication buffers."""
     update: float = 0
-    """Made for the update alone."""
+    """Only during the update."""
     host: float = 0
-    """In the memory of the computer instead of the device."""
+    """In host memory instead of device memory."""
     short_weights: bool = False
-    """Weights have the dtype of products."""
+    """Whether weights have the dtype of matrix products."""
     keeps_whole_gradients: bool = False
-    """Between micro-batches gradients wait whole, though they end up sharded (FSDP2)."""
+    """Whether gradients are unsharded between micro-batches, although they are sharded in the end (FSDP2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What is held at one moment, in bytes."""
+    """The memory at one moment, in bytes."""
 
     name: str
     weights: float
-    """With those gathered and cast for the moment by the engine."""
+    """Including weights that the engine gathers and casts temporarily."""
     optimizer: float
     gradients: float
     casts: float
@@ -63,12 +63,12 @@ class Moment:
     logits: float
     """Of one chunk, with their softmax and gradient."""
     transient: float
-    """What operations hold while they run."""
+    """Temporary memory of running operations."""
     buffers: float
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return sum(value for name, value in dataclasses.asdict(self).items() if name != "name")
 
 
@@ -130,7 +130,7 @@ def moments(step: Step, parameters: Parameters, layout: Layout) -> dict[str, Mom
 
 
 def peak(step: Step, parameters: Parameters, layout: Layout) -> Moment:
-    """Return the moment that holds most."""
+    """Return the moment with the largest memory."""
     return max(moments(step, parameters, layout).values(), key=lambda moment: moment.total)
 
 

@@ -1,4 +1,4 @@
-"""How many parameters there are, which are trained, and which autocast copies.
+"""Counts parameters: all of them, those that are trained, and those that autocast copies.
 
 They are counted on a model whose tensors have shapes and no memory (torch's device "meta"), so that the count cannot
 differ from the model's.

@@ -1,4 +1,4 @@
-"""A plan as text for people.
+"""Formats a plan as text.
 
 Sizes are binary: 1 GiB is 2^30 bytes.
 """

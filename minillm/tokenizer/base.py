@@ -1,9 +1,9 @@
-"""The Tokenizer object: exact bytes in, ids out, and a directory that transformers opens as it is.
+"""The Tokenizer object: text to ids and back, saved as a directory that transformers opens.
 
-Two encoders share one vocabulary. The *full* one is what lies on disk: a reader such as transformers
-turns the text ``<|im_end|>`` into the control token. The *plain* one knows no added token, so text that
-only looks like a control token stays text. ``encode`` always uses the plain one; control tokens enter
-through ``token_id`` alone, which is why no content can ever end its own turn.
+Two encoders share one vocabulary. The *full* encoder is the one on disk: in transformers it turns the text
+``<|im_end|>`` into the control token. The *plain* encoder has no added tokens, so text that looks like a control token
+stays text. ``encode`` always uses the plain one. Control tokens come only from ``token_id``; so no content of a message
+can end its turn.
 """
 
 import contextlib
@@ -31,49 +31,52 @@ TAG_TOKENS = (
 )
 SPECIAL_TOKENS = CONTROL_TOKENS + TAG_TOKENS
 
-# The files of a tokenizer directory. What was loaded is saved again byte for byte.
+# The files of a tokenizer directory. A loaded file is saved unchanged, byte for byte.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-GENERATION = "generation_config.json"  # of the model in the same directory; it belongs to the model, so it is only read
+GENERATION = "generation_config.json"  # of the model in the same directory: only read, never written
 
-MOST_IDS = 1 << 24  # far more than any vocabulary; tables with a place for each id are made
+MAX_IDS = 1 << 24  # far more than any vocabulary; some tables have an entry for each id
 
-# The decoder of our SentencePiece tokenizers: blanks are written as blanks, nothing is stripped.
+# The decoder of our SentencePiece tokenizers: it keeps spaces and strips nothing.
 _BYTE_FALLBACK = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
 
 
 class Tokenizer:
-    """Text to ids and back; made by ``train_bpe``, ``train_sentencepiece`` or ``load_tokenizer``, then never changed.
+    """Text to ids and back. ``train_bpe``, ``train_sentencepiece`` and ``load_tokenizer`` make one; it never changes.
 
-    ``files`` maps file names (see ``FILES``) to their text; only ``tokenizer.json`` is required.
+    Args:
+        files: file name (see ``FILES``) to text; only ``tokenizer.json`` is required.
+        origin: where it comes from, for error messages.
+        generation_ends: ``eos_token_id`` of the model's generation_config.json.
     """
 
     def __init__(self, files: dict[str, str], *, origin: str = "this tokenizer", generation_ends: tuple[int, ...] = ()):
         self.files = dict(files)
         self.origin = origin
-        self.generation_ends = generation_ends  # eos_token_id of the model's generation_config.json
+        self.generation_ends = generation_ends
         spec = _parse_json(files["tokenizer.json"], f"{origin}: tokenizer.json")
         self._full = _backend(spec, origin)
-        # Without added tokens nothing in a text is special; without a post-processor nothing is added.
+        # Without added tokens no text is special; without a post-processor nothing is added to a text.
         self._plain = _backend({**spec, "added_tokens": [], "post_processor": None}, origin)
         settings = files.get("tokenizer_config.json", "{}")
         self._settings = _parse_json(settings, f"{origin}: tokenizer_config.json")
         added = self._full.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._byte_level = _mentions_byte_level(spec.get("decoder")) or _mentions_byte_level(
-            spec.get("pre_tokenizer")
-        )
-        # Where a text is the bytes of its tokens in a row, decode() joins them itself: the library's own byte
-        # fallback turns *every* byte of a broken character into U+FFFD, Python and TextDecoder do not.
+        self._byte_level = _mentions_byte_level(spec.get("decoder")) or _mentions_byte_level(spec.get("pre_tokenizer"))
+        # If a text is the concatenation of its tokens' bytes, decode() joins them itself: the library's byte fallback
+        # turns *every* byte of a broken character into U+FFFD; Python and TextDecoder do not.
         self._joins_bytes = self._byte_level or spec.get("decoder") == _BYTE_FALLBACK
 
     # ---- text to ids ----
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; the text of a special token in it stays ordinary text.
+        """Return the ids of ``text``; the name of a special token in it stays ordinary text.
 
-        ``encode(a + "\\n" + b) == encode(a) + encode("\\n") + encode(b)`` for our own tokenizers.
-        Raises UserError for a lone surrogate, which has no UTF-8 form.
+        For our own tokenizers ``encode(a + "\\n" + b) == encode(a) + encode("\\n") + encode(b)``.
+
+        Raises:
+            UserError: ``text`` has a lone surrogate, which has no UTF-8 form.
         """
         try:
             return self._plain.encode(text, add_special_tokens=False).ids
@@ -81,23 +84,23 @@ class Tokenizer:
             raise bad_text(text) from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """``[encode(text) for text in texts]``, in parallel on all cores (inside Rust)."""
+        """Return ``[encode(text) for text in texts]``, computed in parallel on all cores (in Rust)."""
         texts = list(texts)
         try:
             encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             for text in texts:
-                self.encode(text)  # the guilty text raises its own error
+                self.encode(text)  # raises the error for the bad text
             raise
         return [encoding.ids for encoding in encodings]
 
     # ---- ids to text ----
 
     def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
-        """Text of ``ids``; bytes that are not a whole character become U+FFFD, never an error.
+        """Return the text of ``ids``. Bytes that are not a complete character become U+FFFD, never an error.
 
-        ``skip_special_tokens`` leaves out control and spare tokens; tags such as ``<think>`` are shown. Ids above the
-        vocabulary say nothing: embeddings are often padded to a round number, and a model may draw one of those.
+        ``skip_special_tokens`` drops control and spare tokens, but not tags such as ``<think>``. Ids beyond the
+        vocabulary are dropped: embeddings are often padded to a round number, and a model may sample such an id.
         """
         ids = [i for i in map(int, ids) if i < self.vocab_size]
         if skip_special_tokens:
@@ -107,7 +110,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact UTF-8 bytes that one token stands for; a character may spread over several tokens."""
+        """Return the exact UTF-8 bytes of one token; a character may consist of several tokens."""
         table = self._bytes_table
         if not 0 <= token_id < len(table):
             raise UserError(f"token id {token_id} is outside the vocabulary: 0 to {len(table) - 1}")
@@ -115,18 +118,18 @@ class Tokenizer:
 
     @cached_property
     def _bytes_table(self) -> list[bytes]:
-        table = [b""] * self.vocab_size  # ids that no token owns (holes of foreign vocabularies) say nothing
+        table = [b""] * self.vocab_size  # some vocabularies have ids without a token: no bytes
         to_byte = byte_level_alphabet()
         for token, token_id in self._full.get_vocab(with_added_tokens=True).items():
             if token_id in self._added:
                 table[token_id] = token.encode("utf-8")
-            elif self._byte_level:  # a token with other characters is meant as it stands, as in the library
+            elif self._byte_level:  # a token with other characters stands for its own text, as in the library
                 is_bytes = set(token) <= to_byte.keys()
                 table[token_id] = bytes(map(to_byte.get, token)) if is_bytes else token.encode("utf-8")
             elif byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
                 table[token_id] = bytes([int(byte[1], 16)])  # SentencePiece byte fallback
             else:
-                table[token_id] = token.replace("\u2581", " ").encode("utf-8")  # SentencePiece blank
+                table[token_id] = token.replace("\u2581", " ").encode("utf-8")  # SentencePiece's space
         return table
 
     # ---- the vocabulary ----
@@ -135,56 +138,57 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids: the largest id plus one."""
         size = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if not 0 < size <= MOST_IDS:
-            raise UserError(f"{self.origin}: tokenizer.json makes {size} ids; there must be from 1 to {MOST_IDS}")
+        if not 0 < size <= MAX_IDS:
+            raise UserError(f"{self.origin}: tokenizer.json has {size} ids; allowed are 1 to {MAX_IDS}")
         return size
 
     def token_id(self, token: str) -> int:
-        """Id of one token by its name, such as ``"<|im_end|>"``; UserError when there is none."""
+        """Return the id of a token by its name, such as ``"<|im_end|>"``; UserError if there is none."""
         token_id = self._full.token_to_id(token)
         if token_id is None:
-            raise UserError(f"{self.origin} has no token '{token}' among its {self.vocab_size}")
+            raise UserError(f"{self.origin} has no token '{token}' among its {self.vocab_size} tokens")
         return token_id
 
     def has_token(self, token: str) -> bool:
-        """Whether ``token_id(token)`` would succeed."""
+        """Return whether the vocabulary has this token."""
         return self._full.token_to_id(token) is not None
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of control and spare tokens (tags are ordinary output and not among them)."""
+        """Ids of control and spare tokens; tags such as ``<think>`` are ordinary output and not among them."""
         return self._special_ids
 
     @cached_property
     def eos_token_id(self) -> int:
-        """The token that a document ends with.
+        """The token that ends a document.
 
-        Where the directory names a bos_token, the eos_token next to it is meant: MiniMind, Llama, Mistral and DeepSeek
-        write ``bos text eos``. Where it names none, as Qwen's, or both are one token, as in ours, documents stand
-        between two ``<|endoftext|>``; the eos_token of Qwen's chat models ends a turn there, not a document.
+        If the directory names a bos_token (MiniMind, Llama, Mistral, DeepSeek), it is the eos_token: a document is
+        ``bos text eos``. If it names none (Qwen), it is ``<|endoftext|>``, which also begins a document, as in our own
+        tokenizers: the eos_token of Qwen's chat models ends a turn, not a document.
         """
-        name = _token_name(self._settings.get("eos_token"))
-        name = name if name is not None and self.has_token(name) else None
-        if name is None or self._bos_name is None:
-            name = "<|endoftext|>" if self.has_token("<|endoftext|>") else name
+        name = self._configured_token("eos_token")
+        if (name is None or self._bos_name is None) and self.has_token("<|endoftext|>"):
+            name = "<|endoftext|>"
         if name is None:
-            raise UserError(
-                f"{self.origin} has no '<|endoftext|>' and no eos_token in tokenizer_config.json: add one"
-            )
+            raise UserError(f"{self.origin} has no '<|endoftext|>' and no eos_token in tokenizer_config.json: add one")
         return self.token_id(name)
 
     @cached_property
     def bos_token_id(self) -> int:
-        """The token that a document begins with: the directory's bos_token, else the one that it ends with."""
+        """The token that begins a document: the directory's bos_token, else the token that ends a document."""
         return self.eos_token_id if self._bos_name is None else self.token_id(self._bos_name)
 
     @property
     def _bos_name(self) -> str | None:
-        name = _token_name(self._settings.get("bos_token"))
+        return self._configured_token("bos_token")
+
+    def _configured_token(self, key: str) -> str | None:
+        """Return the token that tokenizer_config.json names under ``key``; None if the vocabulary has no such token."""
+        name = _token_name(self._settings.get(key))
         return name if name is not None and self.has_token(name) else None
 
     def document(self, ids: list[int]) -> list[int]:
-        """Return a whole document, ``[bos, *ids, eos]``: so it is trained on, validated and measured."""
+        """Return a complete document, ``[bos, *ids, eos]``, as used in training, validation and evaluation."""
         return [self.bos_token_id, *ids, self.eos_token_id]
 
     def open_document(self, ids: list[int]) -> list[int]:
@@ -193,34 +197,34 @@ class Tokenizer:
 
     @cached_property
     def pad_token_id(self) -> int:
-        """Id to fill unused positions with; nothing is ever learned from it."""
-        name = _token_name(self._settings.get("pad_token"))
-        return self.token_id(name) if name is not None and self.has_token(name) else self.eos_token_id
+        """The id that fills unused positions; it is never a target."""
+        name = self._configured_token("pad_token")
+        return self.eos_token_id if name is None else self.token_id(name)
 
     @property
     def im_start_id(self) -> int:
-        """Return the id of the token that begins a turn."""
+        """The id of the token that begins a turn."""
         return self.token_id("<|im_start|>")
 
     @property
     def im_end_id(self) -> int:
-        """Return the id of the token that ends a turn."""
+        """The id of the token that ends a turn."""
         return self.token_id("<|im_end|>")
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer, each once: the end of a document, that of a turn where there is one, those that the
-        model's generation_config.json names, and the one that its chat template writes behind an answer."""
+        """Ids that end an answer, each once: the ends of a document and of a turn, those that the model's
+        generation_config.json names, and the one that its chat template writes after an answer."""
         names = [_token_name(self._settings.get("eos_token")), "<|im_end|>", "<|endoftext|>"]
-        with contextlib.suppress(UserError):  # no template that works: chat says so, and texts do not need one
+        with contextlib.suppress(UserError):  # no usable template: encoding a chat reports it, texts need none
             names.append(chat_format(self).end_token)
         ids = [self.token_id(name) for name in names if name is not None and self.has_token(name)]
-        more = [end for end in self.generation_ends if end < self.vocab_size]
-        return tuple(dict.fromkeys([self.eos_token_id, *ids, *more]))
+        generation_ends = [token_id for token_id in self.generation_ends if token_id < self.vocab_size]
+        return tuple(dict.fromkeys([self.eos_token_id, *ids, *generation_ends]))
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of what decides the ids of a text: model, pre-tokenizer, normaliser, added tokens."""
+        """SHA-256 (hex) of all that decides the ids of a text: model, pre-tokenizer, normaliser, added tokens."""
         spec = json.loads(self.files["tokenizer.json"])
         for unused in ("truncation", "padding", "post_processor"):
             spec.pop(unused, None)
@@ -228,14 +232,14 @@ class Tokenizer:
 
     @property
     def document_hash(self) -> str:
-        """SHA-256 (hex) of what decides the ids of a document: ``content_hash``, and what begins and ends it."""
+        """SHA-256 (hex) of all that decides the ids of a document: ``content_hash``, begin and end tokens."""
         return _hash([self.content_hash, self.bos_token_id, self.eos_token_id])
 
     @property
     def template_hash(self) -> str:
-        """SHA-256 (hex) of what a chat template makes of a conversation: its text, and the names it may write.
+        """SHA-256 (hex) of the chat template and the token names that it may write.
 
-        Wherever the template lies, in ``chat_template.jinja`` or in ``tokenizer_config.json``.
+        It does not depend on the file of the template, ``chat_template.jinja`` or ``tokenizer_config.json``.
         """
         template = self.files.get("chat_template.jinja") or self._settings.get("chat_template")
         names = {key: _token_name(value) for key, value in self._settings.items() if key.endswith("_token")}
@@ -243,14 +247,15 @@ class Tokenizer:
 
     @property
     def encoding_hash(self) -> str:
-        """SHA-256 (hex) of all that decides the ids of a conversation and their mask: ``document_hash``,
+        """SHA-256 (hex) of everything that decides the ids of a conversation and their mask: ``document_hash``,
         ``template_hash``, and the tokens that end an answer."""
         return _hash([self.document_hash, self.template_hash, sorted(self.end_ids)])
 
     def save(self, path: str | Path) -> None:
-        """Write the directory that ``load_tokenizer`` and transformers' AutoTokenizer open.
+        """Write a directory for ``load_tokenizer`` and transformers' AutoTokenizer. Each file is written atomically.
 
-        Each file appears whole or not at all. Raises UserError when the directory cannot be written.
+        Raises:
+            UserError: the directory is not writable.
         """
         path = Path(path)
         try:
@@ -272,31 +277,34 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a directory with a ``tokenizer.json`` (ours, or any fast Hugging Face one), or that file.
+    """Open a directory with a ``tokenizer.json`` (ours, or any fast tokenizer of Hugging Face), or the file itself.
 
-    Raises UserError when it is missing or broken. Chat encoding needs a chat template, or the ChatML tokens
-    ``<|im_start|>`` and ``<|im_end|>``; that is checked when a chat is encoded. Tags such as ``<think>`` that a foreign
-    tokenizer lacks as single tokens are encoded as plain text there.
+    To encode chats, a tokenizer needs a chat template, or the ChatML tokens ``<|im_start|>`` and ``<|im_end|>``;
+    ``encode_chat`` checks this. Tags such as ``<think>`` that are not single tokens of the tokenizer are encoded as
+    plain text.
+
+    Raises:
+        UserError: a file is missing or broken.
     """
     path = Path(path)
     directory = path.parent if path.name == "tokenizer.json" else path
     main_file = directory / "tokenizer.json"
     if not main_file.is_file():
-        found = "there is no tokenizer.json in it" if directory.exists() else "the directory does not exist"
+        reason = "there is no tokenizer.json in it" if directory.exists() else "the directory does not exist"
         raise UserError(
-            f"no tokenizer at '{path}': {found}; train one with train_tokenizer.py, or give a Hugging Face "
+            f"no tokenizer at '{path}': {reason}; train one with train_tokenizer.py, or give a Hugging Face "
             "directory with a (fast) tokenizer.json"
         )
     try:
-        present = [name for name in FILES if (directory / name).is_file()]
-        files = {name: (directory / name).read_text(encoding="utf-8") for name in present}
+        names = [name for name in FILES if (directory / name).is_file()]
+        files = {name: (directory / name).read_text(encoding="utf-8") for name in names}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer in '{directory}': {error}") from None
     return Tokenizer(files, origin=str(directory), generation_ends=_generation_ends(directory / GENERATION))
 
 
 def _generation_ends(path: Path) -> tuple[int, ...]:
-    """Return the ids that end a text according to a model's generation_config.json; none where it is missing."""
+    """Return ``eos_token_id`` of a model's generation_config.json as a tuple; empty if there is no such file."""
     if not path.is_file():
         return ()
     try:
@@ -311,9 +319,7 @@ def _backend(spec: dict, origin: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
     except Exception as error:  # the Rust side raises plain Exception
-        raise UserError(
-            f"{origin}: tokenizer.json is not a tokenizer ({error}); train or copy it again"
-        ) from None
+        raise UserError(f"{origin}: tokenizer.json is not a tokenizer ({error}); train or copy it again") from None
 
 
 def _parse_json(text: str, name: str) -> dict:
@@ -336,15 +342,15 @@ def _mentions_byte_level(part: dict | None) -> bool:
 
 
 def _token_name(entry) -> str | None:
-    """The name of a special token in tokenizer_config.json, written as a string or as an object."""
+    """Return the name of a special token in tokenizer_config.json, which is a string or an object."""
     name = entry.get("content") if isinstance(entry, dict) else entry
     return name if isinstance(name, str) else None
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The GPT-2 alphabet: each byte has one visible character, so that a vocabulary file is readable text.
+    """Return GPT-2's alphabet, character to byte: a visible character for each byte, so that vocabulary files are text.
 
-    Printable Latin-1 bytes stand for themselves; the 68 others move to U+0100 and on, in order.
+    A printable byte of Latin-1 is its own character; the other 68 bytes get the characters from U+0100 on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in set(printable)]
@@ -352,9 +358,9 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 def bad_text(text) -> UserError:
-    """The error for a text that the library refused: no text at all, or one with a lone surrogate."""
+    """Return the error for a text that the library refused: it is not a string, or has a lone surrogate."""
     if not isinstance(text, str):
-        return UserError(f"cannot tokenise {type(text).__name__}: text (str) is needed")
+        return UserError(f"cannot tokenise {type(text).__name__}: a text (str) is needed")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

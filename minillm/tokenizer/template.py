@@ -1,7 +1,7 @@
-"""A model's chat template, rendered as transformers renders it.
+"""Renders a model's chat template, with the same result as transformers' ``apply_chat_template``.
 
-A template is a program in jinja, made by whoever made the model. It runs in a sandbox, with the filters, globals and
-special tokens that ``apply_chat_template`` gives it, so the text is the same.
+A template is a jinja program by the model's authors. It runs in a sandbox, with the same filters, globals and special
+tokens as in transformers.
 """
 
 import functools
@@ -17,15 +17,15 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 def template_source(files: Mapping[str, str], origin: str) -> tuple[str, str] | None:
-    """Return (name of its file, text) of the template in a tokenizer's files; None where there is none.
+    """Return (file name, text) of the template in a tokenizer's files; None if there is none.
 
-    ``chat_template.jinja`` comes before the entry of ``tokenizer_config.json``, as in transformers. Of several
-    templates the one named "default" is taken; UserError where none has that name.
+    ``chat_template.jinja`` has precedence over ``tokenizer_config.json``, as in transformers. Of several templates the
+    one named "default" is used; UserError if none has that name.
     """
     if FILE in files:
         return f"{origin}/{FILE}", files[FILE]
     template = _settings(files).get("chat_template")
-    if isinstance(template, list):  # older files hold several, as a list of names and texts
+    if isinstance(template, list):  # older files have a list of names and texts
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
         if "default" not in template:
@@ -36,7 +36,7 @@ def template_source(files: Mapping[str, str], origin: str) -> tuple[str, str] | 
             )
         template = template["default"]
     if template is not None and not isinstance(template, str):
-        raise UserError(f"chat_template in {origin}/{SETTINGS} is {type(template).__name__}, not a text: rewrite it")
+        raise UserError(f"chat_template in {origin}/{SETTINGS} is {type(template).__name__}, not a text: replace it")
     return (f"{origin}/{SETTINGS}", template) if template else None
 
 
@@ -57,13 +57,14 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except (TemplateError, RecursionError) as error:
             raise UserError(
-                f"the chat template in {name} does not compile: {_one_line(error)}; mend or replace it"
+                f"the chat template in {name} does not compile: {_one_line(error)}; correct or replace it"
             ) from None
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
-        """Return the text of a conversation. Keys with the value None are left out, as in transformers.
+        """Return the text of a conversation. Keys with the value None are dropped, as in transformers.
 
-        Raises UserError with the template's own message where it does not accept the conversation.
+        Raises:
+            UserError: the template does not accept the conversation; with the template's own message.
         """
         messages = [_as_transformers_passes_it(message) for message in messages]
         try:
@@ -74,7 +75,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except Exception as error:  # a foreign program: whatever it raises, it has no text for this conversation
+        except Exception as error:  # the template may raise anything
             raise UserError(
                 f"the chat template in {self.name} does not accept this conversation: {_one_line(error)}"
             ) from None
@@ -83,8 +84,8 @@ class ChatTemplate:
 def special_tokens(files: Mapping[str, str]) -> dict[str, str]:
     """Return the names and texts of the special tokens that a template may use, such as ``bos_token``."""
     settings = _settings(files)
-    older = json.loads(files.get("special_tokens_map.json", "{}"))
-    tokens = {name: settings.get(name, older.get(name)) for name in SPECIAL_TOKENS}
+    old_settings = json.loads(files.get("special_tokens_map.json", "{}"))
+    tokens = {name: settings.get(name, old_settings.get(name)) for name in SPECIAL_TOKENS}
     extra = settings.get("extra_special_tokens")
     tokens |= extra if isinstance(extra, dict) else {}
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
@@ -97,7 +98,7 @@ def _settings(files: Mapping[str, str]) -> dict:
 
 def _as_transformers_passes_it(message: dict) -> dict:
     message = {key: value for key, value in message.items() if value is not None}
-    if "reasoning_content" in message:  # gpt-oss reads it under an older name
+    if "reasoning_content" in message:  # gpt-oss uses an older name
         message = {"thinking": message["reasoning_content"], **message}
     return message
 
@@ -107,20 +108,20 @@ def _one_line(error: Exception) -> str:
 
 
 @functools.cache
-def _started() -> datetime:
-    """Return the time that templates see: one for the whole process, or two renderings of a conversation may differ."""
+def _process_time() -> datetime:
+    """Return the time for templates: the same in the whole process, so that two renderings of a conversation agree."""
     return datetime.now()
 
 
 def _environment():
-    """Return the sandbox of ``transformers.utils.chat_template_utils``, which templates are written for."""
+    """Return the same sandbox as ``transformers.utils.chat_template_utils``, for which templates are written."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks what an assistant writes, for masks of their own; the text is the same."""
+        """``{% generation %}`` marks an assistant's text for transformers' masks; here it changes nothing."""
 
         tags = frozenset({"generation"})
 
@@ -133,7 +134,7 @@ def _environment():
         raise TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # jinja's own filter escapes characters for HTML
+        # Unlike jinja's own filter it does not escape characters for HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
@@ -141,5 +142,5 @@ def _environment():
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: _started().strftime(form)
+    environment.globals["strftime_now"] = lambda form: _process_time().strftime(form)
     return environment

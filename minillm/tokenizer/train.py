@@ -1,14 +1,14 @@
-"""Train a byte-level BPE tokenizer (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2, section 2.2).
+"""Trains a byte-level BPE tokenizer (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2, section 2.2).
 
-The library ``tokenizers`` learns the merges, or ``bpe.py`` does, which is written to be read: the same file results.
-The text is first cut into pieces; merges never cross a cut. The pieces decide what a token can be:
+The merges are learned by the library ``tokenizers``, or by ``bpe.py``, which is written to be read; both give the same
+file. The text is first cut into pieces, and merges never cross a cut. So the pieces decide what a token can be:
 
-- every newline alone, so that text encoded part by part equals the whole when the parts meet at a newline;
-- every digit alone, so that a number has one spelling and its place values line up;
-- a run of Chinese characters without blanks and without letters of other scripts;
-- a word of any other script, or a run of punctuation, with the one blank before it;
-- what is left of the blanks. A blank before a digit or a Chinese character is a token of its own: the
-  price for one digit having one id wherever it stands.
+- a newline, always alone: text that is encoded in parts which meet at a newline equals the encoding of the whole;
+- a digit, always alone: each number has one spelling, and its digits line up by place value;
+- a run of Chinese characters, without spaces and letters of other scripts;
+- a word of any other script, or a run of punctuation, with one space before it;
+- a run of the remaining spaces. A space before a digit or a Chinese character is a separate token: this is the price
+  for a digit having the same id everywhere.
 """
 
 import gzip
@@ -26,11 +26,11 @@ from minillm.errors import UserError
 from minillm.tokenizer.base import SPECIAL_TOKENS, TAG_TOKENS, Tokenizer
 from minillm.tokenizer.bpe import BytePairEncoding, count_pieces, learn_merges, pieces
 
-N_SPECIAL = 32  # with the spare ones, for tokens a later stage may want
-# Longest piece that merges are learned from, in characters. Learning takes time that grows with the square of a piece;
-# words are short, but a text without blanks and punctuation is one piece, whatever its length.
+N_SPECIAL = 32  # including spare tokens, for later stages
+# Longest piece in characters for learning, whose time grows with the square of a piece's length. Words are short, but a
+# text without spaces and punctuation is a single piece.
 MAX_PIECE_LEN = 1000
-SPARES_FROM_VOCAB = 512  # below this size spare tokens would crowd out merges: only the named ones are kept
+SPARES_FROM_VOCAB = 512  # smaller vocabularies have no spare tokens, to leave room for merges
 
 _SPECIAL_TEXT = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
@@ -43,7 +43,7 @@ _PIECES = "|".join(
         r"\p{Han}{han}",
         r" ?(?!\p{Han})\p{L}(?:(?!\p{Han})[\p{L}\p{M}])*",
         r" ?[^\s\p{L}\p{N}]+",
-        r"[^\S\n]+(?![^\s\p{N}\p{Han}])",  # all blanks, but leave the last one to a word behind them
+        r"[^\S\n]+(?![^\s\p{N}\p{Han}])",  # all spaces, except the last one if a word follows
         r"[^\S\n]+",
     ]
 )
@@ -58,22 +58,25 @@ def train_bpe(
     min_frequency: int = 2,
     by_hand: bool = False,
 ) -> Tokenizer:
-    """Train on text and return the Tokenizer. The same text in the same settings gives the same tokenizer.
+    """Train on text and return the Tokenizer. The same text and settings give the same tokenizer.
 
-    files: a ``.txt``, ``.jsonl`` or ``.jsonl.gz`` file, or a list of them; or an *iterator* of texts
-        (``iter(list_of_texts)``), in any order of your own: texts are read once.
-    vocab_size: all ids: 32 special tokens first, then the 256 bytes, then merges. Below 512 the spare
-        special tokens are left out (11 remain), so the smallest vocabulary is 267.
-    max_token_length: longest token in bytes; 15 is five Chinese characters, or a word of 14 letters and its blank.
-        Small corpora repeat whole phrases, and a token per phrase teaches a model nothing about its words.
-        None: no limit.
-    split_han: each Chinese character a piece of its own, never merged with its neighbour.
-    min_frequency: a merge must occur so often.
-    A piece of more than 1,000 characters is cut for learning, so that time grows with the text alone.
-    by_hand: learn the merges with ``bpe.py`` instead of the library: the same result, only later.
+    Args:
+        files: a ``.txt``, ``.jsonl`` or ``.jsonl.gz`` file, or a list of them; or an *iterator* of texts
+            (``iter(list_of_texts)``), which is read once.
+        vocab_size: number of ids: 32 special tokens, then the 256 bytes, then merges. Below 512 there are no spare
+            special tokens (11 remain), so the smallest vocabulary is 267.
+        max_token_length: of a token in bytes; 15 is five Chinese characters, or a word of 14 letters with its space.
+            Small corpora repeat whole phrases, and a token for a phrase teaches a model nothing about its words.
+            None: no limit.
+        split_han: never merge neighbouring Chinese characters.
+        min_frequency: how often a pair must occur to be merged.
+        by_hand: learn the merges with ``bpe.py`` instead of the library; the result is the same, but it takes longer.
 
-    Warns when the text is too small for ``vocab_size`` merges: then ``tokenizer.vocab_size`` is smaller.
-    Raises UserError for a vocabulary without room for bytes and special tokens, or no text at all.
+    Pieces of more than 1,000 characters are cut for learning, so that the time grows only with the size of the text. If
+    the text is too small for ``vocab_size`` tokens, ``tokenizer.vocab_size`` is smaller, and a warning says so.
+
+    Raises:
+        UserError: the vocabulary has no room for bytes and special tokens, or there is no text.
     """
     check_vocab_size(vocab_size)
     specials = special_tokens(vocab_size)
@@ -106,8 +109,8 @@ def train_bpe(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
             special_tokens=specials,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so that every byte has an id
-            # The library makes tokens *shorter* than its limit.
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte gets an id
+            # The library's tokens are *shorter* than its limit.
             max_token_length=None if max_token_length is None else max_token_length + 1,
             show_progress=False,
         )
@@ -115,10 +118,10 @@ def train_bpe(
     if texts.n_characters == 0:
         raise UserError("there is no text to train on: every file or record is empty")
 
-    found = backend.get_vocab_size(with_added_tokens=True)
-    if found != vocab_size:
+    n_tokens = backend.get_vocab_size(with_added_tokens=True)
+    if n_tokens != vocab_size:
         warnings.warn(
-            f"the text ({texts.n_characters:,} characters) gave only {found} of {vocab_size} tokens: no "
+            f"the text ({texts.n_characters:,} characters) gave only {n_tokens} of {vocab_size} tokens: no "
             f"other pair occurs {min_frequency} times; give more text or a smaller vocab_size",
             stacklevel=2,
         )
@@ -126,33 +129,33 @@ def train_bpe(
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise UserError unless the bytes and the special tokens fit."""
+    """Raise UserError unless the vocabulary has room for the bytes and the special tokens."""
     n_special = len(special_tokens(vocab_size))
-    if vocab_size < 256 + n_special:
-        least = 256 + n_special
-        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes + {n_special} special tokens are {least}")
+    smallest = 256 + n_special
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes + {n_special} special tokens are {smallest}")
 
 
 def special_tokens(vocab_size: int) -> list[str]:
-    """The special tokens in the order of their ids: the named ones, then ``<|spare_0|>`` ... up to 32."""
+    """Return the special tokens in the order of their ids: the named ones, then ``<|spare_0|>`` ... up to 32."""
     n_spare = N_SPECIAL - len(SPECIAL_TOKENS) if vocab_size >= SPARES_FROM_VOCAB else 0
     return [*SPECIAL_TOKENS, *(f"<|spare_{n}|>" for n in range(n_spare))]
 
 
 def directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[str, str]:
-    """tokenizer.json and what transformers expects next to it."""
+    """Return the files of a tokenizer's directory: tokenizer.json, and those that transformers expects next to it."""
     spec = json.loads(backend.to_str())
     for token in spec["added_tokens"]:
-        # Tags (<think> ...) are output that a reader wants to see: only control and spare tokens are
-        # "special" in the sense of skip_special_tokens. The trainer marks all of them.
+        # The trainer marks all of them as special. But tags (<think> ...) are output for the reader: only control and
+        # spare tokens are "special" in the sense of skip_special_tokens.
         token["special"] = token["content"] not in TAG_TOKENS
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    extra = [t for t in specials if t not in TAG_TOKENS and t != "<|endoftext|>"]
+    additional = [token for token in specials if token not in TAG_TOKENS and token != "<|endoftext|>"]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
         "unk_token": None,
-        "additional_special_tokens": extra,
+        "additional_special_tokens": additional,
         "add_bos_token": False,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
@@ -162,16 +165,16 @@ def directory_files(backend: tokenizers.Tokenizer, specials: list[str]) -> dict[
     return {
         "tokenizer.json": json.dumps(spec, indent=2, ensure_ascii=False) + "\n",
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps({**names, "additional_special_tokens": extra}, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps({**names, "additional_special_tokens": additional}, indent=2) + "\n",
         "chat_template.jinja": template.read_text(encoding="utf-8"),
     }
 
 
 class CountedTexts:
-    """Iterate once, count characters, cut what is too long, and refuse what is not text before Rust says it in its way.
+    """An iterable of the training texts that counts their characters, cuts long pieces, and checks that all are str.
 
     Args:
-        pattern: of the pieces; those longer than ``MAX_PIECE_LEN`` are cut. None: nothing is cut.
+        pattern: of the pieces; pieces longer than ``MAX_PIECE_LEN`` are cut. None: no text is cut.
     """
 
     def __init__(self, texts: Iterable[str], pattern: str | None = None):
@@ -183,35 +186,32 @@ class CountedTexts:
             if not isinstance(text, str):
                 raise UserError(f"cannot train on {type(text).__name__}: texts (str) are needed")
             self.n_characters += len(text)
-            # In chats <think> and its like are tokens already: their letters must not earn merges.
+            # <think> and the other special tokens are tokens already: their letters must not lead to merges.
             text = _SPECIAL_TEXT.sub("\n", text)
-            text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate counts as "?"
+            text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate becomes "?"
             yield from [text] if self.pattern is None else without_long_pieces(text, self.pattern)
 
 
-# Where a piece may be too long: no piece reaches over a blank, but for the one before it, nor over a newline.
+# Where a piece may be too long. Apart from one space at its beginning, a piece is only spaces or has none.
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_PIECE_LEN},}}|(?<![^\S\n])[^\S\n]{{{MAX_PIECE_LEN},}}")
 
 
 def without_long_pieces(text: str, pattern: str) -> Iterator[str]:
-    """Yield ``text`` in parts, cut inside of pieces longer than ``MAX_PIECE_LEN`` and nowhere else.
-
-    Ordinary text comes back whole.
-    """
-    start = 0
+    """Yield ``text`` in parts, cut only inside of pieces longer than ``MAX_PIECE_LEN``; ordinary text is one part."""
+    part_start = 0
     for run in _LONG_RUN.finditer(text):
-        end = run.start()
+        piece_end = run.start()
         for piece in pieces(run.group(), pattern):
-            begin, end = end, end + len(piece.decode("utf-8"))
-            while end - begin > MAX_PIECE_LEN:
-                begin += MAX_PIECE_LEN
-                yield text[start:begin]
-                start = begin
-    yield text[start:]
+            cut, piece_end = piece_end, piece_end + len(piece.decode("utf-8"))
+            while piece_end - cut > MAX_PIECE_LEN:
+                cut += MAX_PIECE_LEN
+                yield text[part_start:cut]
+                part_start = cut
+    yield text[part_start:]
 
 
 def texts_of(files) -> Iterable[str]:
-    """Every text of ``files``, which is what ``train_bpe`` accepts; UserError for anything else."""
+    """Return an iterable of the texts of ``files`` (as for ``train_bpe``); UserError for anything else."""
     if isinstance(files, (str, Path)):
         files = [files]
     if not isinstance(files, (list, tuple)):
@@ -237,7 +237,7 @@ def _texts_of_file(path: Path) -> Iterator[str]:
                     raise UserError(f"{path} line {number} is broken JSON: {error}") from None
 
 
-# Keys whose strings are text to be read by a model; other strings (role, source, task ...) are labels.
+# Keys whose strings are text for a model; other strings (role, source, task ...) are labels.
 _TEXT_KEYS = {"text", "content", "value", "reasoning_content"}  # plain text and messages
 _TEXT_KEYS |= {"system", "instruction", "input", "output"}  # alpaca
 _TEXT_KEYS |= {"prompt", "completion", "chosen", "rejected"}  # preferences
@@ -245,7 +245,7 @@ _LIST_KEYS = {"conversations", "messages", "conversation", "prompt", "completion
 
 
 def record_texts(record) -> Iterator[str]:
-    """Every text of a record of any schema ({"text"}, conversations, preference pairs, ...), in order."""
+    """Yield every text of a record of any schema ({"text"}, conversations, preference pairs, ...), in order."""
     if isinstance(record, str):
         yield record
     elif isinstance(record, (list, tuple)):
@@ -260,7 +260,7 @@ def record_texts(record) -> Iterator[str]:
 
 
 def language_of(line: str) -> str | None:
-    """ "zh" when a third or more of the letters are Chinese, "en" for other letters, None without letters."""
+    """Return "zh" if at least a third of the letters are Chinese, "en" otherwise, None without letters."""
     letters = [c for c in line if c.isalpha()]
     if not letters:
         return None
@@ -269,10 +269,10 @@ def language_of(line: str) -> str | None:
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, dict[str, float]]:
-    """How far a token reaches, for Chinese and other lines apart.
+    """Return the compression rates of a tokenizer, separately for Chinese and other lines.
 
-    Returns {"zh": {"bytes_per_token", "characters_per_token", "bytes", "tokens"}, "en": {...}} with only the
-    languages that occur. Lines without a letter are counted nowhere; their newlines are not counted either.
+    The result is {"zh": {"bytes_per_token", "characters_per_token", "bytes", "tokens"}, "en": {...}}, with only the
+    languages that occur. Newlines and lines without a letter are not counted.
     """
     lines: dict[str, list[str]] = {}
     for text in texts:

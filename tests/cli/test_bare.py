@@ -6,10 +6,8 @@ import re
 import pytest
 
 from minillm.cli import bare
-from minillm.cli.arguments import PretrainArguments, SFTArguments
+from minillm.cli.arguments import DistillArguments, LoRAArguments, PretrainArguments, SFTArguments
 from minillm.cli.command_line import parse
-from minillm.cli.distill_arguments import DistillArguments
-from minillm.cli.lora_arguments import LoRAArguments
 from minillm.config import ModelConfig
 from minillm.data.sources.known_names import KNOWN_NAMES
 from minillm.errors import UserError
@@ -156,4 +154,4 @@ def test_ranks_but_the_first_wait_for_what_is_made(work, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(bare, "MAX_WAIT_S", 0)
     with pytest.raises(UserError, match="did not appear"):
-        bare._make(work / "never", lambda: pytest.fail("only the first makes it"), "making")
+        bare._make_once(work / "never", lambda: pytest.fail("only the first makes it"), "making")

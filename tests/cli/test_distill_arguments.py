@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm.cli.distill_arguments import DistillArguments
+from minillm.cli.arguments import DistillArguments
 from minillm.errors import UserError
 
 

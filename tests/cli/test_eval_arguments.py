@@ -28,7 +28,7 @@ def test_what_goes_together_passes(file):
         ({"thinking": "plain"}, "--thinking plain"),
         ({"n_samples": 4}, "--n_samples 4"),
         ({"n_samples": 0, "model_mode": 3}, "--n_samples 0"),
-        ({"n_samples": 2, "model_mode": 3, "task_file": "{file}", "temperature": 0.0}, "all would be equal"),
+        ({"n_samples": 2, "model_mode": 3, "task_file": "{file}", "temperature": 0.0}, "all samples would be equal"),
         ({"model_mode": 3, "task_file": "{file}", "text_metrics": True}, "--text_metrics"),
         ({"text_metrics": True}, "--text_metrics needs --task_file"),
         ({"output": "nowhere/out.json"}, "--output nowhere/out.json"),

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from minillm.cli.lora_arguments import LoRAArguments
+from minillm.cli.arguments import LoRAArguments
 from minillm.errors import UserError
 from minillm.lora import LoRAConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm.cli.preference_arguments import PreferenceArguments
+from minillm.cli.arguments import PreferenceArguments
 from minillm.errors import UserError
 from minillm.losses.preference import LOSS_TYPES, NEEDS_REFERENCE
 

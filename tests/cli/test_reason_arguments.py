@@ -2,8 +2,8 @@
 
 import pytest
 
+from minillm.cli.arguments import ReasonArguments
 from minillm.cli.command_line import parse
-from minillm.cli.reason_arguments import ReasonArguments
 from minillm.errors import UserError
 
 

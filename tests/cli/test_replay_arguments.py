@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm.cli.replay_arguments import ReplayArguments
+from minillm.cli.arguments import ReplayArguments
 from minillm.errors import UserError
 
 

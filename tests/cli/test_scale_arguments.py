@@ -7,7 +7,7 @@ import pytest
 from minillm.cli.arguments import PretrainArguments
 from minillm.cli.command_line import parse
 from minillm.cli.model_arguments import ModelArguments
-from minillm.cli.scale_arguments import ScaleArguments
+from minillm.cli.train_arguments import ScaleArguments
 from minillm.errors import UserError
 
 OWN = {field.name for field in dataclasses.fields(ScaleArguments)} - {

@@ -168,7 +168,7 @@ def test_null_for_the_kv_heads_means_no_groups_in_every_family():
 @pytest.mark.parametrize("name", ["hidden_size", "rope_theta", "intermediate_size", "tie_word_embeddings"])
 def test_null_that_means_nothing_is_refused(name):
     values = {"model_type": "qwen3", "vocab_size": 11} | {name: None}
-    with pytest.raises(UserError, match=f"no value, but null, for: {name}$"):
+    with pytest.raises(UserError, match=f"null instead of a value for: {name}$"):
         ModelConfig.from_hf(values)
 
 
@@ -318,7 +318,7 @@ def test_what_old_files_leave_out_is_their_default():
     ],
 )
 def test_settings_that_would_change_the_result_are_refused(make_config, model_type, changes, message):
-    fix = rf".*\(model_type '{model_type}'\); correct what is wrong there, or take another model$"
+    fix = rf".*\(model_type '{model_type}'\); correct the file, or use another model$"
     with pytest.raises(UserError, match=f"uses what this model does not have: {message}{fix}"):
         ModelConfig.from_hf(make_config(model_type).to_hf() | changes)
 
@@ -326,13 +326,13 @@ def test_settings_that_would_change_the_result_are_refused(make_config, model_ty
 @pytest.mark.parametrize(
     "model_type, changes, message",
     [
-        ("llama", {"partial_rotary_factor": 0.6}, r"mixture: llama has no partial_rotary_factor=0\.6; leave that out"),
-        ("mixtral", {"norm_topk_prob": False}, "mixture: mixtral has no norm_topk_prob=False"),
-        ("qwen2_moe", {"routed_scaling_factor": 2.5}, r"mixture: qwen2_moe has no routed_scaling_factor=2\.5"),
+        ("llama", {"partial_rotary_factor": 0.6}, r"combination: llama has no partial_rotary_factor=0\.6; leave"),
+        ("mixtral", {"norm_topk_prob": False}, "combination: mixtral has no norm_topk_prob=False"),
+        ("qwen2_moe", {"routed_scaling_factor": 2.5}, r"combination: qwen2_moe has no routed_scaling_factor=2\.5"),
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ("qwen2_moe", {"mlp_only_layers": [1]}, "none of the 3 blocks"),
         ("qwen3_moe", {"mlp_only_layers": ["1"]}, r"mlp_only_layers is \('1',\): it must be a list of numbers"),
-        ("qwen3_moe", {"routed_scaling_factor": 2.5}, r"mixture: qwen3_moe has no routed_scaling_factor=2\.5"),
+        ("qwen3_moe", {"routed_scaling_factor": 2.5}, r"combination: qwen3_moe has no routed_scaling_factor=2\.5"),
         ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts is 0"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),

@@ -63,7 +63,7 @@ def test_minimind_s_own_class_is_a_family_of_theirs(said, model_type, wanted):
     [
         ({"inference_rope_scaling": True}, "inference_rope_scaling=True: .* inference_rope_scaling false"),
         ({"dropout": 0.1}, r"dropout=0\.1: .* dropout 0"),
-        ({"use_moe": True}, "does not say norm_topk_prob: .* add true; .* add false"),
+        ({"use_moe": True}, "has no norm_topk_prob: .* add true; .* add false"),
         (
             MINIMIND_2 | {"use_moe": True, "n_shared_experts": 0, "num_experts_per_tok": 1},
             "mixtral has no norm_topk_prob=False",

@@ -174,7 +174,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         # what no tensor can be
         ({"hidden_size": 10**400}, "hidden_size is 10+: it must be a whole number of at least 1, at most 2147483647"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: .* at most 10000"),
-        ({"vocab_size": 2**31 - 1, "hidden_size": 2**29}, "parameters, more than can be"),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**29}, "parameters, which is too many"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+: it must be a positive number, at most 1e18"),
         ({"rope_theta": 2**63}, "rope_theta is 9223372036854775808: it must be a positive number, at most 1e18"),
         ({"eos_token_id": [2]}, r"eos_token_id is \[2\]: it must be a whole number"),
@@ -243,7 +243,7 @@ def test_values_that_cannot_be(changes, message):
     ],
 )
 def test_mixtures_of_families_are_refused_by_name(changes, message):
-    with pytest.raises(UserError, match=f"no family holds this mixture: {message}; leave that out, or change"):
+    with pytest.raises(UserError, match=f"no family has this combination: {message}; leave that out, or change"):
         ModelConfig(**changes)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.cli.distill_arguments import DistillArguments
+from minillm.cli.arguments import DistillArguments
 from minillm.config import ModelConfig
 from minillm.data import StepBatches
 from minillm.hub.huggingface import save_model

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from minillm.checkpoints.outputs import AdapterAlone
-from minillm.cli.preference_arguments import PreferenceArguments
+from minillm.cli.arguments import PreferenceArguments
 from minillm.data import StepBatches
 from minillm.lora import apply_lora
 from minillm.objectives.preference import PreferenceLoss

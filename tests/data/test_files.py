@@ -6,9 +6,11 @@ import tracemalloc
 
 import pytest
 
-from minillm.data.schema import read_records
-from minillm.data.sources import files
-from minillm.data.sources.files import check_file, expand_paths, guess_encoding, read_lines, read_raw
+from minillm.data.records import read_records
+from minillm.data.sources import raw_records
+from minillm.data.sources.encodings import guess_encoding
+from minillm.data.sources.paths import expand_paths
+from minillm.data.sources.raw_records import check_file, read_lines, read_raw
 from minillm.errors import UserError
 
 TEXTS = ["狐狸在河边。", 'a "quoted", cell', "two\nlines", "[1, 2]", "end"]
@@ -97,7 +99,7 @@ def test_a_broken_array_is_refused_where_it_breaks(tmp_path, content, message):
 def test_an_array_reads_the_same_in_chunks_of_any_size(tmp_path, monkeypatch, size):
     values = [{"text": 'a\\"b狐\u2028'}, 12, -0.5e3, True, None, "[{", [], {}, [[{"a": [1]}]], 1234567]
     (tmp_path / "a.json").write_text(json.dumps(values, indent=19), encoding="utf-8")  # blanks longer than a chunk
-    monkeypatch.setattr(files, "JSON_CHUNK", size)
+    monkeypatch.setattr(raw_records, "JSON_CHUNK", size)
     assert [value for _, _, value in read_raw(tmp_path / "a.json")] == values
 
 
@@ -181,7 +183,7 @@ def test_a_bad_byte_of_one_line_costs_that_line(tmp_path):
     path.write_bytes(b"\n".join(lines))
     assert [record.line for record in read_records(path)] == [1, 3]
     reason = json.loads((tmp_path / "a.jsonl.rejected.jsonl").read_text())["reason"]
-    assert reason.startswith("not UTF-8 text: byte 0xe7 at place 14")
+    assert reason.startswith("not UTF-8 text: byte 0xe7 at position 14")
     path.write_bytes('{"text": "你好,世界"}\n{"text": "plain"}\n'.encode("gbk"))
     assert texts_of_good(path) == ["plain"]
     assert "GB18030" in json.loads((tmp_path / "a.jsonl.rejected.jsonl").read_text())["reason"]

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.data import packing
-from minillm.data.cache.shards import TokenStore, prepare
+from minillm.data.cache.shards import TokenStore
+from minillm.data.cache.tokenise import tokenise_files
 from minillm.data.packing import Pieces, assemble, best_fit, check_max_seq_len, cut_long
 from minillm.errors import UserError
 
@@ -105,7 +106,7 @@ class FakeStore:
 
 def test_assemble_keeps_masked_targets_only(write, talks, tokenizer, tmp_path):
     path = write("a.jsonl", [{"messages": talk} for talk in talks])
-    store = TokenStore(prepare(path, tokenizer, kind="chat", cache_dir=tmp_path))
+    store = TokenStore(tokenise_files(path, tokenizer, kind="chat", cache_dir=tmp_path))
     n_pairs = np.diff(store.offsets) - 1
     number = int(np.argmax(n_pairs))
     whole = Pieces(np.array([number]), np.array([0]), n_pairs[[number]])

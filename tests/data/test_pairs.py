@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minillm.data import JudgedRows, PairRows, StepBatches
+from minillm.data.cache import tokenise
 from minillm.data.pairs import count_pairs, count_replies
 from minillm.errors import UserError
 from minillm.tokenizer import encode_chat, load_tokenizer
@@ -162,8 +163,7 @@ def test_a_bad_pair_is_set_aside_and_the_others_stay_pairs(write, tokenizer, tmp
 
 def test_prompts_that_become_other_tokens_are_set_aside(write, tokenizer, tmp_path, monkeypatch):
     """As a template that draws something for each conversation would make them."""
-    shards = pytest.importorskip("minillm.data.cache.shards")
-    encode, calls = shards.encode_chats, []
+    encode, calls = tokenise.encode_chats, []
 
     def drawn(tokenizer, conversations, **options):
         found = encode(tokenizer, conversations, **options)
@@ -172,7 +172,7 @@ def test_prompts_that_become_other_tokens_are_set_aside(write, tokenizer, tmp_pa
         found[3] = ([ids[0], (ids[1] + 1) % 300, *ids[2:]], mask)
         return found
 
-    monkeypatch.setattr(shards, "encode_chats", drawn)
+    monkeypatch.setattr(tokenise, "encode_chats", drawn)
     path = write("some.jsonl", [{"prompt": f"q{n}", "chosen": "yes", "rejected": "no"} for n in range(3)])
     found = PairRows(path, tokenizer, max_seq_len=60, cache_dir=tmp_path / "cache")
     assert found.n_targets == 2

@@ -132,7 +132,7 @@ BAD = {
     "outside of the blocks": say("a", FORM.format("b", "c") + " d"),
     "a text record, where chat records are expected": {"text": "the fox"},
     "no <answer>": say("a", "only words", reasoning_content="thought"),
-    "the tags come as": say("a", FORM.format("b", "c"), reasoning_content="thought"),
+    "the tags are": say("a", FORM.format("b", "c"), reasoning_content="thought"),
 }
 
 

@@ -38,11 +38,11 @@ def test_the_parts_of_an_answer(text, thinking, answer):
         ("So <think>1</think><answer>2</answer>", "outside of the blocks: 'So'"),
         ("<think>1</think> so <answer>2</answer>", "outside of the blocks: 'so'"),
         ("<think>1</think><answer>2</answer>.", "outside of the blocks: '.'"),
-        ("<answer>2</answer><think>1</think>", "must come as <think> </think> <answer> </answer>"),
-        ("<think>1<answer>2</answer></think>", "the tags come as <think> <answer> </answer> </think>"),
+        ("<answer>2</answer><think>1</think>", "must be <think> </think> <answer> </answer>"),
+        ("<think>1<answer>2</answer></think>", "the tags are <think> <answer> </answer> </think>"),
         ("<think>1</think><think>2</think><answer>2</answer>", "once each"),
         ("<think>1</think><answer>2</answer><answer>3</answer>", "once each"),
-        ("</think><think><answer>2</answer>", "the tags come as </think> <think>"),
+        ("</think><think><answer>2</answer>", "the tags are </think> <think>"),
     ],
 )
 def test_what_lacks_the_form_says_why(text, reason):

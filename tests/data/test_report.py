@@ -59,7 +59,7 @@ def test_warnings_come_when_they_should_and_say_why(write, tokenizer, tmp_path):
     )
     (warning,) = data_report(short, tokenizer)["warnings"]
     assert "special tokens are" in warning
-    assert "Short documents and short answers do this rightly" in warning
+    assert "This is normal for short documents and short answers" in warning
     same = TextRows(write("same.jsonl", [{"text": "7" * 50}, "{"]), tokenizer, max_seq_len=64, cache_dir=tmp_path)
     repeated, rejected, ends = data_report(same, tokenizer)["warnings"]
     assert "'7' is" in repeated
@@ -106,7 +106,7 @@ def test_the_lines_about_the_data_say_what_became_of_every_record(write, talks, 
     rows = ChatRows(path, tokenizer, max_seq_len=500, cache_dir=tmp_path / "c")
     lines = data_lines(rows.summary)
     assert lines[0] == f"42 records read from {path}"
-    assert lines[1] == f"12 rejected (28.6%), kept in {path}.rejected.jsonl"
+    assert lines[1] == f"12 rejected (28.6%), written to {path}.rejected.jsonl"
     assert re.fullmatch(rf" +4 x the keys fit no schema: .* \({path}:3\)", lines[2])
     assert re.fullmatch(rf" +3 x broken JSON: Expecting property name .*, column \d \({path}:1\)", lines[3])
     assert [line.split(" x ")[0].strip() for line in lines[4:7]] == ["2", "1", "1"]

@@ -4,7 +4,8 @@ from itertools import islice
 
 import pytest
 
-from minillm.data.schema import parse_prompt, parse_record, read_prompts, read_records
+from minillm.data.records import read_prompts, read_records
+from minillm.data.schema import parse_prompt, parse_record
 from minillm.data.sources.rejects import reason_kind
 from minillm.errors import UserError
 
@@ -322,13 +323,13 @@ TALK = [USER, ANSWER]
         ({"conversations": TALK, "image": "a.png"}, "image in a record"),
         ({"prompt": "<image> q", "completion": "a", "images": ["a.png"]}, "images in a record"),
         ({"text": "<image> a fox", "images": ["a.png"]}, "images in a record"),
-        ({"messages": TALK, "weight": 0.5}, "a record has a weight of its own"),
-        ({"text": "t", "weight": 0}, "a record has a weight of its own"),
-        ({"messages": [USER, {**ANSWER, "train": False}]}, "a turn asks not to be learned"),
-        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "a turn asks not to be learned"),
-        ({"messages": [USER, {**ANSWER, "loss": False}]}, "a turn asks not to be learned"),
-        ({"messages": [{**USER, "train": True}, ANSWER]}, "a turn asks to be learned"),
-        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "a turn has a weight of its own"),
+        ({"messages": TALK, "weight": 0.5}, "a record has its own weight"),
+        ({"text": "t", "weight": 0}, "a record has its own weight"),
+        ({"messages": [USER, {**ANSWER, "train": False}]}, "a turn must not be a target"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "a turn must not be a target"),
+        ({"messages": [USER, {**ANSWER, "loss": False}]}, "a turn must not be a target"),
+        ({"messages": [{**USER, "train": True}, ANSWER]}, "a turn must be a target"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "a turn has its own weight"),
         ({"messages": [{**USER, "colour": "red"}, ANSWER]}, "an unknown key inside a turn"),
         ({"messages": [{**USER, "instruction": "be kind"}, ANSWER]}, "an unknown key inside a turn"),
         ({"messages": [USER, {**ANSWER, "thinking": "why"}]}, "an unknown key inside a turn"),
@@ -343,7 +344,7 @@ TALK = [USER, ANSWER]
             {"conversations": [said("human", "q"), said("function_call", "weather()")]},
             "a function call is not JSON with a name",
         ),
-        ({"messages": TALK, "label": "funny"}, "label says neither good nor bad"),
+        ({"messages": TALK, "label": "funny"}, "label is neither good nor bad"),
         ({"messages": TALK, "label": True, "kto_tag": False}, "label and kto_tag differ"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "label": True}, "label next to chosen and rejected"),
         ({"prompt": "q", "chosen": "a"}, "chosen without rejected"),
@@ -352,19 +353,19 @@ TALK = [USER, ANSWER]
         ({"messages": "[{'role': 'user'}]"}, "messages must be a list, not text"),
         (
             {"prompt": "q", "chosen": [turn("user", "x"), ANSWER], "rejected": [turn("user", "x"), WORSE]},
-            "chosen and rejected with turns before the reply that are not for certain those of the prompt",
+            "chosen and rejected with turns before the reply that are not certainly those of the prompt",
         ),
         (
             {"prompt": "q", "chosen": [SYSTEM, USER, ANSWER], "rejected": [turn("system", "t"), USER, WORSE]},
-            "chosen and rejected with turns before the reply that are not for certain those of the prompt",
+            "chosen and rejected with turns before the reply that are not certainly those of the prompt",
         ),
         (
             {"prompt": [SYSTEM, USER], "chosen": [turn("system", "t"), USER, ANSWER], "rejected": "b"},
-            "chosen with turns before the reply that are not for certain those of the prompt",
+            "chosen with turns before the reply that are not certainly those of the prompt",
         ),
         (
             {"prompt": "q", "chosen": [SYSTEM, ANSWER], "rejected": [SYSTEM, WORSE]},
-            "chosen and rejected with turns before the reply that are not for certain those of the prompt",
+            "chosen and rejected with turns before the reply that are not certainly those of the prompt",
         ),
         ({"conversations": TALK, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant turn"),
     ],
@@ -441,7 +442,7 @@ def test_cells_of_a_table_are_what_they_write(tmp_path):
     good, bad = read_records(tmp_path / "b.tsv")
     assert (good.messages, good.label, bad.label) == ([turn("user", "[1, 2]")], True, False)
     aside = json.loads((tmp_path / "b.tsv.rejected.jsonl").read_text())
-    assert aside["reason"].startswith("label says neither good nor bad: it is ''")
+    assert aside["reason"].startswith("label is neither good nor bad: it is ''")
     sides = [json.dumps([USER, side]).replace('"', '""') for side in (ANSWER, WORSE)]
     (tmp_path / "c.csv").write_text('chosen,rejected\n"{}","{}"\n'.format(*sides))
     (pair,) = read_records(tmp_path / "c.csv")
@@ -478,7 +479,7 @@ def test_columns_say_what_they_cannot(write):
         ("prompt", "'prompt' is not OURS=THEIRS"),
         ("prompt=", "is not OURS=THEIRS"),
         ("prompt=ask,prompt=reply", "'prompt' is given twice"),
-        ("prompt=query", "the record lacks a column: 'query' of --columns prompt=query; it has ask, reply"),
+        ("prompt=query", "the record lacks a column: 'query' of --columns prompt=query; its keys are ask, reply"),
         ("prompt=ask.deep,completion=reply", "the record lacks a column: 'ask.deep'"),
     ):
         with pytest.raises(UserError, match=message):

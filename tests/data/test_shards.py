@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from minillm.data import ChatRows, DataFiles, PairRows, TextRows
-from minillm.data.cache import shards
-from minillm.data.cache.shards import TokenStore, prepare, split_paths
+from minillm.data.cache import tokenise
+from minillm.data.cache.shards import TokenStore
+from minillm.data.cache.tokenise import tokenise_files
 from minillm.errors import UserError
 from minillm.tokenizer.chat import encode_chat
 
@@ -24,7 +25,7 @@ def shards_in(cache):
 
 def test_texts_are_stored_between_end_tokens(write, texts, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": t, "log_prob": -float(n)} for n, t in enumerate(texts)])
-    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (shard,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     eos = tokenizer.eos_token_id
     for n, text in enumerate(texts):
         stored = shard.tokens[shard.offsets[n] : shard.offsets[n + 1]]
@@ -36,7 +37,9 @@ def test_texts_are_stored_between_end_tokens(write, texts, tokenizer, tmp_path):
 
 
 def test_conversations_are_stored_with_their_mask(write, talks, tokenizer, tmp_path):
-    (shard,) = prepare(write("a.jsonl", [{"messages": t} for t in talks]), tokenizer, kind="chat", cache_dir=tmp_path)
+    (shard,) = tokenise_files(
+        write("a.jsonl", [{"messages": t} for t in talks]), tokenizer, kind="chat", cache_dir=tmp_path
+    )
     for n, talk in enumerate(talks):
         here = slice(shard.offsets[n], shard.offsets[n + 1])
         assert (shard.tokens[here].tolist(), shard.mask[here].tolist()) == encode_chat(tokenizer, talk)
@@ -45,7 +48,7 @@ def test_conversations_are_stored_with_their_mask(write, talks, tokenizer, tmp_p
 
 def test_chunks_change_nothing_and_are_bounded(write, texts, tokenizer, tmp_path, monkeypatch):
     path = write("a.jsonl", [{"text": t} for t in texts])
-    (whole,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (whole,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     sizes = []
 
     class Spy:
@@ -55,8 +58,8 @@ def test_chunks_change_nothing_and_are_bounded(write, texts, tokenizer, tmp_path
             sizes.append(sum(map(len, batch)))
             return tokenizer.encode_batch(batch)
 
-    monkeypatch.setattr(shards, "CHUNK_CHARS", 500)
-    (pieces,) = prepare(path, Spy(), kind="text", cache_dir=tmp_path / "c")
+    monkeypatch.setattr(tokenise, "CHUNK_CHARS", 500)
+    (pieces,) = tokenise_files(path, Spy(), kind="text", cache_dir=tmp_path / "c")
     assert len(sizes) > 5
     assert max(sizes) < 500 + max(map(len, texts))  # the last text of a chunk may reach over
     for name in ("tokens", "offsets", "lines", "bytes"):
@@ -66,25 +69,25 @@ def test_chunks_change_nothing_and_are_bounded(write, texts, tokenizer, tmp_path
 def test_the_key_follows_content_tokenizer_and_kind(write, texts, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": t} for t in texts])
     cache = tmp_path / "c"
-    (first,) = prepare(path, tokenizer, kind="text", cache_dir=cache)
+    (first,) = tokenise_files(path, tokenizer, kind="text", cache_dir=cache)
     stamp = os.stat(first.path / "meta.json").st_mtime_ns
-    (again,) = prepare(path, tokenizer, kind="text", cache_dir=cache)
+    (again,) = tokenise_files(path, tokenizer, kind="text", cache_dir=cache)
     assert (again.path, os.stat(again.path / "meta.json").st_mtime_ns) == (first.path, stamp)
     moved = path.rename(path.with_name("b.jsonl"))
-    assert prepare(moved, tokenizer, kind="text", cache_dir=cache)[0].path == first.path
+    assert tokenise_files(moved, tokenizer, kind="text", cache_dir=cache)[0].path == first.path
     moved.write_text(moved.read_text("utf-8") + '{"text": "more"}\n', encoding="utf-8")
-    assert prepare(moved, tokenizer, kind="text", cache_dir=cache)[0].path != first.path
+    assert tokenise_files(moved, tokenizer, kind="text", cache_dir=cache)[0].path != first.path
     assert len(shards_in(cache)) == 2
 
 
 def test_a_shard_whose_description_changed_is_made_anew(write, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": "fox"}, {"text": "dog"}])
-    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (shard,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     meta, tokens = shard.path / "meta.json", shard.tokens.tolist()
     whole = meta.read_bytes()
     for damage in (b"[]", b"null", b'{"sizes": null}', whole.replace(b'"n_documents": 2', b'"n_documents": 3')):
         meta.write_bytes(damage)
-        (again,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+        (again,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
         assert (again.n_documents, again.tokens.tolist()) == (2, tokens)
         assert meta.read_bytes() == whole
 
@@ -95,7 +98,7 @@ def test_large_vocabularies_take_four_bytes(write, tokenizer, tmp_path):
         document = staticmethod(lambda ids: [69_999, *ids, 69_999])
         encode_batch = staticmethod(tokenizer.encode_batch)
 
-    (shard,) = prepare(write("a.jsonl", [{"text": "fox"}]), Large(), kind="text", cache_dir=tmp_path)
+    (shard,) = tokenise_files(write("a.jsonl", [{"text": "fox"}]), Large(), kind="text", cache_dir=tmp_path)
     assert shard.tokens.dtype == np.uint32
     assert shard.tokens[0] == 69_999
 
@@ -103,13 +106,13 @@ def test_large_vocabularies_take_four_bytes(write, tokenizer, tmp_path):
 def test_bad_records_and_wrong_kinds_are_set_aside(write, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": "fox"}, "{", {"messages": [{"role": "user", "content": "q"}]},
                              '{"text": "\\ud800"}', {"instruction": "q", "output": "a"}])  # fmt: skip
-    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (shard,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     assert (shard.n_documents, shard.meta["n_rejected"]) == (1, 4)
     assert sorted(json.loads(line)["line"] for line in shard.rejected_lines()) == [2, 3, 4, 5]
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: broken JSON"):  # strict looks at a finished cache, too
-        prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c", strict=True)
+        tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c", strict=True)
     with pytest.raises(UserError, match=r"no usable record; the first, line 1: a text record, where chat"):
-        prepare(write("b.jsonl", [{"text": "fox"}]), tokenizer, kind="chat", cache_dir=tmp_path / "c")
+        tokenise_files(write("b.jsonl", [{"text": "fox"}]), tokenizer, kind="chat", cache_dir=tmp_path / "c")
     assert not list((tmp_path / "c").glob(".*"))  # no half-written leftovers
 
 
@@ -143,27 +146,27 @@ def test_records_of_another_stage_say_whose_they_are(write, tokenizer, tmp_path)
         stage = {"text": "pretrain", "chat": "sft", "judged": "dpo.py --loss_type kto", "preference": "dpo"}[kind]
         message = f"a {kind} record, where {wanted} records are expected: it is data for train_{stage}"
         with pytest.raises(UserError, match=message):
-            prepare(write("a.jsonl", [record]), tokenizer, kind=wanted, cache_dir=tmp_path / "c")
+            tokenise_files(write("a.jsonl", [record]), tokenizer, kind=wanted, cache_dir=tmp_path / "c")
 
 
 def test_errors(write, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": "fox"}])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="set another --cache_dir"):
-        prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "file" / "c")
+        tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "file" / "c")
     with pytest.raises(UserError, match="no such data file"):
-        prepare(f"{path},{tmp_path}/none.jsonl", tokenizer, kind="text", cache_dir=tmp_path / "c")
+        tokenise_files(f"{path},{tmp_path}/none.jsonl", tokenizer, kind="text", cache_dir=tmp_path / "c")
     with pytest.raises(UserError, match="no data file given"):
-        split_paths(" , ")
+        _ = DataFiles(" , ").files
     assert not (tmp_path / "c").exists()
 
 
 def test_a_damaged_shard_is_made_anew(write, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": "the little fox"}])
-    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (shard,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     before = shard.tokens.tolist()
     (shard.path / "tokens.bin").write_bytes(b"")
-    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (shard,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     assert shard.tokens.tolist() == before
 
 
@@ -173,16 +176,16 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(write, tokenizer, t
     code = """
         import sys, time
         from minillm.data import ChatRows, PairRows, TextRows
-        from minillm.data.cache import shards
+        from minillm.data.cache import tokenise
         from minillm.tokenizer import load_tokenizer
-        shards.CHUNK_CHARS = 100
-        append = shards._append
+        tokenise.CHUNK_CHARS = 100
+        append = tokenise._ShardWriter.append
         def slow(*args):
             append(*args)
             print("one", flush=True)
             time.sleep(60)
-        shards._append = slow
-        shards.prepare(sys.argv[1], load_tokenizer(sys.argv[2]), kind="text", cache_dir=sys.argv[3])
+        tokenise._ShardWriter.append = slow
+        tokenise.tokenise_files(sys.argv[1], load_tokenizer(sys.argv[2]), kind="text", cache_dir=sys.argv[3])
     """
     arguments = [sys.executable, "-c", textwrap.dedent(code), path, tmp_path / "tok", tmp_path / "c"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
@@ -192,7 +195,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(write, tokenizer, t
     left = shards_in(tmp_path / "c")
     assert len(left) == 1
     assert left[0].name.endswith(".tmp")
-    (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    (shard,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     assert shard.n_documents == 50
     assert [p.name for p in shards_in(tmp_path / "c")] == [shard.path.name]  # the orphan is gone as well
 
@@ -200,8 +203,8 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(write, tokenizer, t
 def test_several_shards_read_as_one(write, texts, tokenizer, tmp_path):
     one = write("one.jsonl", [{"text": t} for t in texts])
     parts = [write(f"{n}.jsonl", [{"text": t} for t in texts[n * 10 : n * 10 + 10]]) for n in range(4)]
-    whole = TokenStore(prepare(one, tokenizer, kind="text", cache_dir=tmp_path / "c"))
-    split = TokenStore(prepare(",".join(map(str, parts)), tokenizer, kind="text", cache_dir=tmp_path / "c"))
+    whole = TokenStore(tokenise_files(one, tokenizer, kind="text", cache_dir=tmp_path / "c"))
+    split = TokenStore(tokenise_files(",".join(map(str, parts)), tokenizer, kind="text", cache_dir=tmp_path / "c"))
     assert np.array_equal(whole.offsets, split.offsets)
     index = np.random.default_rng(0).integers(0, whole.n_tokens, 500)
     assert np.array_equal(whole.gather("tokens", index), split.gather("tokens", index))
@@ -212,26 +215,26 @@ def test_several_shards_read_as_one(write, texts, tokenizer, tmp_path):
 
 def test_speed_of_a_finished_cache(write, texts, tokenizer, tmp_path):
     path = write("a.jsonl", [{"text": t} for t in texts] * 50)
-    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     began = time.perf_counter()
-    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     assert time.perf_counter() - began < 0.5
 
 
 def test_a_large_file_is_announced_where_no_bar_can_be_shown(write, texts, tokenizer, tmp_path, capsys, monkeypatch):
     path = write("a.jsonl", [{"text": text} for text in texts])
     size = path.stat().st_size
-    monkeypatch.setattr(shards, "LARGE_FILE", size + 1)
-    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "small")
+    monkeypatch.setattr(tokenise, "LARGE_FILE", size + 1)
+    tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "small")
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(shards, "LARGE_FILE", size)
-    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "large")
+    monkeypatch.setattr(tokenise, "LARGE_FILE", size)
+    tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "large")
     assert capsys.readouterr() == (f"tokenising {path} ({size / 2**20:,.0f} MiB)\n", "")
 
 
 def test_at_a_terminal_the_bar_of_a_large_file_counts_its_bytes(write, texts, tokenizer, tmp_path, capsys, monkeypatch):
     path = write("a.jsonl", ["{", *({"text": text} for text in texts)])
-    bars, real = [], shards.progress
+    bars, real = [], tokenise.progress
 
     def progress(**settings):
         bars.append(real(**settings, delay=0, mininterval=0))
@@ -239,10 +242,10 @@ def test_at_a_terminal_the_bar_of_a_large_file_counts_its_bytes(write, texts, to
 
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(shards, "progress", progress)
-    monkeypatch.setattr(shards, "CHUNK_RECORDS", 7)
-    monkeypatch.setattr(shards, "LARGE_FILE", 1)
-    prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+    monkeypatch.setattr(tokenise, "progress", progress)
+    monkeypatch.setattr(tokenise, "CHUNK_RECORDS", 7)
+    monkeypatch.setattr(tokenise, "LARGE_FILE", 1)
+    tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
     (bar,) = bars
     assert bar.n == bar.total == path.stat().st_size
     assert "tokenising a.jsonl:  20%" in capsys.readouterr().err  # at line 8 of 41: the first is bad

@@ -70,9 +70,7 @@ def test_all_answers_to_one_question_are_on_one_side(kind, write, tokenizer, tmp
             {"prompt": f"ask {n}", "chosen": f"yes {k}", "rejected": f"no {k}"} for n in range(20) for k in (1, 2)
         ]
     else:
-        records = [
-            {"prompt": f"ask {n}", "completion": f"say {k}", "label": k == 1} for k in (1, 2) for n in range(20)
-        ]
+        records = [{"prompt": f"ask {n}", "completion": f"say {k}", "label": k == 1} for k in (1, 2) for n in range(20)]
     prompts = []
     for side in sides(write("a.jsonl", records), 0.3):
         rows = kind(side, tokenizer, max_seq_len=200, cache_dir=tmp_path / "c")

@@ -3,16 +3,17 @@
 import pytest
 
 from minillm.data import turns
-from minillm.data.cache.shards import TokenStore, prepare
+from minillm.data.cache.shards import TokenStore
+from minillm.data.cache.tokenise import tokenise_files
 from minillm.tokenizer import encode_chat
 
 
 @pytest.mark.parametrize("scan", [3, 50, 1 << 24])
 def test_turns_are_the_stretches_of_the_mask(tokenizer, write, talks, tmp_path, monkeypatch, scan):
     """Over two files, whatever part of the mask is looked at together."""
-    monkeypatch.setattr(turns, "SCAN", scan)
+    monkeypatch.setattr(turns, "CHUNK", scan)
     files = [write("a.jsonl", [{"messages": m} for m in talks[:17]]), write("b.jsonl", [{"messages": talks[17]}])]
-    store = TokenStore(prepare(files, tokenizer, kind="chat", cache_dir=tmp_path / "cache"))
+    store = TokenStore(tokenise_files(files, tokenizer, kind="chat", cache_dir=tmp_path / "cache"))
     expected = []
     for number, messages in enumerate(talks[:18]):
         _, mask = encode_chat(tokenizer, messages)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minillm.config import ModelConfig
-from minillm.data.schema import read_records
+from minillm.data.records import read_records
 from minillm.errors import UserError
 from minillm.evaluation import exact_match
 from minillm.inference import generate
@@ -140,7 +140,7 @@ def test_bad_records_are_named(tokenizer):
         ([], "no records"),
         ([RECORDS[0], {"text": "a"}], "record 1"),
         ([{"conversations": [{"role": "user", "content": "a"}]}], "record 0"),
-        ([{"conversations": [{"role": "user", "content": "a"}] * 2}], "found role 'user'"),
+        ([{"conversations": [{"role": "user", "content": "a"}] * 2}], "its role is 'user'"),
     ]:
         with pytest.raises(UserError, match=message):
             exact_match(echo, tokenizer, records)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minillm.config import ModelConfig
-from minillm.data.schema import read_records
+from minillm.data.records import read_records
 from minillm.errors import UserError
 from minillm.evaluation import perplexity
 from minillm.kernels import linear_log_probs

@@ -7,7 +7,7 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.data.reasoning import parse_reasoning
-from minillm.data.schema import read_records
+from minillm.data.records import read_records
 from minillm.errors import UserError
 from minillm.evaluation.sample_answers import main, read_problems, sample_answers, write_whole
 from minillm.hub.huggingface import save_model

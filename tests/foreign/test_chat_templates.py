@@ -411,7 +411,7 @@ UNPROVEN = {
         "{% if add_generation_prompt %}assistant: {% endif %}",
         r"ends the answer in message 1 with 'END', and no end token of the model \(",
     ),
-    "another header": (PLAIN.replace("{{ '<|im_start|>assistant", "{{ '<|im_start|>bot"), "in another way"),
+    "another header": (PLAIN.replace("{{ '<|im_start|>assistant", "{{ '<|im_start|>bot"), "differently"),
     "a message left out": (
         PLAIN.replace(LOOP, "{% for m in messages if m['content'][:2] != 'Hi' %}"), "leaves out message 0"
     ),

@@ -96,7 +96,7 @@ def test_a_tokenizer_in_another_format_is_noted_and_one_of_other_ids_refused(tmp
     note = capsys.readouterr().err
     assert note.count("\n") == 1
     assert all(word in note for word in ("another chat template", "other tokens around a document", str(other)))
-    with pytest.raises(UserError, match="is not the one that lies next to"):
+    with pytest.raises(UserError, match="differs from the one next to"):
         check_tokenizer(load_tokenizer(make_tokenizer("llama3_chatml", tmp_path / "third")), model, base)
 
 

@@ -11,12 +11,16 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm.cli.arguments import PretrainArguments, SFTArguments, TokenizerArguments
+from minillm.cli.arguments import (
+    DistillArguments,
+    LoRAArguments,
+    PreferenceArguments,
+    PretrainArguments,
+    ReasonArguments,
+    SFTArguments,
+    TokenizerArguments,
+)
 from minillm.cli.command_line import parse
-from minillm.cli.distill_arguments import DistillArguments
-from minillm.cli.lora_arguments import LoRAArguments
-from minillm.cli.preference_arguments import PreferenceArguments
-from minillm.cli.reason_arguments import ReasonArguments
 from minillm.config import PRESETS, ModelConfig
 from minillm.config.families import ARCHITECTURES
 from minillm.errors import UserError

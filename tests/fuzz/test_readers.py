@@ -12,12 +12,14 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from minillm.data.cache.shards import prepare
+from minillm.data.cache.tokenise import tokenise_files
 from minillm.data.chat import ChatRows
 from minillm.data.pairs import JudgedRows, PairRows
 from minillm.data.reason_rows import ReasonRows
-from minillm.data.schema import parse_prompt, parse_record, read_records
-from minillm.data.sources import files
+from minillm.data.records import read_records
+from minillm.data.schema import parse_prompt, parse_record
+from minillm.data.sources import raw_records
+from minillm.data.sources.paths import SUFFIXES
 from minillm.data.text import TextRows
 from minillm.errors import UserError
 
@@ -142,7 +144,7 @@ def test_conversations_come_back_exactly(value):
 
 
 @examples(120)
-@given(st.binary(max_size=200), st.sampled_from(files.SUFFIXES))
+@given(st.binary(max_size=200), st.sampled_from(SUFFIXES))
 @example(b"PAR1", ".parquet")
 @example(b"\x1f\x8b\x08\x04", ".jsonl.gz")
 def test_random_bytes_end_in_an_error_of_ours(content, suffix):
@@ -208,7 +210,7 @@ def test_a_damaged_parquet_file_is_named(data):
 @given(st.lists(st.text(max_size=40) | st.sampled_from(["\n", "\n\n", "\r\n", " ", "\x1c", "\x00"]), max_size=8))
 def test_no_word_of_a_txt_file_is_lost(pieces):
     content = "".join(pieces).encode("utf-8")
-    with scratch() as folder, mock.patch.multiple(files, TXT_DOCUMENT_LEN=10, TXT_DOCUMENT_MAX=25):
+    with scratch() as folder, mock.patch.multiple(raw_records, TXT_DOCUMENT_LEN=10, TXT_DOCUMENT_MAX=25):
         path = folder / "data.txt"
         path.write_bytes(content)
         found = outcome(lambda: list(read_records(path)))
@@ -289,7 +291,7 @@ def test_a_damaged_shard_is_made_anew(tokenizer, data):
         )
 
         def content():
-            (shard,) = prepare(path, tokenizer, kind="chat", cache_dir=folder / "cache")
+            (shard,) = tokenise_files(path, tokenizer, kind="chat", cache_dir=folder / "cache")
             columns = [shard.tokens, shard.mask, shard.offsets, shard.lines, shard.bytes, shard.log_prob]
             return shard.path, [column.tolist() for column in columns[:-1]], list(shard.rejected_lines())
 
@@ -324,7 +326,7 @@ def outcome_of_json(text: bytes):
 def test_an_array_holds_what_its_lines_hold(records, chunk, indented):
     lines = b"\n".join(as_json(record) for record in records)
     array = json.dumps(records, indent=2 if indented else None).encode()
-    with scratch() as folder, mock.patch.object(files, "JSON_CHUNK", chunk):
+    with scratch() as folder, mock.patch.object(raw_records, "JSON_CHUNK", chunk):
         outcomes = []
         for name, content in (("a.jsonl", lines), ("a.json", array), ("b.json", lines)):
             path = folder / name

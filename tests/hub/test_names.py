@@ -54,7 +54,7 @@ def test_names_that_mean_weights(out):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lora/a_32", "is an adapter, not a model.*--lora_name"), ("tokenizer", "holds a tokenizer alone"),
+        ("lora/a_32", "is an adapter, not a model.*--lora_name"), ("tokenizer", "holds only a tokenizer"),
         ("gguf", "holds GGUF weights"), ("m.onnx", "is a ONNX file"), ("M.GGUF", "is a GGUF file"),
         ("cut_32", "interrupted run.*--from_resume.*step-00000010"), ("half", "has no config.json"),
         ("cut", "interrupted run.*--from_resume.*step-00000010"), ("old", "give one of its models, .*old/best"),

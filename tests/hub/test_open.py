@@ -1,4 +1,4 @@
-"""Which model the flags open; eval_model.py's own tests see to what it answers."""
+"""The model that a path or the flags of a program open."""
 
 import shutil
 from dataclasses import replace
@@ -10,8 +10,8 @@ from minillm.cli.eval_arguments import EvalArguments
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.evaluation.sample_answers import SampleArguments
-from minillm.hub import open_model
-from minillm.hub.huggingface import load_model, save_model
+from minillm.hub import load_model, open_model, save_model
+from minillm.hub.open import open_from_arguments
 from minillm.lora import apply_lora, save_lora
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
@@ -46,7 +46,7 @@ def arguments(out):
 
 
 def test_the_stage_of_the_mode_at_the_only_width_there_is(arguments, out, capsys):
-    model, tokenizer, path = open_model(arguments())
+    model, tokenizer, path = open_from_arguments(arguments())
     assert path == out / "full_sft_32"
     assert not model.training
     assert tokenizer.vocab_size == 267
@@ -55,67 +55,68 @@ def test_the_stage_of_the_mode_at_the_only_width_there_is(arguments, out, capsys
 
 
 def test_of_several_widths_one_must_be_named(arguments, out):
-    assert open_model(arguments(model_mode=3, hidden_size=64))[2] == out / "reason_64"
+    assert open_from_arguments(arguments(model_mode=3, hidden_size=64))[2] == out / "reason_64"
     with pytest.raises(UserError, match="reason_512"):  # the preset's own width
-        open_model(arguments(model_mode=3))
+        open_from_arguments(arguments(model_mode=3))
 
 
 def test_any_arguments_with_these_fields(arguments, out):
     given = {"data_path": "x", "output": "y", "save_dir": str(out), "device": "cpu", "hidden_size": 32}
-    assert open_model(SampleArguments(**given))[2] == out / "reason_32"
-    assert open_model(arguments(from_weight="reason", hidden_size=32))[2] == out / "reason_32"
-    assert open_model(arguments(from_weight=str(out / "reason_64")))[2] == out / "reason_64"
+    assert open_from_arguments(SampleArguments(**given))[2] == out / "reason_32"
+    assert open_from_arguments(arguments(from_weight="reason", hidden_size=32))[2] == out / "reason_32"
+    assert open_from_arguments(arguments(from_weight=str(out / "reason_64")))[2] == out / "reason_64"
 
 
 def test_adapters_dtype_and_positions(arguments):
-    plain, _, _ = open_model(arguments())
-    adapted, _, _ = open_model(arguments(lora_name="cooking"))
+    plain, _, _ = open_from_arguments(arguments())
+    adapted, _, _ = open_from_arguments(arguments(lora_name="cooking"))
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         assert not torch.allclose(adapted(ids), plain(ids))
     for name in ("", "cooking"):
-        assert next(open_model(arguments(dtype="bfloat16", lora_name=name))[0].parameters()).dtype == torch.bfloat16
-    assert open_model(arguments(rope_scaling="yarn:4"))[0].config.max_position_embeddings == 256
+        model, _, _ = open_from_arguments(arguments(dtype="bfloat16", lora_name=name))
+        assert next(model.parameters()).dtype == torch.bfloat16
+    assert open_from_arguments(arguments(rope_scaling="yarn:4"))[0].config.max_position_embeddings == 256
 
 
 def test_the_tokenizer_beside_the_weights_else_that_of_the_directory(arguments, out, tmp_path):
     with pytest.raises(UserError, match="tokenizer"):
-        open_model(arguments(tokenizer_path=str(tmp_path)))
+        open_from_arguments(arguments(tokenizer_path=str(tmp_path)))
     shutil.copytree(out / "full_sft_32", tmp_path / "full_sft_32")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "full_sft_32" / file).unlink()
     there = replace(arguments(), save_dir=str(tmp_path))
     with pytest.raises(UserError, match="tokenizer"):
-        open_model(there)
+        open_from_arguments(there)
     shutil.copytree(out / "tokenizer", tmp_path / "tokenizer")
-    assert open_model(there)[1].content_hash == open_model(arguments())[1].content_hash
+    assert open_from_arguments(there)[1].content_hash == open_from_arguments(arguments())[1].content_hash
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(arguments, tmp_path):
     train_bpe(iter(["the cat sat on the mat"] * 9), vocab_size=275).save(tmp_path)
     with pytest.raises(UserError, match="tokenizer"):
-        open_model(arguments(tokenizer_path=str(tmp_path)))
+        open_from_arguments(arguments(tokenizer_path=str(tmp_path)))
 
 
 def test_missing_weights_are_an_error_that_lists_what_there_is(arguments):
     with pytest.raises(UserError, match=r"no weights 'rlhf'.*full_sft_32, reason_32, reason_64"):
-        open_model(arguments(model_mode=2))
+        open_from_arguments(arguments(model_mode=2))
 
 
 def test_without_a_directory_the_demo_serves(out, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"in out/ or out/demo/: run `make demo` .*`python train_pretrain.py`, then"):
-        open_model(EvalArguments(device="cpu"))
+        open_from_arguments(EvalArguments(device="cpu"))
     tokenizer = train_bpe(iter(["a"]), vocab_size=267)
     for seed, width in enumerate((64, 128)):  # the smaller one is what the demo's student is compared with
         save_model(tiny_model(seed, width), tmp_path / f"out/demo/pretrain_{width}", tokenizer=tokenizer)
-    path = open_model(EvalArguments(device="cpu", model_mode=0))[2]
+    path = open_from_arguments(EvalArguments(device="cpu", model_mode=0))[2]
     assert str(path) == "out/demo/pretrain_128"
     assert "no pretrain weights in out/: using the demo's" in capsys.readouterr().out
     for more in ({"from_weight": "pretrain_64"}, {"model_mode": 0, "hidden_size": 64}):
-        assert str(open_model(EvalArguments(device="cpu", **more))[2]) == "out/demo/pretrain_64"
+        assert str(open_from_arguments(EvalArguments(device="cpu", **more))[2]) == "out/demo/pretrain_64"
     shutil.copytree(out / "full_sft_32", tmp_path / "out/pretrain_32")
-    assert str(open_model(EvalArguments(device="cpu", model_mode=0))[2]) == "out/pretrain_32"
+    assert str(open_from_arguments(EvalArguments(device="cpu", model_mode=0))[2]) == "out/pretrain_32"
 
 
 def test_an_adapter_is_opened_on_the_model_it_was_made_for(out, arguments):
@@ -125,5 +126,38 @@ def test_an_adapter_is_opened_on_the_model_it_was_made_for(out, arguments):
     base.origin = str(out / "reason_32")
     apply_lora(base, rank=2)
     save_lora(base, out / "lora" / "thinking_32")
-    assert open_model(arguments(lora_name="thinking"))[2] == out / "reason_32"
-    assert open_model(arguments(lora_name="cooking"))[2] == out / "full_sft_32"
+    assert open_from_arguments(arguments(lora_name="thinking"))[2] == out / "reason_32"
+    assert open_from_arguments(arguments(lora_name="cooking"))[2] == out / "full_sft_32"
+
+
+@pytest.mark.parametrize("name", ["full_sft", "full_sft_32", "{out}/full_sft_32", "{out}/weights/model.pth"])
+def test_a_path_opens_what_the_flags_open(out, arguments, name):
+    wanted, wanted_tokenizer, _ = open_from_arguments(arguments())
+    if not (out / "weights").exists():
+        shutil.copytree(out / "full_sft_32", out / "weights", ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(wanted.state_dict(), out / "weights" / "model.pth")
+    model, tokenizer = open_model(name.format(out=out), device="cpu", save_dir=str(out))
+    assert not model.training
+    assert tokenizer.content_hash == wanted_tokenizer.content_hash
+    for parameter, wanted_parameter in zip(model.parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(parameter, wanted_parameter)
+
+
+def test_a_path_takes_adapters_by_name_and_a_dtype(out, arguments):
+    ids = torch.tensor([[1, 2, 3]])
+    options = {"device": "cpu", "save_dir": str(out)}
+    adapted, _ = open_model("full_sft", lora_name="cooking:0.5", **options)
+    with torch.no_grad():
+        assert torch.equal(adapted(ids), open_from_arguments(arguments(lora_name="cooking:0.5"))[0](ids))
+    assert next(open_model("full_sft", dtype="bfloat16", **options)[0].parameters()).dtype == torch.bfloat16
+
+
+def test_a_path_that_opens_nothing(out, tmp_path):
+    options = {"device": "cpu", "save_dir": str(out)}
+    with pytest.raises(UserError, match=r"path .*cooking_32: .* is an adapter, not a model"):
+        open_model(out / "lora" / "cooking_32", **options)
+    with pytest.raises(UserError, match=r"no adapter 'swimming'.*cooking_32"):
+        open_model("full_sft", lora_name="swimming", **options)
+    torch.save(tiny_model(0).state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=r"no model configuration: .*config\.json does not exist"):
+        open_model(tmp_path / "bare.pth", tokenizer_path=str(out / "tokenizer"), **options)

@@ -145,14 +145,14 @@ def test_without_runs_of_ones_own_the_demos_serve(out, tokenizer, tmp_path, monk
 
 def test_a_pth_of_another_shape_is_refused(tmp_path, tokenizer):
     torch.save(create_model(arguments(tmp_path), tokenizer).state_dict(), tmp_path / "m.pth")
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="contradict what was given"):
         create_model(arguments(tmp_path, from_weight=str(tmp_path / "m.pth"), num_hidden_layers=2), tokenizer)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(out, tmp_path):
     train_bpe((f"word{n} and word{n}" for n in range(99)), vocab_size=270).save(tmp_path)
     larger = load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"270 tokens.*pretrain_32.*267; give --tokenizer_path the tokenizer these"):
+    with pytest.raises(UserError, match=r"270 tokens.*pretrain_32.*267; give --tokenizer_path the tokenizer of these"):
         create_model(arguments(out, from_weight="pretrain"), larger)
 
 
@@ -163,7 +163,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     weights = tmp_path / "weights"
     save_model(create_model(arguments(tmp_path), one), weights, tokenizer=one)
     create_model(arguments(tmp_path, from_weight=str(weights)), one)
-    with pytest.raises(UserError, match="not the one that lies next to"):
+    with pytest.raises(UserError, match="differs from the one next to"):
         create_model(arguments(tmp_path, from_weight=str(weights)), other)
 
 
@@ -253,9 +253,9 @@ def test_a_bare_pth_tells_its_shape(tmp_path, tokenizer):
     assert torch.equal(model.lm_head.weight, one.lm_head.weight.half().float())
     with pytest.raises(UserError, match="--num_attention_heads 8 for MiniMind"):
         create_model(PretrainArguments(data_path="-", from_weight=str(tmp_path / "32.pth")), tokenizer)
-    with pytest.raises(UserError, match="num_hidden_layers is 1 there and 3 was given"):
+    with pytest.raises(UserError, match="num_hidden_layers is 1 in the file, but 3 was given"):
         create_model(dataclasses.replace(read, num_hidden_layers=3), tokenizer)
-    with pytest.raises(UserError, match="use_qk_norm is False there and True was given"):
+    with pytest.raises(UserError, match="use_qk_norm is False in the file, but True was given"):
         create_model(dataclasses.replace(read, use_qk_norm=True), tokenizer)
 
     wide = create_model(PretrainArguments(data_path="-", num_hidden_layers=1), tokenizer)

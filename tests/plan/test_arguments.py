@@ -39,7 +39,7 @@ def test_longer_rows_need_scaled_positions():
         (["--ranks", "0"], "--ranks 0: must be at least 1"),
         (["--tokens", "-1"], "--tokens -1"),
         (["--tokens", "nan"], "--tokens nan"),
-        (["--mfu", "0"], "--mfu 0.0: must lie above 0"),
+        (["--mfu", "0"], "--mfu 0.0: must be above 0"),
         (["--mfu", "1.5"], "--mfu 1.5"),
         (["--global_batch_size", "12", "--batch_size", "8"], "multiple of batch_size x ranks = 8"),
         (["--base_dtype", "bfloat16"], "goes with --lora_rank"),

@@ -362,4 +362,4 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(run, tmp_path, tokeniz
     code, _, err = run(save_dir=tmp_path)
     assert code == 2
     assert "the tokenizer has 267 tokens" in err
-    assert "embeddings for 266; give --tokenizer_path the tokenizer these weights were trained with" in err
+    assert "embeddings for 266; give --tokenizer_path the tokenizer of these weights" in err

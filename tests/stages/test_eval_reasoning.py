@@ -9,7 +9,7 @@ import torch
 
 import eval_model
 from minillm.config import ModelConfig
-from minillm.data.schema import read_records
+from minillm.data.records import read_records
 from minillm.evaluation import evaluate_reasoning, preference_accuracy
 from minillm.hub.huggingface import load_model, save_model
 from minillm.inference import Completion

@@ -149,7 +149,7 @@ def test_names_of_runs(pretrain, world, call):
     for name in ("../elsewhere", "x" * 300, "two\nlines"):
         assert "must be a plain name" in pretrain("--run_name", name).err
     for name in ("lora", "tokenizer", ".token_cache"):
-        assert "that directory has another use" in pretrain("--run_name", name).err
+        assert "this directory has another purpose" in pretrain("--run_name", name).err
     done = call(train_lora.main, world, "--data_path", world.chat, "--run_name", "x", "--lora_name", "y",
                 "--from_weight", "", *SHORT)  # fmt: skip
     assert done.code == 2

@@ -146,7 +146,7 @@ def test_eval_model_adds_the_adapter(tuned, lora, call, capsys):
         (["--replay_path", "old.jsonl"], ["old.jsonl: no such file"]),
         (["--modules_to_save", "head"], ["no layer is called head"]),
         (["--base_dtype", "float16"], ["--base_dtype float16 on a CPU"]),
-        (["--base_dtype", "bfloat16", "--modules_to_save", "lm_head"], ["trained whole are float32", "--dtype auto"]),
+        (["--base_dtype", "bfloat16", "--modules_to_save", "lm_head"], ["trained layers are float32", "--dtype auto"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else None,
 )

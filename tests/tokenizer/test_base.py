@@ -216,7 +216,7 @@ def test_foreign_byte_level_token_that_is_no_bytes(tmp_path):
     assert foreign.decode([0, 1, 2, 3, 4]) == library.decode([0, 1, 2, 3, 4]) == "a \n果<0xZZ>"
     spec["model"]["vocab"]["b"] = 1 << 31
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match="makes 2147483649 ids"):
+    with pytest.raises(UserError, match="has 2147483649 ids"):
         load_tokenizer(tmp_path).token_bytes(0)
 
 

@@ -205,7 +205,7 @@ def test_what_it_does_not_do_is_refused_by_name(tokenizer, name, value):
 def test_other_cuts_are_refused(tokenizer, cutter):
     spec = json.loads(tokenizer.files["tokenizer.json"])
     spec["pre_tokenizer"] = cutter
-    with pytest.raises(UserError, match="byte-level BPE is read, cut by one regular expression"):
+    with pytest.raises(UserError, match="only byte-level BPE cut by one regular expression"):
         BytePairEncoding.from_tokenizer(Tokenizer({"tokenizer.json": json.dumps(spec)}))
 
 
@@ -272,10 +272,10 @@ def test_the_same_file_on_real_text(real_texts, vocab_size):
 
 
 def test_what_is_remembered_has_a_bound(monkeypatch):
-    monkeypatch.setattr(bpe, "MAX_KNOWN", 10)
+    monkeypatch.setattr(bpe, "MAX_CACHED", 10)
     tokenizer = train_bpe(iter(["low lower lowest"]), vocab_size=270)
     ours = BytePairEncoding.from_tokenizer(tokenizer)
     text = "长" * 100 + " ".join(f"w{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(200))
     assert ours.encode(text) == tokenizer.encode(text)
-    assert len(ours._known) <= 10
-    assert max(map(len, ours._known)) <= bpe.MAX_KNOWN_LEN
+    assert len(ours._cache) <= 10
+    assert max(map(len, ours._cache)) <= bpe.MAX_CACHED_LEN

@@ -1,1 +1,1 @@
-"""Tokenised documents on disk, made once, by one process or by several at a time."""
+"""Tokenised documents on disk: made once, also when several processes start at the same time."""

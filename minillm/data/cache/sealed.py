@@ -1,4 +1,4 @@
-"""Descriptions on disk that say whether they are still what was written: JSON with a hash of itself."""
+"""JSON files that contain their own hash, so that a damaged or edited file is noticed."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ def write_sealed(path: Path, content: dict) -> None:
 
 
 def read_sealed(path: Path) -> dict:
-    """Return what ``write_sealed`` wrote; OSError or ValueError when it is missing, or differs in anything."""
+    """Return what ``write_sealed`` wrote; OSError if the file is missing, ValueError if it was changed."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("hash", None) != _hash(content):
         raise ValueError(f"{path} has changed since it was written")

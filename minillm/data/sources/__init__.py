@@ -1,1 +1,1 @@
-"""Other people's files: encodings, layouts, keys, rejected records, what is held out."""
+"""Data files as people have them: paths, encodings, formats, column names, rejected records, held-out records."""

@@ -1,8 +1,8 @@
-"""The names under which training data is looked for in ``dataset/`` when no ``--data_path`` is given."""
+"""Without ``--data_path``: the file names in ``dataset/`` that each stage looks for."""
 
 from pathlib import Path
 
-from minillm.data.sources.files import SUFFIXES
+from minillm.data.sources.paths import SUFFIXES
 
 DEMO_DATA = "dataset/demo"  # where dataset/make_demo.py writes
 HELD_OUT = ("valid", "test", "eval")  # a file whose name has one of these is not training data
@@ -14,15 +14,15 @@ KNOWN_NAMES = {
     "reason": ("r1_mix*",),
     "distill": ("sft*", "pretrain*"),
     "tokenizer": ("pretrain*", "sft*"),
-}  # by stage, the first one first; dataset/README.md has this table too
+}  # by stage, in order of preference; dataset/README.md has the same table
 
 
 def find_known_data(stage: str, *, directory: str | Path = "dataset") -> str | None:
-    """Return the first file in ``directory`` with a known name for ``stage``, or None; held-out files do not count."""
+    """Return the first file in ``directory`` with a known name for ``stage``, without held-out files; None if none."""
     for pattern in KNOWN_NAMES[stage]:
         for path in sorted(Path(directory).glob(pattern)):
             stem = path.name.partition(".")[0].lower()
-            usable = path.is_file() and path.name.endswith(SUFFIXES) and not path.name.endswith(".rejected.jsonl")
-            if usable and not any(word in stem for word in HELD_OUT):
+            is_data = path.is_file() and path.name.endswith(SUFFIXES) and not path.name.endswith(".rejected.jsonl")
+            if is_data and not any(word in stem for word in HELD_OUT):
                 return str(path)
     return None

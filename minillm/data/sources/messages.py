@@ -1,4 +1,4 @@
-"""The turns of a conversation as other projects write them, in the one form that this library uses.
+"""Converts the turns of a conversation from the forms of other projects into {"role", "content"} messages.
 
     {"role", "content"} (OpenAI), {"from", "value"} (ShareGPT), mixed      -> {"role", "content"}
     content [{"type": "text", "text": "…"}]                                -> the texts joined
@@ -7,8 +7,8 @@
     "from": "observation", "role": "function", …                           -> tool
     "system" in a user's turn                                              -> a system turn before it
 
-A turn's other keys are refused by name, for a key that is dropped may be one that changes what the turn means. Notes
-that change nothing are left out: see ``NOTES``.
+A turn with any other key is refused, and the message names the key: it might change the meaning of the turn. Keys that
+change nothing (``NOTES``) are dropped.
 """
 
 import json
@@ -26,124 +26,121 @@ ROLE_NAMES = {
     "function_call": CALL, "tool_call": CALL,
 }  # fmt: skip
 NOTES = ("id", "turn_id", "timestamp", "meta", "metadata", "source", "model", "lang", "language")
-TRAIN_KEYS = ("train", "trainable", "loss", "weight", "loss_weight")
+LOSS_KEYS = ("train", "trainable", "loss", "weight", "loss_weight")  # say whether a turn is a target
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_OF_TOOL = ("name", "tool_call_id")
-_OF_ASSISTANT = ("reasoning_content", "tool_calls")
+_TOOL_KEYS = ("name", "tool_call_id")
+_ASSISTANT_KEYS = ("reasoning_content", "tool_calls")
 
 
 def normal_messages(items, name: str = "the conversation") -> list[dict]:
-    """Return turns as role/content messages; ``check_messages`` says whether they are a conversation.
+    """Return turns as role/content messages. ``check_messages`` then checks that they form a conversation.
 
     Raises:
-        UserError: it is not a list, or a turn has an unknown role, a key that would be lost, or parts other than text.
+        UserError: not a list, or a turn with an unknown role, an unknown key, or content other than text.
     """
     messages: list[dict] = []
-    for place, item in enumerate(as_list(items, name)):
+    for index, item in enumerate(as_list(items, name)):
         if not isinstance(item, dict):
-            raise UserError(f"message {place} must be an object with role and content, not {type(item).__name__}")
-        messages += _one_turn(place, {key: value for key, value in item.items() if value is not None})
+            raise UserError(f"message {index} must be an object with role and content, not {type(item).__name__}")
+        messages += _normal_turn(index, {key: value for key, value in item.items() if value is not None})
     return messages
 
 
 def as_list(value, name: str) -> list:
-    """Return a list that is not empty, also where it is written as JSON text (as tables have it)."""
+    """Return ``value``, a list with at least one entry or the JSON text of one (as in tables), as a list."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             advice = "write it with json.dumps (Python's own form with single quotes is not JSON)"
-            raise UserError(f"{name} must be a list, not text: as JSON it is broken; {advice}") from None
+            raise UserError(f"{name} must be a list, not text: it is not valid JSON; {advice}") from None
     if not isinstance(value, list) or not value:
         raise UserError(f"{name} must be a list of at least one entry")
     return value
 
 
 def is_empty(value) -> bool:
-    """Return whether a key with this value says nothing: null, "", [], {}, or the JSON text of one of them."""
+    """Return whether a value is empty: null, "", [], {}, or the JSON text of one of them."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value == [] or value == {}
 
 
 def refuse_tools(tools) -> None:
-    """Raise UserError when a record declares tools: the chat encoding has no place for their descriptions."""
+    """Raise UserError when a record declares tools: the chat encoding cannot hold their descriptions."""
     if not is_empty(tools):
         raise UserError(
-            "tools are not supported: the chat encoding would leave their descriptions out; write them into the system "
-            "message, or take the key tools out to learn the turns without them"
+            "tools are not supported: the chat encoding would drop their descriptions; write them into the system "
+            "message, or remove the key tools to learn the turns without them"
         )
 
 
-def _one_turn(place: int, item: dict) -> list[dict]:
-    role_name = _only_one(place, item, "role", "from")
+def _normal_turn(index: int, item: dict) -> list[dict]:
+    """Return the messages of one turn: one, or two if a user's turn carries the system message."""
+    role_name = _value_under(index, item, "role", "from")
     if role_name is None:
         keys = ", ".join(map(str, item)) or "none"
-        raise UserError(f"a turn without a role: message {place} has the keys {keys}; give role and content")
+        raise UserError(f"a turn without a role: message {index} has the keys {keys}; give role and content")
     role = ROLE_NAMES.get(role_name.strip().lower()) if isinstance(role_name, str) else None
     if role is None:
         allowed = ", ".join([*ROLES, *(name for name in ROLE_NAMES if name not in ROLES)])
-        raise UserError(f"message {place} has the unknown role {role_name!r}; allowed: {allowed}")
-    content = _only_one(place, item, "content", "value")
-    rest = {key: value for key, value in item.items() if key not in ("role", "from", "content", "value", *NOTES)}
+        raise UserError(f"message {index} has the unknown role {role_name!r}; allowed: {allowed}")
+    content = _value_under(index, item, "content", "value")
+    other_keys = {key: value for key, value in item.items() if key not in ("role", "from", "content", "value", *NOTES)}
     if role == CALL:
-        rest["tool_calls"] = _calls(place, content)
+        other_keys["tool_calls"] = _parse_calls(index, content)
         role, content = "assistant", ""
     if isinstance(content, list):
-        content = _joined_parts(place, content)
+        content = _join_parts(index, content)
     message = {"role": role} | ({} if content is None else {"content": content})
-    before = []
-    for key, value in rest.items():
-        if (key in _OF_TOOL and role == "tool") or (key in _OF_ASSISTANT and key != "tool_calls"):
+    system_message = []
+    for key, value in other_keys.items():
+        if key == "reasoning_content" or (key in _TOOL_KEYS and role == "tool"):
             message[key] = value
         elif key == "tool_calls":
-            message |= _tool_calls(place, value)
+            if not isinstance(value, str):
+                message["tool_calls"] = value
+            elif not is_empty(value):
+                message["tool_calls"] = _parse_calls(index, value)
         elif is_empty(value):
             continue
         elif key == "function_call" and role == "assistant":
-            message["tool_calls"] = _calls(place, value)
+            message["tool_calls"] = _parse_calls(index, value)
         elif key == "system" and role == "user":
-            before = [{"role": "system", "content": value}]
-        elif key in TRAIN_KEYS:
-            _check_wish(place, role, key, value)
+            system_message = [{"role": "system", "content": value}]
+        elif key in LOSS_KEYS:
+            _check_loss_key(index, role, key, value)
         elif key == "tools":
             refuse_tools(value)
         else:
-            raise _unknown_key(place, role, key)
-    return [*before, message]
+            raise _unknown_key(index, role, key)
+    return [*system_message, message]
 
 
-def _only_one(place: int, item: dict, key: str, other: str):
-    """Return what is said under either of two names."""
-    if key in item and other in item and item[key] != item[other]:
-        raise UserError(f"a turn has both {key} and {other}: message {place}; leave one of them out")
-    return item.get(key, item.get(other))
+def _value_under(index: int, item: dict, key: str, other_key: str):
+    """Return the value under either of two keys; UserError if both are there and differ."""
+    if key in item and other_key in item and item[key] != item[other_key]:
+        raise UserError(f"a turn has both {key} and {other_key}: message {index}; leave one of them out")
+    return item.get(key, item.get(other_key))
 
 
-def _joined_parts(place: int, parts: list) -> str:
+def _join_parts(index: int, parts: list) -> str:
+    """Return the text of a content that is a list of parts."""
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         text = part.get("text", part.get("value")) if kind == "text" else None
         if not isinstance(text, str):
             raise UserError(
-                f"a part of a turn is not text: message {place} has a part of type {kind!r}; allowed is "
-                '{"type": "text", "text": "…"}, for the models here read text alone'
+                f"a part of a turn is not text: message {index} has a part of type {kind!r}; allowed is "
+                '{"type": "text", "text": "…"}, because the models read only text'
             )
         texts.append(text)
     return "".join(texts)
 
 
-def _tool_calls(place: int, value) -> dict:
-    if isinstance(value, str):
-        if is_empty(value):
-            return {}
-        value = _calls(place, value)
-    return {"tool_calls": value}
-
-
-def _calls(place: int, value) -> list[dict]:
-    """Return the calls that glaive and OpenAI's older form write as one object, a list, or the JSON text of either."""
+def _parse_calls(index: int, value) -> list[dict]:
+    """Return tool calls that are written (by glaive, and in OpenAI's older form) as an object, a list, or JSON text."""
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -152,35 +149,35 @@ def _calls(place: int, value) -> list[dict]:
     functions = [call.get("function") or call if isinstance(call, dict) else {} for call in calls]
     if not calls or not all(isinstance(function, dict) and "name" in function for function in functions):
         form = '{"name": "…", "arguments": {…}}'
-        raise UserError(f"a function call is not JSON with a name: message {place}; write {form}, or a list of such")
+        raise UserError(f"a function call is not JSON with a name: message {index}; write {form}, or a list of these")
     return [
         {"type": "function", "function": {"name": function["name"], "arguments": function.get("arguments", {})}}
         for function in functions
     ]
 
 
-def _check_wish(place: int, role: str, key: str, value) -> None:
-    """Every assistant turn is learned and no other: a turn that asks for something else is refused."""
-    where = f"message {place} ({role}) has {key} {json.dumps(value, default=str)}"
+def _check_loss_key(index: int, role: str, key: str, value) -> None:
+    """Raise UserError when a turn's loss weight differs from ours: 1 for assistant turns, 0 for all others."""
+    turn = f"message {index} ({role}) has {key} {json.dumps(value, default=str)}"
     if isinstance(value, str) or value not in (0, 1):
-        raise UserError(f"a turn has a weight of its own: {where}; allowed: 0 or false, 1 or true")
+        raise UserError(f"a turn has its own weight: {turn}; allowed: 0 or false, 1 or true")
     if role == "assistant" and not value:
         raise UserError(
-            f"a turn asks not to be learned: {where}, but every assistant turn is; end the conversation before it, or "
-            "keep the last turn alone as the answer and use --train_on last without this key"
+            f"a turn must not be a target: {turn}, but every assistant turn is one; end the conversation before it, or "
+            "keep only the last turn as the answer and use --train_on last without this key"
         )
     if role != "assistant" and value:
-        raise UserError(f"a turn asks to be learned: {where}, but only assistant turns are; leave the key out")
+        raise UserError(f"a turn must be a target: {turn}, but only assistant turns are; leave the key out")
 
 
-def _unknown_key(place: int, role: str, key: str) -> UserError:
+def _unknown_key(index: int, role: str, key: str) -> UserError:
     if key in MEDIA:
-        return UserError(f"{key} inside a turn: message {place} ({role}); the models here read text alone")
+        return UserError(f"{key} inside a turn: message {index} ({role}); the models read only text")
     if key in ("reasoning", "thinking", "thought"):
         advice = "rename it to reasoning_content"
-    elif key in (*_OF_TOOL, *_OF_ASSISTANT):
-        advice = f"only {'a tool' if key in _OF_TOOL else 'an assistant'} has it; leave it out"
+    elif key in (*_TOOL_KEYS, *_ASSISTANT_KEYS):
+        advice = f"only {'a tool' if key in _TOOL_KEYS else 'an assistant'} has it; leave it out"
     else:
-        known = "role, content, reasoning_content and tool_calls (assistant), name and tool_call_id (tool)"
-        advice = f"known are {known}; leave it out if it is a note"
-    return UserError(f"an unknown key inside a turn: {key!r} of message {place} ({role}) would be lost; {advice}")
+        known_keys = "role, content, reasoning_content and tool_calls (assistant), name and tool_call_id (tool)"
+        advice = f"known keys are {known_keys}; leave it out if it is a note"
+    return UserError(f"an unknown key inside a turn: {key!r} of message {index} ({role}) would be lost; {advice}")

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from minillm.data.cache import whole_directory
-from minillm.data.cache.shards import prepare
-from minillm.data.cache.whole_directory import build_directory
+from minillm.data.cache import atomic_directory
+from minillm.data.cache.atomic_directory import build_directory
+from minillm.data.cache.tokenise import tokenise_files
 
 WHOLE = "all of it"
 
@@ -27,11 +27,11 @@ def test_the_slower_one_succeeds_and_leaves_the_first_ones_work_alone(tmp_path):
     final = tmp_path / "cache" / "key"
 
     def slow(directory):
-        build_directory(final, write=fill, is_whole=is_whole)  # the faster one, from beginning to end
+        build_directory(final, write=fill, is_complete=is_whole)  # the faster one, from beginning to end
         slow.inode = final.stat().st_ino
         fill(directory)
 
-    build_directory(final, write=slow, is_whole=is_whole)
+    build_directory(final, write=slow, is_complete=is_whole)
     assert is_whole(final)
     assert final.stat().st_ino == slow.inode
     assert list(final.parent.iterdir()) == [final]
@@ -40,7 +40,7 @@ def test_the_slower_one_succeeds_and_leaves_the_first_ones_work_alone(tmp_path):
 def test_a_damaged_one_is_replaced_but_never_what_became_whole_meanwhile(tmp_path):
     final = tmp_path / "key"
     final.mkdir()
-    build_directory(final, write=fill, is_whole=is_whole)
+    build_directory(final, write=fill, is_complete=is_whole)
     assert is_whole(final)
     (final / "content").write_text("half")
     asked = []
@@ -53,7 +53,7 @@ def test_a_damaged_one_is_replaced_but_never_what_became_whole_meanwhile(tmp_pat
         return is_whole(directory)
 
     inode = final.stat().st_ino
-    build_directory(final, write=fill, is_whole=repaired_after_the_first_look)
+    build_directory(final, write=fill, is_complete=repaired_after_the_first_look)
     assert final.stat().st_ino == inode
     assert list(tmp_path.iterdir()) == [final]
 
@@ -64,7 +64,7 @@ def test_a_failure_leaves_nothing(tmp_path):
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="full"):
-        build_directory(tmp_path / "key", write=fails, is_whole=is_whole)
+        build_directory(tmp_path / "key", write=fails, is_complete=is_whole)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,7 +77,7 @@ def test_many_threads_at_once(tmp_path):
             barrier.wait()  # all are done writing, none has renamed
 
         try:
-            build_directory(tmp_path / "key", write=together, is_whole=is_whole)
+            build_directory(tmp_path / "key", write=together, is_complete=is_whole)
         except Exception as error:
             failures.append(error)
 
@@ -97,7 +97,7 @@ def test_six_processes_tokenise_one_file(write, texts, tokenizer, tmp_path):
 
     def child():
         start.wait()
-        (shard,) = prepare(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
+        (shard,) = tokenise_files(path, tokenizer, kind="text", cache_dir=tmp_path / "c")
         results.put((shard.path.name, shard.n_documents, int(shard.tokens.sum())))
 
     processes = [context.Process(target=child) for _ in range(6)]
@@ -125,10 +125,10 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkey
     for name in names.values():
         (tmp_path / name).mkdir()
     if system == "nt":  # there a signal 0 would be Ctrl-C, and age alone decides
-        monkeypatch.setattr(whole_directory.os, "kill", lambda *_: pytest.fail("os.kill on Windows"))
-        monkeypatch.setattr(whole_directory.os, "name", "nt")
-        old = time.time() - 2 * whole_directory.ORPHAN_AGE_S
+        monkeypatch.setattr(atomic_directory.os, "kill", lambda *_: pytest.fail("os.kill on Windows"))
+        monkeypatch.setattr(atomic_directory.os, "name", "nt")
+        old = time.time() - 2 * atomic_directory.ORPHAN_AGE_S
         os.utime(tmp_path / names["dead"], (old, old))
-    whole_directory._remove_orphans(tmp_path / "key")
+    atomic_directory._remove_orphans(tmp_path / "key")
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == set(names.values()) - {names["dead"]}
