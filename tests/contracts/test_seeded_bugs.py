@@ -30,7 +30,7 @@ def mean_of_means(step, loss_sum, n_targets):
     step.engine.backward(loss_sum / max(float(n_targets), 1.0) / len(step))
 
 
-def double_shift(hidden, weight, targets, weights=None, target_rows=None):
+def double_shift(hidden, weight, targets, weights=None, target_positions=None):
     """Targets that are shifted already, shifted once more in the loss."""
     return linear_cross_entropy(hidden[:, :-1], weight, targets[:, 1:], weights)
 
