@@ -34,8 +34,8 @@ def collate(
             are rows of padding alone. like: a row with the columns to make when ``rows`` is empty.
 
     Numbers become float32 and int64. Further columns may have trailing dimensions: ``weights``, which are 1 in rows
-    that have none, and columns that all rows have. Columns named ``other_...`` (KTO) form a second row, with a length of
-    its own. ``document_bounds`` and ``target_positions`` of the batch are added, also as ``other_...``.
+    that have none, and columns that all rows have. Columns named ``other_...`` (KTO) form a second row with its own
+    length. ``document_bounds`` and ``target_positions`` of the batch are added, also as ``other_...``.
     """
     batch = {}
     examples = rows or [like or dict.fromkeys(PADDING, np.zeros(0, np.int64))]

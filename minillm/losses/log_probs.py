@@ -21,7 +21,8 @@ def linear_log_probs(
 
     Args:
         hidden: (B, T, D). weight: (V, D), the output layer; None: ``hidden`` are logits already.
-        targets: (B, T). target_positions: (N,), what ``positions_with_target(targets)`` returns, where it is known already.
+        targets: (B, T).
+        target_positions: (N,), what ``positions_with_target(targets)`` returns, where it is known already.
 
     Returns:
         (B, T), at least float32.

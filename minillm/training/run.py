@@ -306,7 +306,7 @@ class Run:
         """Yield a ``Step`` for each optimizer update; start where a checkpoint ended."""
         progress = self.progress
         self.signals.__enter__()
-        if progress.validation_due and self.valid_loader is not None:  # the checkpoint was saved before its validation ran
+        if progress.validation_due and self.valid_loader is not None:  # a checkpoint made before its validation
             self._take_directory()
             self.validate()
         while progress.step < self.total_steps:

@@ -25,8 +25,8 @@ resume_from = state.resume_from
 
 def mean_of_means(step, loss_sum, n_targets):
     """Each micro-batch divided by its own count: short ones weigh too much."""
-    step.loss_sum += loss_sum.detach().double()
-    step.n_counted += n_targets
+    step.local_loss_sum += loss_sum.detach().double()
+    step.local_count += n_targets
     step.engine.backward(loss_sum / max(float(n_targets), 1.0) / len(step))
 
 
