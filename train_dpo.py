@@ -27,13 +27,13 @@ from minillm.training.run import Run
 def main(argv: list[str] | None = None):
     args = parse(PreferenceArguments, argv)
     with Run(args, stage="rlhf", output=AdapterAlone(args) if args.lora_name else None) as run:
-        # Model: the fine-tuned one, and the reference: what it is now
+        # Model: the fine-tuned one, and the reference: the model before tuning
         tokenizer = load_tokenizer(find_tokenizer(args))
         base_dtype = args.choose_base_dtype(run.device, run.dtype) if args.lora_name else torch.float32
         model = create_model(args, tokenizer, dtype=base_dtype)
         reference = Reference(args.reference_kind, model, args, run.engine) if args.reference_kind else None
 
-        # Data: two replies to each prompt, side by side in a row (judged ones alone)
+        # Data: two replies to each prompt, side by side in a row (KTO: single replies)
         def rows(files: DataFiles) -> PairRows | JudgedRows:
             kind = JudgedRows if args.loss_type == "kto" else PairRows
             return kind(files, tokenizer, **args.row_settings)

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None):
         def rows(files: DataFiles | list[str]) -> ChatRows:
             return ChatRows(files, tokenizer, **args.row_settings)
 
-        loader, valid_loader = run.loaders(rows, old_rows=rows)
+        loader, valid_loader = run.loaders(rows, replay_rows=rows)
 
         # Optimizer: of the adapter alone
         module = run.wrap(model)

@@ -24,13 +24,13 @@ def main(argv: list[str] | None = None):
         tokenizer = load_tokenizer(find_tokenizer(args))
         model = create_model(args, tokenizer)
 
-        # Data: tokenised once, packed into rows of max_seq_len
+        # Data: tokenised once, packed into rows of max_seq_len; called for the training and the validation files
         def rows(files: DataFiles) -> TextRows:
             return TextRows(files, tokenizer, **args.row_settings)
 
         loader, valid_loader = run.loaders(rows)
 
-        # Optimizer
+        # Optimizer, and what a checkpoint restores. From here on ``model`` is wrapped for the ranks (DDP, ...)
         module = run.wrap(model)
         if args.dry_run:
             return run.dry_run(loader, tokenizer, causal_lm_loss)

@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None):
         def valid_rows(files: DataFiles) -> ReasonRows:  # all tokens weigh the same: nats per token, as in every stage
             return ReasonRows(files, tokenizer, **args.row_settings, tag_weight=1.0)
 
-        def old_rows(files: DataFiles) -> ChatRows:
+        def replay_rows(files: DataFiles) -> ChatRows:
             return ChatRows(files, tokenizer, **args.row_settings)
 
-        loader, valid_loader = run.loaders(rows, valid_rows=valid_rows, old_rows=old_rows)
+        loader, valid_loader = run.loaders(rows, valid_rows=valid_rows, replay_rows=replay_rows)
 
         # Optimizer
         module = run.wrap(model)

@@ -42,8 +42,8 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
     """Say where the files of failed tests are, and what is new in the system's temporary folder."""
     if exitstatus == pytest.ExitCode.TESTS_FAILED:
         terminalreporter.write_line(f"what the tests wrote is in {tempfile.tempdir}")
-    ours = Path(tempfile.tempdir).name
-    new = sorted(path.name for path in TEMPORARY.iterdir() if path.name not in IN_TEMPORARY | {ours})
+    names = {path.name for path in TEMPORARY.iterdir() if not path.name.startswith("minillm_tests_")}
+    new = sorted(names - IN_TEMPORARY)
     if new:
         terminalreporter.write_line(f"left in {TEMPORARY}, by a test or by another program: {', '.join(new)}")
 

@@ -20,8 +20,8 @@ from minillm.data.packing import IGNORE_INDEX
 from minillm.errors import UserError
 
 PADDING = {"input_ids": 0, "targets": IGNORE_INDEX, "position_ids": 0, "document_ids": -1}  # other columns: 0
-# What a GPU would otherwise be asked for in the middle of a step, and the host would wait for the answer.
-DERIVED = ("document_bounds", "target_rows")
+# Computed here, on the CPU: on a GPU they need ``nonzero``, which makes the host wait in the middle of a step.
+DERIVED = ("document_bounds", "target_positions")
 
 
 def collate(
@@ -34,27 +34,28 @@ def collate(
             are rows of padding alone. like: a row with the columns to make when ``rows`` is empty.
 
     Numbers become float32 and int64. Further columns may have trailing dimensions: ``weights``, which are 1 in rows
-    that have none, and those that all rows have. Columns named ``other_...`` are a second row of its own length.
-    Next to the columns stand ``document_bounds`` and ``target_rows`` of the batch, also as ``other_...``.
+    that have none, and columns that all rows have. Columns named ``other_...`` (KTO) form a second row with its own
+    length. ``document_bounds`` and ``target_positions`` of the batch are added, also as ``other_...``.
     """
     batch = {}
     examples = rows or [like or dict.fromkeys(PADDING, np.zeros(0, np.int64))]
-    kinds = {name: np.asarray(column) for row in examples for name, column in row.items()}
-    kinds = {name: kind for name, kind in kinds.items() if name.removeprefix("other_") not in DERIVED}
-    for name, kind in kinds.items():
+    templates = {name: np.asarray(column) for row in examples for name, column in row.items()}
+    for name, template in templates.items():
+        if name.removeprefix("other_") in DERIVED:
+            continue
         columns = [row[name] if name in row else np.ones(len(row["input_ids"]), np.float32) for row in rows]
         length = pad_to or max([1, *map(len, columns)])
-        dtype = np.float32 if kind.dtype.kind == "f" else np.int64
-        shape = (max(len(rows), n_rows), length, *kind.shape[1:])
-        whole = np.full(shape, PADDING.get(name.removeprefix("other_"), 0), dtype)
-        for target, values in zip(whole, columns, strict=False):
-            target[: len(values)] = values
-        batch[name] = torch.from_numpy(whole)
+        dtype = np.float32 if template.dtype.kind == "f" else np.int64
+        shape = (max(len(rows), n_rows), length, *template.shape[1:])
+        padded = np.full(shape, PADDING.get(name.removeprefix("other_"), 0), dtype)
+        for padded_row, values in zip(padded, columns, strict=False):
+            padded_row[: len(values)] = values
+        batch[name] = torch.from_numpy(padded)
     for prefix in ("", "other_"):
         if prefix + "document_ids" in batch:
             batch[prefix + "document_bounds"] = document_bounds(batch[prefix + "document_ids"])
         if prefix + "targets" in batch:
-            batch[prefix + "target_rows"] = (batch[prefix + "targets"] != IGNORE_INDEX).flatten().nonzero()[:, 0]
+            batch[prefix + "target_positions"] = (batch[prefix + "targets"] != IGNORE_INDEX).flatten().nonzero()[:, 0]
     return batch
 
 

@@ -9,12 +9,14 @@ The shift happens only here. A stored document of n + 1 tokens gives n pairs (in
 
 In a conversation only the tokens of the answers are targets (mask 1); all other targets are -100:
 
-    stored        <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n  Yo  <|im_end|>
-    mask                0        0   0  0      0       0       0           0      0   1       1
-    targets           -100     -100 ...              ...    -100          Yo   <|im_end|>
+    stored        h     h     h     h     Yo    end      h: prompt and header, Yo: the answer, end: <|im_end|>
+    mask          0     0     0     0     1     1
+    input_ids     h     h     h     h     Yo
+    targets       -100  -100  -100  Yo    end
 
-Rows are filled with *pieces*. A piece is a range of consecutive pairs of one document. In a row every piece has its
-own ``document_ids`` (0, 1, ...; pieces never attend to each other) and positions from 0:
+Pretraining cuts the stream of all documents into rows (``text.py``); conversations and ``--packing best_fit`` fill rows
+by ``best_fit`` below. Rows consist of *pieces*. A piece is a range of consecutive pairs of one document. In a row every
+piece has its own ``document_ids`` (0, 1, ...; pieces never attend to each other) and positions from 0:
 
     pieces          A A A A A B B B . .      . is padding, added by collate: targets -100, documents -1
     document_ids    0 0 0 0 0 1 1 1 - -
@@ -63,7 +65,7 @@ def assemble(store: TokenStore, pieces: Pieces) -> dict[str, np.ndarray]:
     first_token = store.offsets[document] + start
     token_index = np.repeat(first_token, length) + positions
     input_ids = store.gather("tokens", token_index)
-    # The targets are the inputs shifted by one; the last target of a piece is the token after the piece.
+    # The targets are the inputs shifted by one; only the last target of a piece, the token after it, is gathered.
     targets = np.empty_like(input_ids)
     targets[:-1] = input_ids[1:]
     targets[piece_ends - 1] = store.gather("tokens", first_token + length)

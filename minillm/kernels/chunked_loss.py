@@ -35,7 +35,8 @@ def chunked_loss(
         hidden: (N, D), or the logits (N, V) themselves where ``weight`` is None. weight: (V, D).
         targets, factors: (N,), factors None for ones. others: (N, ...), without gradient.
     """
-    # Asked here: inside of a Function gradients are always off, and a parameter always asks for its own.
+    # Must be read here: inside ``Function.forward`` grad mode is always off, and ``ctx.needs_input_grad`` is True for
+    # any parameter even under ``no_grad``.
     return _ChunkedLoss.apply(hidden, weight, torch.is_grad_enabled(), loss, targets, factors, *others)
 
 

@@ -5,7 +5,7 @@ a time. The gradient with respect to the logits is ``w·(softmax − one_hot)``,
 the softmax; so each chunk's part of the gradients of ``hidden`` and ``weight`` is formed at once, and nothing is
 recomputed in the backward pass.
 
-Legend: N positions, n of them with a target, D hidden, V vocabulary.
+Legend: N positions, n of them with a target, c of these in a chunk, D hidden, V vocabulary.
 """
 
 import torch
@@ -22,35 +22,36 @@ CHUNK_NUMEL = 32 * 1024 * 1024
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, rows: Tensor
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, positions: Tensor
 ) -> Tensor:
-    """Return Σ w·(−log softmax(hidden Wᵀ)[target]) over the positions ``rows``; the others cost nothing.
+    """Return Σ w·(−log softmax(hidden Wᵀ)[target]) over the positions ``positions``; the others cost nothing.
 
     Args:
-        hidden: (N, D). weight: (V, D). targets, weights: (N,). rows: (n,) positions that have a target, ascending.
+        hidden: (N, D). weight: (V, D). targets, weights: (N,). positions: (n,) positions that have a target, ascending.
     """
-    # Asked here: inside of a Function gradients are always off, and a parameter always asks for its own.
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, rows, torch.is_grad_enabled())
+    # Must be read here: inside ``Function.forward`` grad mode is always off, and ``ctx.needs_input_grad`` is True for
+    # any parameter even under ``no_grad``.
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, positions, torch.is_grad_enabled())
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, rows: Tensor) -> Tensor:
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, positions: Tensor) -> Tensor:
     """Return the same with all logits at once, as autograd would have it."""
-    losses = F.cross_entropy(hidden[rows] @ weight.T, targets[rows], reduction="none")  # (n,)
-    return losses.sum() if weights is None else (losses * weights[rows]).sum()
+    losses = F.cross_entropy(hidden[positions] @ weight.T, targets[positions], reduction="none")  # (n,)
+    return losses.sum() if weights is None else (losses * weights[positions]).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The chunked product, softmax and gradient behind ``linear_cross_entropy_sum``."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, rows, wants_grad):
+    def forward(ctx, hidden, weight, targets, weights, positions, wants_grad):
         dtype = product_dtype(hidden)
         need_hidden, need_weight = (wants_grad and need for need in ctx.needs_input_grad[:2])
 
-        everywhere = rows.numel() == targets.numel()
-        used = hidden if everywhere else hidden[rows]  # (n, D)
-        row_targets = targets if everywhere else targets[rows]
-        row_weights = None if weights is None else (weights if everywhere else weights[rows])
+        everywhere = positions.numel() == targets.numel()
+        used = hidden if everywhere else hidden[positions]  # (n, D)
+        used_targets = targets if everywhere else targets[positions]
+        used_weights = None if weights is None else (weights if everywhere else weights[positions])
 
         with torch.autocast(hidden.device.type, enabled=False):
             weight_cast = weight.to(dtype)
@@ -58,17 +59,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss_sum = torch.zeros((), dtype=acc_dtype, device=hidden.device)
             grad_used = torch.empty_like(used, dtype=kept_dtype(used)) if need_hidden else None
             grad_weight = None
-            for chunk in chunks(rows.numel(), weight.shape[0], numel=CHUNK_NUMEL, device=hidden.device):
-                chunk_hidden = used[chunk].to(dtype)  # (n, D)
-                log_probs = product_for_sums(chunk_hidden, weight_cast.T)  # (n, V), still logits here
-                log_probs = F.log_softmax(log_probs, dim=-1)
-                chunk_targets = row_targets[chunk, None]  # (n, 1)
-                losses = -log_probs.gather(1, chunk_targets).squeeze(1)  # (n,)
-                scale = None if row_weights is None else row_weights[chunk].to(acc_dtype)
+            for chunk in chunks(positions.numel(), weight.shape[0], numel=CHUNK_NUMEL, device=hidden.device):
+                chunk_hidden = used[chunk].to(dtype)  # (c, D)
+                logits = product_for_sums(chunk_hidden, weight_cast.T)  # (c, V)
+                log_probs = F.log_softmax(logits, dim=-1)
+                del logits
+                chunk_targets = used_targets[chunk, None]  # (c, 1)
+                losses = -log_probs.gather(1, chunk_targets).squeeze(1)  # (c,)
+                scale = None if used_weights is None else used_weights[chunk].to(acc_dtype)
                 loss_sum = loss_sum + (losses.sum() if scale is None else (losses * scale).sum())
                 if not (need_hidden or need_weight):
                     continue
-                grad_logits = log_probs.exp_()  # (n, V): softmax, in place
+                grad_logits = log_probs.exp_()  # (c, V): softmax, in place
                 grad_logits.scatter_add_(1, chunk_targets, grad_logits.new_full((), -1.0).expand_as(chunk_targets))
                 if scale is not None:
                     grad_logits *= scale[:, None]
@@ -80,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         grad_hidden = grad_used
         if need_hidden and not everywhere:
-            grad_hidden = torch.zeros_like(hidden, dtype=kept_dtype(hidden)).index_copy_(0, rows, grad_used)
+            grad_hidden = torch.zeros_like(hidden, dtype=kept_dtype(hidden)).index_copy_(0, positions, grad_used)
         if need_weight and grad_weight is None:  # no target at all: exactly zero
             grad_weight = torch.zeros_like(weight)
         if need_weight:  # summed in float32, it is as large as the output weight: not kept wider than needed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype that autocast would choose for a product with ``hidden``; in a custom Function it casts none."""
+    """Return the dtype that autocast would choose for a product with ``hidden``; it does not act in a Function."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -61,9 +61,10 @@ def output_operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def kept_dtype(operand: Tensor) -> torch.dtype:
-    """Return the dtype in which a finished gradient of ``operand`` waits for the backward pass: the operand's own.
+    """Return the dtype in which a gradient of ``operand`` is stored until the backward pass.
 
-    Except that of float16 it waits in float32 for the loss scale: without it the small numbers would be lost.
+    It is the operand's own, but float32 for float16: the loss scale comes only in the backward pass, and without it
+    small numbers would be lost.
     """
     return torch.float32 if operand.dtype == torch.float16 else operand.dtype
 

@@ -21,8 +21,8 @@ def plain(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     """The product and its gradient: one tensor less to keep per layer than what autograd would keep.
 
-    Who needs the product for a gradient of its own, as an adapter of the layer behind does, need not keep it either:
-    ``node.output_again(node)`` makes it from what is kept here, where ``node`` is the product's ``grad_fn``.
+    A following layer that needs this output in its own backward pass (LoRA on ``down_proj``) need not keep it either:
+    ``node.output_again(node)``, with ``node`` the output's ``grad_fn``, computes it again.
     """
 
     @staticmethod

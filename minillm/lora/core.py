@@ -15,7 +15,7 @@ matrix again: inference costs nothing extra.
     save_lora(model, "cooking.pth")    # A and B alone
     merge_lora(model)                  # W + s · B A; unmerge_lora restores W bit for bit
 
-This file does all of that, for any model with ``nn.Linear`` layers, and needs nothing else of this package. ``more/``
+This file does all of that, for any model with ``nn.Linear`` layers, and needs only ``minillm.errors``. ``more/``
 adds the rest: DoRA, PiSSA, several adapters, embeddings, experts, peft's files. A variant is a subclass of ``LoRA``
 with its own ``forward`` and ``delta``, and a subclass of ``LoRAConfig`` makes it (``new_lora``). The functions of
 ``more/`` call those of the same name here; ``minillm.lora`` exports them.
@@ -62,7 +62,7 @@ class LoRA(nn.Module):
         self.B = nn.utils.skip_init(nn.Linear, rank, out_features, bias=False, **options)
         nn.init.zeros_(self.A.weight)
         nn.init.zeros_(self.B.weight)
-        self.register_buffer("scaling", torch.ones((), **options), persistent=False)
+        self.register_buffer("scaling", torch.ones((), **options), persistent=False)  # ``new_lora`` sets alpha/rank
         self.dropout = dropout
         self.enabled, self.merged = True, False
         self.base_weight: Tensor | None = None
@@ -109,7 +109,7 @@ def attach(layer: nn.Module, lora: LoRA) -> None:
 
 
 def detach(layer: nn.Module) -> None:
-    """Remove the adapter of a layer, whose own ``forward`` is back then."""
+    """Remove the adapter of a layer; the ``forward`` of its class is back."""
     del layer.lora, layer.forward
 
 

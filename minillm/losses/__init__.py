@@ -1,4 +1,4 @@
-"""Losses, written by hand. Each returns a sum and the number of things summed; only ``Run`` divides."""
+"""Losses, written by hand. Each returns a sum and the number of things summed; only ``Step.backward`` divides."""
 
 from minillm.losses.cross_entropy import (
     IGNORE_INDEX,

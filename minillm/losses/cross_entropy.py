@@ -2,7 +2,7 @@
 
 Why a sum: the mean of a step's tokens is not the mean of its micro-batches' means when these hold different
 numbers of targets (a mistake that many libraries shipped until late 2024). A loss here never divides; it
-returns ``(loss_sum, n_targets)``, and ``Run`` divides once by the count of the *whole* step, over all
+returns ``(loss_sum, n_targets)``, and ``Step.backward`` divides once by the count of the *whole* step, over all
 micro-batches and all ranks.
 
 Legend: B batch, T positions, D hidden, V vocabulary, N = B·T flattened positions.
@@ -28,8 +28,8 @@ def count_targets(targets: Tensor, weights: Tensor | None = None) -> Tensor:
     return weights.to(wide).masked_fill(~counted, 0.0).sum()
 
 
-def rows_with_target(targets: Tensor) -> Tensor:
-    """Return (n,): the flattened positions of ``targets`` that have one. On a GPU the host waits for their number."""
+def positions_with_target(targets: Tensor) -> Tensor:
+    """Return (n,): the flattened positions of ``targets`` that have one. On a GPU this synchronises."""
     return (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
 
 
@@ -59,18 +59,23 @@ def linear_cross_entropy(
     weight: Tensor | None,
     targets: Tensor,
     weights: Tensor | None = None,
-    target_rows: Tensor | None = None,
+    target_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``cross_entropy(hidden @ weight.T, targets, weights)`` without ever holding all logits.
 
-    The logits (N, V) are the largest tensor of a small model's training step; here they exist for one chunk of
-    positions at a time (``kernels/linear_cross_entropy.py``). Where no gradient is wanted (under ``no_grad``, or of
-    frozen weights) none is formed. Positions without a target are left out of the products altogether.
+    The plain expression, with w the weights and -log p in nats, over the n positions that have a target:
+
+        logits = hidden @ weight.T                               # (n, V)
+        loss_sum = (w * cross_entropy(logits, targets)).sum()
+
+    The logits are the largest tensor of a small model's training step. ``kernels/linear_cross_entropy.py`` computes
+    the same a chunk of positions at a time, and forms a chunk's gradient at once. Where no gradient is wanted (under
+    ``no_grad``, or of frozen weights) none is formed.
 
     Args:
         hidden: (..., D). weight: (V, D), the output layer; None: ``hidden`` are logits already, and this is
             ``cross_entropy``. targets, weights: (...), as there.
-        target_rows: (n,), what ``rows_with_target(targets)`` returns, where the batch knows it already.
+        target_positions: (n,), what ``positions_with_target(targets)`` returns, where the batch knows it already.
 
     Returns:
         ``(loss_sum, n_targets)`` as ``cross_entropy``.
@@ -82,7 +87,7 @@ def linear_cross_entropy(
         weight,
         targets.reshape(-1),
         None if weights is None else weights.reshape(-1),
-        rows_with_target(targets) if target_rows is None else target_rows,
+        positions_with_target(targets) if target_positions is None else target_positions,
     )
     return loss_sum, count_targets(targets, weights)
 
@@ -111,7 +116,7 @@ def causal_lm_loss(model, batch: dict[str, Tensor], router_stats=None) -> tuple[
             linear_cross_entropy,
             targets=batch["targets"],
             weights=batch.get("weights"),
-            target_rows=batch.get("target_rows"),
+            target_positions=batch.get("target_positions"),
         ),
         router_stats=router_stats,
     )

@@ -27,7 +27,7 @@ from minillm.errors import UserError
 from minillm.kernels.chunked_loss import CHUNK_NUMEL, chunked_loss
 from minillm.kernels.chunks import chunks
 from minillm.kernels.products import output_operand, product_dtype, product_in_float32
-from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets, rows_with_target
+from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets, positions_with_target
 
 DIVERGENCES = ("forward", "reverse", "symmetric", "js")
 LEAST_LOG = -1000.0  # of a probability that is 0: exp of it is 0 even in float64
@@ -78,7 +78,7 @@ def linear_distill_loss(
     alpha: float = 0.0,
     temperature: float = 1.0,
     divergence: str = "forward",
-    target_rows: Tensor | None = None,
+    target_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``distill_loss`` of ``student_hidden @ student_weight.T`` and the teacher's, which are never whole.
 
@@ -87,7 +87,7 @@ def linear_distill_loss(
     Args:
         student_hidden, teacher_hidden: (..., D), widths of their own; (..., V) logits where the weight is None.
         student_weight, teacher_weight: (V, D), the output layers.
-        target_rows: (N,), what ``rows_with_target(targets)`` returns, where the batch knows it already.
+        target_positions: (N,), what ``positions_with_target(targets)`` returns, where the batch knows it already.
     """
     _check(alpha, temperature, divergence)
     n_student = (student_hidden if student_weight is None else student_weight.T).shape[-1]
@@ -103,7 +103,9 @@ def linear_distill_loss(
         return _divergence(p, F.log_softmax(student / temperature, dim=-1), divergence)
 
     loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
-    return _over_targets(loss, student_hidden, student_weight, targets, weights, target_rows, teacher_hidden.detach())
+    return _over_targets(
+        loss, student_hidden, student_weight, targets, weights, target_positions, teacher_hidden.detach()
+    )
 
 
 def linear_top_k_distill_loss(
@@ -118,7 +120,7 @@ def linear_top_k_distill_loss(
     alpha: float = 0.0,
     temperature: float = 1.0,
     divergence: str = "forward",
-    target_rows: Tensor | None = None,
+    target_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the same loss with a teacher of whom only the k best tokens of every position are known.
 
@@ -143,7 +145,7 @@ def linear_top_k_distill_loss(
 
     loss = partial(_mix, compare=compare, alpha=alpha, temperature=temperature)
     teacher = teacher_ids, teacher_log_probs, teacher_log_rest
-    return _over_targets(loss, student_hidden, student_weight, targets, weights, target_rows, *teacher)
+    return _over_targets(loss, student_hidden, student_weight, targets, weights, target_positions, *teacher)
 
 
 @torch.no_grad()
@@ -169,7 +171,7 @@ def top_k_teacher(
     n_tokens = min(n_tokens, vocab_size or n_tokens)
     if not 1 <= k <= n_tokens:
         raise UserError(f"top_k {k}: the teacher knows {n_tokens} tokens, choose 1 to {n_tokens}")
-    rows = rows_with_target(targets)  # (N,)
+    rows = positions_with_target(targets)  # (N,)
     used = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])[rows]
     dtype = product_dtype(used)
     output = None if teacher_weight is None else output_operand(teacher_weight[:n_tokens], dtype)
@@ -242,10 +244,10 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _over_targets(
-    loss: Callable, hidden: Tensor, weight: Tensor | None, targets: Tensor, weights, target_rows, *teacher: Tensor
+    loss: Callable, hidden: Tensor, weight: Tensor | None, targets: Tensor, weights, target_positions, *teacher: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return ``(loss_sum, n_targets)`` of ``loss(logits, targets, *teacher)`` over all positions with a target."""
-    rows = rows_with_target(targets) if target_rows is None else target_rows  # (N,)
+    rows = positions_with_target(targets) if target_positions is None else target_positions  # (N,)
     used = hidden.reshape(-1, hidden.shape[-1])[rows]
     flat = [t.reshape(-1, t.shape[-1])[rows] for t in teacher]
     factors = None if weights is None else weights.reshape(-1)[rows]

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.kernels.linear_log_probs import target_log_probs
-from minillm.losses.cross_entropy import IGNORE_INDEX, rows_with_target
+from minillm.losses.cross_entropy import IGNORE_INDEX, positions_with_target
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor | None, targets: Tensor, target_rows: Tensor | None = None
+    hidden: Tensor, weight: Tensor | None, targets: Tensor, target_positions: Tensor | None = None
 ) -> Tensor:
     """Return log p(target) at every position, in nats; exactly 0 where the target is ``IGNORE_INDEX``.
 
@@ -21,7 +21,8 @@ def linear_log_probs(
 
     Args:
         hidden: (B, T, D). weight: (V, D), the output layer; None: ``hidden`` are logits already.
-        targets: (B, T). target_rows: (N,), what ``rows_with_target(targets)`` returns, where it is known already.
+        targets: (B, T).
+        target_positions: (N,), what ``positions_with_target(targets)`` returns, where it is known already.
 
     Returns:
         (B, T), at least float32.
@@ -29,7 +30,7 @@ def linear_log_probs(
     if weight is None:
         logits = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         return -F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
-    rows = rows_with_target(targets) if target_rows is None else target_rows  # (N,)
+    rows = positions_with_target(targets) if target_positions is None else target_positions  # (N,)
     used = hidden.reshape(-1, hidden.shape[-1])[rows]
     found = target_log_probs(used, weight, targets.reshape(-1)[rows])  # (N,)
     return found.new_zeros(targets.numel()).index_put((rows,), found).view_as(targets)

@@ -74,7 +74,8 @@ def dpo_loss(
     else:
         reward = beta * delta - gamma
         slope = -label_smoothing / (1 - 2 * label_smoothing) if loss_type == "robust" else label_smoothing
-        # s(-x) = s(x) - x turns both weighted sums into one term and a straight line, which is exactly ln 2 at 0.
+        # With log σ(-x) = log σ(x) - x: -(1-ε) log σ(x) - ε log σ(-x) = -log σ(x) + ε x, which is exactly ln 2 at 0.
+        # The robust loss is the same with the slope -ε / (1 - 2 ε) in place of ε.
         losses = slope * reward - F.logsigmoid(reward)
     if sft_weight:
         losses = losses - sft_weight * policy_chosen / chosen_lengths

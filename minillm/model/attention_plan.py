@@ -69,13 +69,13 @@ def plan_attention(
         mask = document_mask(document_ids, window)
     elif window is not None and window < seq_len:
         mask = window_mask(seq_len, window, device=device)
-    # The tiles are numbers read out of the mask, which an exported graph or a tensor without data has not.
+    # Planning tiles reads numbers out of the mask: not possible while compiling or exporting, or for meta tensors.
     has_data = not torch.compiler.is_compiling() and type(input_ids) is Tensor
     if in_blocks and has_data and device.type == "cpu" and 1 < seq_len <= MAX_SEQ_LEN:
         blocks = plan_blocks(mask, input_ids.shape, dtype=dtype, device=device, keep=not is_frozen)
         return AttentionPlan(blocks=blocks)
     if mask is not None and device.type == "cuda":
-        # The kernel adds numbers. Of true and false it would make them in every layer, and keep them for the gradient.
+        # The kernel adds a float mask; it would convert a bool mask in every layer, and keep each copy.
         mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(mask.logical_not(), float("-inf"))
     return AttentionPlan(mask=mask, is_causal=mask is None)
 

@@ -26,5 +26,5 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, routing: Any = None) -> Tensor:
-        """``routing`` is what a mixture of experts takes in this place; one layer for all has nothing to choose."""
+        """``routing`` is ignored; it is there so that ``MLP`` and ``MoE`` have one signature."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # (B, T, F) inside; (B, T, D)

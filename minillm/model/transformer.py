@@ -154,7 +154,7 @@ class Transformer(nn.Module):
             window=self.config.sliding_window,
             head_dim=self.config.head_dim,
             weight=weight,
-            # Without gradients too: a frozen copy of a model that is trained must give the same bits as the model.
+            # Also under no_grad: a frozen reference must give the same bits as the policy, so both take one kernel.
             in_blocks=self.block_attention and self.training,
             is_frozen=not self.model.layers[0].self_attn.q_proj.weight.requires_grad,
         )

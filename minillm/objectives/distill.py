@@ -56,7 +56,7 @@ class DistillLoss(Objective):
         settings = {
             "targets": targets,
             "weights": weights,
-            "target_rows": batch.get("target_rows"),
+            "target_positions": batch.get("target_positions"),
             "alpha": 0.0 if "on_policy" in batch else args.alpha,
             "temperature": args.temperature,
             "divergence": args.divergence,

@@ -38,11 +38,17 @@ class Objective:
         return self(model, batch)
 
     def count(self, batch: Batch) -> Tensor:
-        """Return the loss's denominator, from the batch alone (float64 scalar)."""
+        """Return how many targets the loss counts in a batch (float64 scalar): the denominator of the mean.
+
+        It follows from the batch alone. For some losses a target is a pair of replies, or a reply.
+        """
         return count_targets(batch["targets"], batch.get("weights"))
 
     def prepare(self, micro_batches: list[Batch], *, training: bool, step: int) -> list[Batch]:
-        """Return a step's micro-batches with what frozen models add to them; called before targets are counted."""
+        """Return a step's micro-batches with the columns that a reference (DPO) or a teacher (distillation) computes.
+
+        By default nothing is added. It is called before the targets of the step are counted.
+        """
         return micro_batches
 
     def settings(self) -> dict:

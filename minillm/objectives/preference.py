@@ -38,7 +38,7 @@ class PreferenceLoss(Objective):
     def __init__(self, policy: nn.Module, reference: Reference | None, args, engine: Engine):
         self.policy, self.reference, self.args, self.engine = policy, reference, args, engine
         self.is_kto = args.loss_type == "kto"
-        self.unit, self.count = ("reply", count_replies) if self.is_kto else ("pair", count_pairs)
+        self.unit = "reply" if self.is_kto else "pair"
         figures = KTO_FIGURES if self.is_kto else PAIR_FIGURES
         self.measures = Measures(
             figures + (("kl",) if reference else ()),
@@ -53,6 +53,10 @@ class PreferenceLoss(Objective):
                  "undesirable_weight", "from_weight")  # fmt: skip
         weights = self.reference.hash if self.reference else ""
         return {name: getattr(self.args, name) for name in names} | {"reference's weights": weights}
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return the number of pairs, or of judged replies, of a batch (float64 scalar)."""
+        return count_replies(batch) if self.is_kto else count_pairs(batch)
 
     @torch.no_grad()
     def prepare(self, micro_batches: list[Batch], *, training: bool, step: int) -> list[Batch]:

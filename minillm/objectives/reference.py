@@ -34,7 +34,7 @@ def reply_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=Non
         document_ids=batch[prefix + "document_ids"],
         document_bounds=batch.get(prefix + "document_bounds"),
         head=partial(
-            linear_log_probs, targets=batch[prefix + "targets"], target_rows=batch.get(prefix + "target_rows")
+            linear_log_probs, targets=batch[prefix + "targets"], target_positions=batch.get(prefix + "target_positions")
         ),
         router_stats=router_stats,
     )

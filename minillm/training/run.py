@@ -1,7 +1,7 @@
 """``Run``: what happens around the loop of every stage.
 
 A stage script reads as arguments → run → model → data → optimizer → loop → save, and the loop itself stands in the
-script. What is dangerous to write twice is here: counting targets, averaging over ranks, clipping, stepping, logging,
+script. Code that must not be duplicated is here: counting targets, averaging over ranks, clipping, stepping, logging,
 validating, saving and resuming.
 """
 
@@ -55,9 +55,13 @@ class Run:
         output: what of the model is written and where (default: all of it).
 
     Attributes:
-        engine: device, dtype, ranks, and how gradients become an update. model: the plain model.
-        directory: of the run. progress: its counters. log: its metrics and messages. saver: its checkpoints.
-        balance: the load of experts. objective: the loss and its settings. schedule: of the learning rate.
+        engine: device, dtype, ranks, and how gradients become an update.
+        model: the plain model, not wrapped for the ranks.
+        progress: the counters of the run, which a checkpoint holds.
+        objective: the loss and what belongs to it.
+        balance: the load of experts; does nothing for a dense model.
+        log: the rows of metrics, messages and warnings.
+        saver: writes and restores checkpoints.
     """
 
     def __init__(self, args, *, stage: str, engine: type[Engine] | None = None, output: WholeModel | None = None):
@@ -146,15 +150,16 @@ class Run:
         rows: Callable,
         *,
         valid_rows: Callable | None = None,
-        old_rows: Callable | None = None,
+        replay_rows: Callable | None = None,
         add_columns: Callable | None = None,
     ) -> tuple[StepBatches, StepBatches | None]:
         """Return the steps of the training data, and of the validation data (None without any).
 
         Args:
             rows: makes the rows of some files; the main rank calls it first, so that the others find its caches ready.
-            valid_rows: the same for validation, where it differs. old_rows: for --replay_path, mixed into training.
-            add_columns: called with rows and ``training=``; returns them with the columns of a frozen model.
+            valid_rows: the same for validation, where it differs. replay_rows: for --replay_path, mixed into training.
+            add_columns: called with rows and ``training=``; returns them with the columns that a reference (DPO) or a
+                teacher (distillation) has computed.
         """
         args = self.args
 
@@ -163,8 +168,8 @@ class Run:
             return new_rows if add_columns is None else add_columns(new_rows, training=training)
 
         train_rows = rows_of(rows, args.train_data, True)
-        if old_rows is not None and args.replay_path:
-            replayed = rows_of(old_rows, args.replay_data, True)
+        if replay_rows is not None and args.replay_path:
+            replayed = rows_of(replay_rows, args.replay_data, True)
             train_rows = ReplayRows(train_rows, replayed, share=args.replay_ratio)
         loader, valid_loader = StepBatches(train_rows, **self.batching()), None
         if args.valid_data:
@@ -230,7 +235,9 @@ class Run:
         from_scratch: bool = False,
         watch=None,
     ) -> nn.Module:
-        """Open the run directory, restore the newest checkpoint if asked, and return the module to call.
+        """Lock the run directory, restore the newest checkpoint if asked, and return the module to call.
+
+        Nothing else is written to the directory before the first update has worked (``_take_directory``).
 
         Args:
             loss: the stage's: an ``Objective``, or a function of the form ``causal_lm_loss``.
@@ -299,7 +306,7 @@ class Run:
         """Yield a ``Step`` for each optimizer update; start where a checkpoint ended."""
         progress = self.progress
         self.signals.__enter__()
-        if progress.validation_due and self.valid_loader is not None:  # the checkpoint was made before it
+        if progress.validation_due and self.valid_loader is not None:  # a checkpoint made before its validation
             self._take_directory()
             self.validate()
         while progress.step < self.total_steps:
@@ -308,12 +315,12 @@ class Run:
             batches = loader.iterate(progress.epoch, progress.step_in_epoch, num_workers=self.args.num_workers)
             began = time.perf_counter()
             for _, micro_batches in batches:
-                yield self._step(micro_batches, began)
+                yield self._make_step(micro_batches, began)
                 if progress.step >= self.total_steps:
                     break
                 began = time.perf_counter()
 
-    def _step(self, micro_batches: list[dict], began: float) -> Step:
+    def _make_step(self, micro_batches: list[dict], began: float) -> Step:
         """Prepare and count the micro-batches of an update; the counts of all ranks are summed once, on the CPU."""
         micro_batches = self.objective.prepare(micro_batches, training=True, step=self.step)
         n_targets = sum(self.objective.count(batch) for batch in micro_batches)
@@ -341,7 +348,7 @@ class Run:
         is_last = number == self.total_steps
         log_due = number % args.log_interval == 0 or is_last
         eval_due = bool(args.eval_interval) and number % args.eval_interval == 0 and self.valid_loader is not None
-        stop, minutes_over = self._notices()
+        stop, minutes_over = self._requests()
         save_due = stop or minutes_over or bool(args.save_interval and number % args.save_interval == 0)
         self._read_steps(all_of_them=log_due or eval_due or save_due)
         self._advance(step)
@@ -360,18 +367,20 @@ class Run:
             self.validate()
 
     def _apply(self, step: Step) -> None:
-        """Clip, check that all is finite, and apply the update.
+        """Clip, check that loss and norm are finite, and apply the update.
 
-        On a GPU nobody waits for the check: the optimizer itself leaves out an update that is not finite, and the host
-        looks at the numbers while the next step computes (``_read_steps``).
+        On a CPU, in float16 and with FSDP2 or DeepSpeed the check comes before the update. On a GPU nobody waits for
+        it: the optimizer itself leaves out an update that is not finite, and the check comes one step later, while the
+        next step computes (``_read_steps``).
         """
         grad_norm = self.engine.clip(self.args.grad_clip)
         is_finite = step.close(grad_norm, added=self.balance.collect())
-        if not self.engine.reads_late:
-            self._check(step)
-            is_finite = None
         self.watch.before_update(step.number)
-        step.is_applied = self.engine.step(is_finite)
+        if self.engine.reads_late:
+            step.is_applied = self.engine.step(is_finite)
+        else:
+            self._check(step)
+            step.is_applied = self.engine.step()
         self._unread.append(step)
         if step.is_applied:
             self.balance.apply()
@@ -401,7 +410,7 @@ class Run:
     def _read_steps(self, *, all_of_them: bool) -> None:
         """Look at the numbers of past steps: of all, or of all but the newest where the engine reads late.
 
-        It comes before the step's time is taken: at a log step, a GPU has then done what it was asked to do.
+        ``update`` calls it before it takes the time of the step: at a log step the GPU has then finished its work.
         """
         n_left = 1 if self.engine.reads_late and not all_of_them else 0
         while len(self._unread) > n_left:
@@ -411,10 +420,10 @@ class Run:
             if step.is_applied:
                 self.log.add_loss(step.number, step.loss_sum, step.n_targets)
 
-    def _notices(self) -> tuple[bool, bool]:
-        """Return whether to stop, and whether --save_minutes are over; what one rank notices, all ranks do."""
-        notices = torch.tensor([float(self.signals.caught), float(self.ranks.is_main and self.saver.is_due())])
-        stop, minutes_over = self.ranks.sum(notices).tolist()
+    def _requests(self) -> tuple[bool, bool]:
+        """Return whether a signal asks any rank to stop, and whether --save_minutes are over on the main rank."""
+        requests = torch.tensor([float(self.signals.caught), float(self.ranks.is_main and self.saver.is_due())])
+        stop, minutes_over = self.ranks.sum(requests).tolist()
         return bool(stop), bool(minutes_over)
 
     # ---- after the loop --------------------------------------------------------------------------------------
@@ -428,7 +437,7 @@ class Run:
         progress = self.progress
         progress.validation_due = self.valid_loader is not None and progress.eval_step != progress.step
         self.save()
-        if self._notices()[0]:
+        if self._requests()[0]:
             self._stop()
         if progress.validation_due:
             self.validate()
@@ -473,7 +482,7 @@ class Run:
     def validate(self) -> None:
         """Measure the validation loss, log it, and keep the best weights under ``best/``.
 
-        A signal that comes meanwhile ends the run: it is saved as it was before, and validates when it resumes.
+        If a signal arrives meanwhile, the run is saved without the validation and stops; it validates when it resumes.
         """
         progress = self.progress
         result = evaluate_loss(self.engine, self.valid_loader, self.objective, should_stop=lambda: self.signals.caught)

@@ -18,12 +18,18 @@ class Step:
     """One update's micro-batches on this rank; iterating moves each to the device.
 
     Args:
-        micro_batches: this rank's, on the CPU. number: of the update, from 1.
-        n_targets, n_tokens: of the whole step, over all ranks. began: when the step began, by ``time.perf_counter``.
+        micro_batches: the batches of this rank, on the CPU.
+        number: the update's number, from 1.
+        n_targets: how many targets the whole step has, over all ranks: tokens, pairs or replies, whatever the loss
+            counts (``Objective.count``).
+        n_tokens: how many tokens it has, over all ranks, without padding.
+        began: when the step began, by ``time.perf_counter``.
 
     Attributes:
-        loss_sum, n_counted: on the device: the sum of this rank's losses so far, and the targets that they counted.
-        numbers: on the host after ``read``: the sum of the losses and the gradient norm, over all ranks.
+        local_loss_sum, local_count: tensors on the device: the sum of this rank's losses so far, and the targets that
+            the losses counted.
+        loss_sum, grad_norm: numbers over all ranks, after ``read``.
+        is_applied: whether the update was applied.
     """
 
     def __init__(
@@ -38,8 +44,10 @@ class Step:
     ):
         self.micro_batches, self.number, self.began, self.engine = micro_batches, number, began, engine
         self.n_targets, self.n_tokens = n_targets, n_tokens
-        self.loss_sum = torch.zeros((), dtype=engine.sum_dtype, device=engine.device)
-        self.n_counted = torch.zeros((), dtype=engine.sum_dtype, device=engine.device)
+        self.local_loss_sum = torch.zeros((), dtype=engine.sum_dtype, device=engine.device)
+        self.local_count = torch.zeros((), dtype=engine.sum_dtype, device=engine.device)
+        self.loss_sum = self.grad_norm = math.nan
+        self.is_applied = False
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -56,26 +64,28 @@ class Step:
         targets of the whole step: what remains is Σ loss / Σ targets, however the step was cut.
 
         Args:
-            loss_sum: of the micro-batch. n_targets: how many targets the loss counted in it; ``read`` compares.
+            loss_sum: the loss of the micro-batch, summed over its targets.
+            n_targets: how many targets the loss counted; ``read`` compares the sum with the step's own count.
         """
-        self.loss_sum += loss_sum.detach().to(self.loss_sum)
-        self.n_counted += n_targets.detach().to(self.n_counted)
+        self.local_loss_sum += loss_sum.detach().to(self.local_loss_sum)
+        self.local_count += n_targets.detach().to(self.local_count)
         self.engine.backward(loss_sum * (self.engine.ranks.world_size / max(self.n_targets, 1e-12)))
 
     def close(self, grad_norm: Tensor, *, added: Tensor | float = 0.0) -> Tensor:
         """Sum the numbers of the step over ranks; return on the device whether all are finite.
 
         Args:
-            grad_norm: before clipping. added: what the balance of experts added to the losses; rows of metrics compare
-                with validation, so they show the loss of the tokens alone.
+            grad_norm: the norm of the gradients before clipping.
+            added: the routers' part of the losses, over all ranks. It is subtracted, so that the logged loss compares
+                with validation.
         """
-        loss_sum, n_counted = self.engine.ranks.sum(torch.stack([self.loss_sum, self.n_counted]))
+        loss_sum, n_counted = self.engine.ranks.sum(torch.stack([self.local_loss_sum, self.local_count]))
         numbers = torch.stack([loss_sum - added, grad_norm.to(loss_sum), n_counted])
-        self._numbers, self._are_read = HostCopy(numbers), False
+        self._numbers = HostCopy(numbers)
         return numbers.isfinite().all()
 
     def read(self) -> None:
-        """Wait for the numbers of ``close``; set ``loss``, the mean over the targets, and ``grad_norm``.
+        """Wait for the numbers of ``close``; set ``loss_sum`` and ``grad_norm``, over all ranks.
 
         Raises:
             RuntimeError: the losses of all ranks counted another number of targets than the batches hold.

@@ -25,12 +25,12 @@ resume_from = state.resume_from
 
 def mean_of_means(step, loss_sum, n_targets):
     """Each micro-batch divided by its own count: short ones weigh too much."""
-    step.loss_sum += loss_sum.detach().double()
-    step.n_counted += n_targets
+    step.local_loss_sum += loss_sum.detach().double()
+    step.local_count += n_targets
     step.engine.backward(loss_sum / max(float(n_targets), 1.0) / len(step))
 
 
-def double_shift(hidden, weight, targets, weights=None, target_rows=None):
+def double_shift(hidden, weight, targets, weights=None, target_positions=None):
     """Targets that are shifted already, shifted once more in the loss."""
     return linear_cross_entropy(hidden[:, :-1], weight, targets[:, 1:], weights)
 

@@ -73,7 +73,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, torture):
     ],
 )
 def test_a_broken_resume_is_caught(bug, variant, said, tmp_path, torture):
-    ended = torture(tmp_path, "--kills", "6", "--variants", variant, bug=bug)
+    ended = torture(tmp_path, "--kills", "12", "--variants", variant, bug=bug)
     assert ended.returncode == 1, ended.stderr[-3000:]
     (first, *_) = json.loads((tmp_path / "torture.json").read_text())["differences"]
     assert any(words in first for words in said.split("|")), first

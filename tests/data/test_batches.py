@@ -124,7 +124,7 @@ def test_collate():
         "document_ids": [[0, 0, -1], [0, -1, -1]],
         "weights": [[1.0, 1.0, 0.0], [0.5, 0.0, 0.0]],
         "document_bounds": [0, 2, 3, 4, 6],  # padding counts as a document
-        "target_rows": [0, 3],
+        "target_positions": [0, 3],
     }
     assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64", "torch.float32", "torch.int32"}
     assert collate(rows[:1])["input_ids"].tolist() == [[5, 6]]

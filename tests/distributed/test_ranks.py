@@ -170,7 +170,7 @@ def test_a_loss_that_counts_other_targets_is_an_error_with_both_numbers(engine, 
     monkeypatch.setattr(engine, "backward", lambda loss: None)
     for n in (2.0, 3.0):
         step.backward(torch.tensor(1.5), torch.tensor(n, dtype=torch.float64))
-    assert (step.loss_sum.item(), step.n_counted.item()) == (3.0, 5.0)
+    assert (step.local_loss_sum.item(), step.local_count.item()) == (3.0, 5.0)
     assert step.close(torch.tensor(7.0), added=0.5)
     step.read()
     assert (step.loss_sum, step.grad_norm) == (2.5, 7.0)

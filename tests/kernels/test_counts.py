@@ -128,7 +128,7 @@ def test_nothing_waits_in_forward_loss_and_backward(gpu, settings, checkpointing
 
 def test_a_batch_that_does_not_know_its_targets_waits(gpu):
     model, batch = make_model(gpu), make_batch(gpu)
-    del batch["target_rows"]
+    del batch["target_positions"]
     with pytest.raises(WAITS):
         step(model, batch)
 
@@ -144,7 +144,7 @@ def test_log_probabilities_wait_for_nothing(gpu):
     model, batch = make_model(gpu), make_batch(gpu)
 
     def head(hidden, weight):
-        return linear_log_probs(hidden, weight, batch["targets"], batch["target_rows"])
+        return linear_log_probs(hidden, weight, batch["targets"], batch["target_positions"])
 
     arguments = {name: batch[name] for name in ("position_ids", "document_ids", "document_bounds")}
     model(batch["input_ids"], head=head, **arguments).sum().backward()
@@ -234,7 +234,7 @@ def test_the_output_weight_is_read_once_per_1024_positions(gpu, loss):
     targets, rows = (torch.empty(8192, dtype=torch.long) for _ in range(2))
     with Operators() as operators:
         if loss == "cross-entropy":
-            linear_cross_entropy_of(hidden, weight, targets, target_rows=rows)[0].backward()
+            linear_cross_entropy_of(hidden, weight, targets, target_positions=rows)[0].backward()
         else:
             linear_log_probs(hidden[None], weight, targets[None], rows).sum().backward()
     n_products = 3 if loss == "cross-entropy" else 4  # the logits, once more for the gradient, and two gradients
