@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.kernels.chunks import chunks
 from minillm.kernels.products import (
     add_product,
+    chunks,
     kept_dtype,
     output_operand,
     product_dtype,

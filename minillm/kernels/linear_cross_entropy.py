@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.kernels.chunks import chunks
-from minillm.kernels.products import add_product, kept_dtype, product_dtype, product_for_sums, scaled_gradient
+from minillm.kernels.products import add_product, chunks, kept_dtype, product_dtype, product_for_sums, scaled_gradient
 
 # Logits of one chunk: at most this many numbers (32 Mi × 4 bytes = 128 MiB in float32). Small vocabularies
 # fit into one chunk, which costs nothing; on a CPU a chunk is 256 positions at V = 128k.

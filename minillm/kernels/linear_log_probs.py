@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.kernels.chunks import chunks
-from minillm.kernels.products import add_product, output_operand, product_dtype, product_in_float32
+from minillm.kernels.products import add_product, chunks, output_operand, product_dtype, product_in_float32
 
 # Logits of one chunk (16 MiB in float32). Smaller than the cross-entropy's, because the backward pass makes them while
 # the activations of the whole model are there.

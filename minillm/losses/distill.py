@@ -25,8 +25,7 @@ from torch import Tensor
 
 from minillm.errors import UserError
 from minillm.kernels.chunked_loss import CHUNK_NUMEL, chunked_loss
-from minillm.kernels.chunks import chunks
-from minillm.kernels.products import output_operand, product_dtype, product_in_float32
+from minillm.kernels.products import chunks, output_operand, product_dtype, product_in_float32
 from minillm.losses.cross_entropy import IGNORE_INDEX, count_targets, positions_with_target
 
 DIVERGENCES = ("forward", "reverse", "symmetric", "js")

@@ -32,6 +32,15 @@ def rope_tables(position_ids: Tensor, config: ModelConfig, *, dtype: torch.dtype
     return (cos, sin) if attention_factor == 1 else (cos * attention_factor, sin * attention_factor)
 
 
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return ``x`` (B, T, H, K) turned by the angles of ``rope_tables``, in the dtype of ``x``.
+
+    Number i is paired with number i + R/2 (the layout of Hugging Face's weights; the paper pairs neighbours,
+    which is the same up to a permutation of the weights). The last K − R numbers stay as they are (GLM).
+    """
+    return rotate(x, cos, sin)
+
+
 def rope_frequencies(position_ids: Tensor, config: ModelConfig, *, dtype: torch.dtype) -> tuple[Tensor, float]:
     """Return the angle per position of each pair, (R/2,) in ``dtype``, and the factor on cos and sin.
 
@@ -148,12 +157,3 @@ def _original(config: ModelConfig) -> int:
 
 
 # ---- turning ---------------------------------------------------------------------------------------
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return ``x`` (B, T, H, K) turned by the angles of ``rope_tables``, in the dtype of ``x``.
-
-    Number i is paired with number i + R/2 (the layout of Hugging Face's weights; the paper pairs neighbours,
-    which is the same up to a permutation of the weights). The last K − R numbers stay as they are (GLM).
-    """
-    return rotate(x, cos, sin)

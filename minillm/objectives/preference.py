@@ -10,7 +10,7 @@ from minillm.data.pairs import count_documents, count_pairs, count_replies
 from minillm.distributed.engine import Engine
 from minillm.losses import dpo_loss, kto_baseline, kto_loss, sequence_log_probs
 from minillm.objectives.objective import Batch, Objective
-from minillm.objectives.reference import COLUMN, Reference, reply_log_probs
+from minillm.objectives.reference import COLUMN, Reference, token_log_probs
 from minillm.reports.measures import Measures
 
 PAIR_FIGURES = (
@@ -75,7 +75,7 @@ class PreferenceLoss(Objective):
         for batch in micro_batches:
             batch = self.engine.to_device(batch)
             with self.engine.autocast():
-                policy = reply_log_probs(self.policy, batch, prefix="other_")
+                policy = token_log_probs(self.policy, batch, prefix="other_")
             n = count_documents(batch["other_document_ids"]).sum()
             total += torch.stack([(policy - batch["other_" + COLUMN]).sum().to(total), n.to(total)])
         baseline = kto_baseline(*self.engine.ranks.sum(total))
@@ -85,7 +85,7 @@ class PreferenceLoss(Objective):
         """Return ``(loss_sum, n)``: summed over the pairs, or judged replies, of a batch, and their number."""
         if router_stats is not None:
             router_stats.begin(batch, counts=count_documents(batch["document_ids"]) / (1 if self.is_kto else 2))
-        log_probs = reply_log_probs(model, batch, router_stats)  # (B, T)
+        log_probs = token_log_probs(model, batch, router_stats)  # (B, T)
         where = batch["targets"], batch["document_ids"]
         sums, lengths = sequence_log_probs(log_probs, *where)  # (B, documents of the fullest row)
         reference = sequence_log_probs(batch[COLUMN], *where)[0] if self.reference else None

@@ -22,7 +22,7 @@ from minillm.reports import announce
 COLUMN = "reference_log_probs"
 
 
-def reply_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=None, *, prefix: str = "") -> Tensor:
+def token_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=None, *, prefix: str = "") -> Tensor:
     """Return the log-probability of every target of a batch, (B, T) in float32 at least; 0 where there is none.
 
     Args:
@@ -101,4 +101,4 @@ class Reference:
         prefixes = ["", "other_"] if "other_input_ids" in batch else [""]
         without_adapter = disable_lora(self.model) if self.kind == "adapter" else contextlib.nullcontext()
         with self.engine.autocast(), without_adapter:
-            return {prefix + COLUMN: reply_log_probs(self.model, batch, prefix=prefix) for prefix in prefixes}
+            return {prefix + COLUMN: token_log_probs(self.model, batch, prefix=prefix) for prefix in prefixes}

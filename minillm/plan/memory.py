@@ -18,8 +18,8 @@ number.
 import dataclasses
 from dataclasses import dataclass
 
-from minillm.kernels.chunks import chunk_len
 from minillm.kernels.linear_cross_entropy import CHUNK_NUMEL
+from minillm.kernels.products import chunk_len
 from minillm.plan.activations import Step, block_activations, kept_activations, tables, uses_blocks, uses_varlen
 from minillm.plan.parameters import Parameters
 

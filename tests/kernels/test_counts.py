@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from minillm.config import ModelConfig
 from minillm.data.batches import collate
-from minillm.kernels import chunked_loss, chunks, linear_cross_entropy, products, varlen_attention
+from minillm.kernels import chunked_loss, linear_cross_entropy, products, varlen_attention
 from minillm.kernels import linear_log_probs as linear_log_probs_module
-from minillm.kernels.chunks import chunk_len
+from minillm.kernels.products import chunk_len
 from minillm.losses import causal_lm_loss, linear_log_probs
 from minillm.losses import linear_cross_entropy as linear_cross_entropy_of
 from minillm.model import KVCache, RouterStats, Transformer
@@ -62,7 +62,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(varlen_attention, "is_available", lambda device, dtype, head_dim: dtype == torch.bfloat16)
     monkeypatch.setattr("minillm.model.moe.GROUPED_DEVICES", ("cpu",))
     monkeypatch.setattr(
-        chunks, "chunk_len", lambda *args, device_type, **kwargs: chunk_len(*args, device_type="cuda", **kwargs)
+        products, "chunk_len", lambda *args, device_type, **kwargs: chunk_len(*args, device_type="cuda", **kwargs)
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("cpu")

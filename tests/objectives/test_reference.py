@@ -9,7 +9,7 @@ import torch
 from minillm import hardware
 from minillm.data import StepBatches
 from minillm.lora import disable_lora
-from minillm.objectives.reference import reply_log_probs
+from minillm.objectives.reference import token_log_probs
 from minillm.reports.tracking import read_metrics
 from minillm.training.validation import evaluate_loss
 from tests.contracts.harness import CONFIG, MOE_CONFIG, tiny_model
@@ -36,7 +36,7 @@ def first_batch(rows=None):
 
 def test_log_probs_are_those_of_the_logits():
     model, batch = tiny_model(double=True), first_batch()
-    found = reply_log_probs(model, batch)
+    found = token_log_probs(model, batch)
     logits = model(batch["input_ids"], position_ids=batch["position_ids"], document_ids=batch["document_ids"])
     for row, column in zip(*(batch["targets"] != -100).nonzero(as_tuple=True), strict=True):
         expected = torch.log_softmax(logits[row, column], dim=0)[batch["targets"][row, column]]
@@ -84,7 +84,7 @@ def test_a_reference_does_not_move_in_50_steps(tmp_path, kind):
 
     def look(run, reference):
         if run.step in (0, 50):
-            seen.append((reference.columns(batch), reply_log_probs(run.model, batch).detach().clone()))
+            seen.append((reference.columns(batch), token_log_probs(run.model, batch).detach().clone()))
 
     args = arguments(tmp_path, max_steps=51, log_interval=50, batch_size=4, **KINDS[kind])
     _, reference = train(args, before_update=look)
@@ -106,13 +106,13 @@ def test_a_copy_of_an_adapted_model_does_not_follow_it():
     apply_lora(policy, rank=3, init="gaussian", generator=torch.Generator().manual_seed(0))
     reference = copy.deepcopy(policy).requires_grad_(False)
     batch = first_batch()
-    before = reply_log_probs(reference, batch)
+    before = token_log_probs(reference, batch)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.1)
-    assert torch.equal(reply_log_probs(reference, batch), before)
+    assert torch.equal(token_log_probs(reference, batch), before)
     with disable_lora(policy):
-        assert not torch.equal(reply_log_probs(policy, batch), before)
+        assert not torch.equal(token_log_probs(policy, batch), before)
 
 
 def test_cached_numbers_train_the_same_model(tmp_path):
