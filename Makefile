@@ -1,6 +1,6 @@
 # make demo: installs into .venv, makes the demo world, trains every stage, evaluates, lets you chat.
 # make test: installs into .venv and runs the tests.
-# make test-report: the same with line coverage and the 20 slowest tests.
+# make test-report: the same with ten times the examples of the property tests, line coverage, the 20 slowest tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -73,7 +73,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-report: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=minillm --cov-report=term:skip-covered --durations=20
+	MINILLM_FUZZ_EXAMPLES=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov=minillm --cov-report=term:skip-covered --durations=20
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

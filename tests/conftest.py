@@ -1,5 +1,6 @@
 """Tests run on two cores side by side: one thread per process keeps them from fighting."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,7 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 TEMPORARY = Path(tempfile.gettempdir())
 IN_TEMPORARY = {path.name for path in TEMPORARY.iterdir()}
-if not IS_WORKER:  # the temporary folder of this session, of its workers and of all programs; removed at the end
+if not IS_WORKER:
+    for old in TEMPORARY.glob("minillm_tests_*"):  # of failed sessions, which leave theirs to be looked at for a day
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(old, ignore_errors=True)
+    # The temporary folder of this session, of its workers and of all programs; removed at the end.
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="minillm_tests_")
 
 import filelock

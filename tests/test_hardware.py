@@ -45,13 +45,19 @@ def test_the_cpu_is_measured_once(monkeypatch, small, size):
     hardware._cpu_flops.cache_clear()
 
 
-def test_memory_of_this_process_grows_with_what_it_holds():
-    before = hardware.memory_bytes(torch.device("cpu"))
+def test_memory_of_this_process_grows_with_what_it_holds(python):
+    """In a small process, as what is held must be larger than the peak so far."""
+    code = """
+import torch
+from minillm import hardware
+before = hardware.memory_bytes(torch.device("cpu"))
+held = bytearray(b"x") * (before + 64 * 2**20)  # written to
+print(before, len(held), hardware.memory_bytes(torch.device("cpu")))
+"""
+    shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, held, after = map(int, shown.split())
     assert before > 20 * 2**20  # bytes, not kilobytes: torch alone is larger
-    more = before + 64 * 2**20
-    held = bytearray(b"x") * more  # larger than the peak so far, and written to
-    assert hardware.memory_bytes(torch.device("cpu")) >= more
-    del held
+    assert after >= held
 
 
 def test_memory_on_cuda_is_the_allocators_peak(monkeypatch):
@@ -60,7 +66,7 @@ def test_memory_on_cuda_is_the_allocators_peak(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
-def test_freed_memory_is_kept_and_not_mapped_anew():
+def test_freed_memory_is_kept_and_not_mapped_anew(python):
     """Sixteen times 64 MiB, each freed before the next: by default every one is mapped and zeroed page by page."""
     code = """
 import resource, sys, torch
@@ -77,7 +83,7 @@ for _ in range(16):
 print(faults() - before)
 """
     counts = [
-        int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
+        int(subprocess.run([python, "-c", code, name], capture_output=True, text=True, check=True).stdout)
         for name in ("default", "kept")
     ]
     pages = 2**26 // resource.getpagesize()

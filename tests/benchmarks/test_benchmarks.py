@@ -175,7 +175,8 @@ def test_hf_parity_counts_what_is_equal_and_fails_on_a_difference(chats, tmp_pat
     assert stopped.value.code == 1
 
 
-def test_allocator_measures_each_setting_in_its_own_process(tmp_path, capsys):
+def test_allocator_measures_each_setting_in_its_own_process(tmp_path, capsys, monkeypatch, python):
+    monkeypatch.setattr(sys, "executable", python)
     output = tmp_path / "allocator.json"
     allocator.main(["--rounds", "1", "--steps", "1", "--peers", "", "--output", str(output)])
     assert re.search(r"kept .*\d\.\d\dx", capsys.readouterr().out)

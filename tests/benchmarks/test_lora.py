@@ -89,13 +89,12 @@ def test_initialisations_are_compared_at_their_best_rates(world, capsys):
     assert (folder / "deep" / "figures.json").is_file()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_peft_and_both_of_ours_begin_at_the_same_loss(family, tmp_path, capsys):
+def test_peft_and_both_of_ours_begin_at_the_same_loss(tmp_path, capsys):
     output = tmp_path / "deep" / "peft.json"
-    flags = ["--families", family, "--shapes", "demo", "--dtypes", "float32", "--dropouts", "0.1", "--rounds", "1"]
+    flags = ["--families", "qwen3", "--shapes", "demo", "--dtypes", "float32", "--dropouts", "0.1", "--rounds", "1"]
     (case,) = lora_vs_peft.main([*flags, "--num_threads", "1", "--output", str(output)])
     assert max(case["losses"].values()) - min(case["losses"].values()) < 1e-3
     assert case["memory"]["minillm"] < 1  # memory does not drift with the machine
     assert set(case["speed"]) == {"peft", "minillm", "ours", "limit"}
-    assert re.search(rf"{family} +demo +float32 +0\.1 +\d", capsys.readouterr().out)
+    assert re.search(r"qwen3 +demo +float32 +0\.1 +\d", capsys.readouterr().out)
     assert output.is_file()

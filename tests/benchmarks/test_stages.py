@@ -19,7 +19,7 @@ def demo(tmp_path_factory):
     tokenizer = train_bpe(iter(["mod:1+2=3 yes no"] * 3), vocab_size=270)
     tokenizer.save(root / "demo" / "tokenizer")
     torch.manual_seed(0)
-    config = ModelConfig.preset("demo", vocab_size=tokenizer.vocab_size)
+    config = ModelConfig.preset("demo", vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
     for name in ("pretrain_128", "full_sft_128"):
         save_model(Transformer(config), root / "demo" / name, tokenizer=tokenizer)
     chat = [[{"role": "user", "content": f"mod:{n}"}, {"role": "assistant", "content": str(n)}] for n in range(9)]

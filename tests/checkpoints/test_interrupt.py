@@ -57,6 +57,7 @@ def test_the_same_again_acts_as_it_would_have_without_us(handlers, monkeypatch):
 TWICE = """
 import signal, sys, time
 from minillm.checkpoints.interrupt import StopSignals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
 with StopSignals() as signals:
     print("ready", flush=True)
     while not signals.caught:

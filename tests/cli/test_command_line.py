@@ -209,7 +209,7 @@ def test_script_lets_bugs_show_themselves():
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 2024-99-99", "a: !!int x", "a: !!bool x", "a: !!timestamp x", "[" * 3000, "a: !!float []"]
+    "text", ["a: 2024-99-99", "a: !!int x", "a: !!bool x", "a: !!timestamp x", "[" * 1500, "a: !!float []"]
 )
 def test_values_that_the_yaml_library_trips_over(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)

@@ -149,16 +149,16 @@ def extras_of(metadata: dict) -> dict[str, list[str]]:
     return {name: [line for line in lines if not line.startswith("minillm[")] for name, lines in extras.items()}
 
 
-def test_library_needs_no_optional_package(metadata):
+def test_imports_need_no_optional_package_and_start_nothing(metadata, tmp_path):
     needed = {canonicalize_name(Requirement(line).name) for line in metadata["dependencies"]}
     extras = {Requirement(line).name for lines in extras_of(metadata).values() for line in lines}
     optional = {IMPORT_NAMES.get(name, name) for name in extras if canonicalize_name(name) not in needed} | NEVER_NEEDED
     assert {"transformers", "wandb", "matplotlib", "deepspeed", "pyarrow", "huggingface_hub", "rouge_score"} <= optional
     modules = [name_of(path) for path in MODULES if path.stem != "__main__"] + [path.stem for path in SCRIPTS]
     assert {"minillm.model", "minillm.data", "minillm.training.run", "minillm.evaluation"} <= set(modules)
-    python(
+    done = python(
         f"""
-        import importlib, sys
+        import importlib, inspect, sys, threading
 
         class Hide:
             '''Finds what the usual finders find, but for the optional packages: these seem not to be installed.'''
@@ -173,8 +173,17 @@ def test_library_needs_no_optional_package(metadata):
         sys.meta_path[:] = [Hide(list(sys.meta_path))]
         for name in {modules}:
             importlib.import_module(name)
-        """
+        for name in {[path.stem for path in SCRIPTS]}:
+            main = importlib.import_module(name).main
+            assert str(inspect.signature(main, follow_wrapped=False)).startswith("(argv"), name
+            parameters = inspect.signature(main).parameters
+            assert list(parameters) == ["argv"] and parameters["argv"].default is None, (name, parameters)
+        assert threading.active_count() == 1, threading.enumerate()
+        """,
+        cwd=tmp_path,
     )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_minillm_is_quick():
@@ -204,23 +213,6 @@ def test_every_stage_holds_its_loop_in_plain_sight():
         text = ast.unparse(loop)
         assert "step.backward(loss_sum, n_targets)" in text, path.name
         assert "run.update(step)" in text, path.name
-
-
-def test_importing_a_script_starts_nothing(tmp_path):
-    done = python(
-        f"""
-        import importlib, inspect, threading
-        for name in {[path.stem for path in SCRIPTS]}:
-            main = importlib.import_module(name).main
-            assert str(inspect.signature(main, follow_wrapped=False)).startswith("(argv"), name
-            parameters = inspect.signature(main).parameters
-            assert list(parameters) == ["argv"] and parameters["argv"].default is None, (name, parameters)
-        assert threading.active_count() == 1, threading.enumerate()
-        """,
-        cwd=tmp_path,
-    )
-    assert (done.stdout, done.stderr) == ("", "")
-    assert not list(tmp_path.iterdir())
 
 
 # ---- what is written down ----------------------------------------------------------------------------------------
