@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minillm.checkpoints.outputs import WholeModel
 from minillm.files import use_umask
-from minillm.losses import causal_lm_loss, hidden_distance, linear_distill_loss, linear_top_k_distill_loss
+from minillm.losses import hidden_distance, linear_distill_loss, linear_top_k_distill_loss
 from minillm.objectives.objective import Batch, Objective
 from minillm.objectives.on_policy import OnPolicy
 from minillm.objectives.teacher import Teacher
@@ -28,6 +28,7 @@ class DistillLoss(Objective):
     """
 
     is_cross_entropy = False
+    name = "the distillation loss"
 
     def __init__(self, student: nn.Module, teacher: Teacher, args, *, on_policy: OnPolicy | None = None):
         self.student, self.teacher, self.args, self.on_policy = student, teacher, args, on_policy
@@ -42,10 +43,6 @@ class DistillLoss(Objective):
         if self.on_policy is None or not training:
             return micro_batches
         return self.on_policy(micro_batches, step=step)
-
-    def validation_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy."""
-        return causal_lm_loss(model, batch)
 
     def __call__(self, model: nn.Module, batch: Batch, router_stats=None) -> tuple[Tensor, Tensor]:
         """Return ``(loss_sum, n_targets)``: per target alpha CE + (1 - alpha) T² divergence + the hidden states' part.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from minillm.losses import count_targets
+from minillm.losses import causal_lm_loss, count_targets
 from minillm.reports.measures import NO_MEASURES, Measures
 
 Batch = dict[str, Tensor]
@@ -18,12 +18,15 @@ class Objective:
 
     Attributes:
         unit: what the loss counts, in messages.
-        is_cross_entropy: whether training minimises the cross-entropy of tokens, which ln V bounds.
+        is_cross_entropy: whether training minimises the cross-entropy of tokens. If not, its loss is not compared with
+            ln V, and validation has another one.
+        name: what the loss is called where it differs from that of validation.
         measures: figures that the loss records besides its value, for the rows of metrics.
     """
 
     unit = "token"
     is_cross_entropy = True
+    name = "the stage's own loss"
     measures: Measures = NO_MEASURES
 
     def __init__(self, loss: Callable):
@@ -34,7 +37,13 @@ class Objective:
         return self.loss(model, batch, router_stats)
 
     def validation_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return ``(loss_sum, n_targets)`` of a batch, for validation."""
+        """Return ``(loss_sum, n_targets)`` of a batch, for validation.
+
+        Losses of tokens validate with plain cross-entropy, whatever they minimise: it compares with every other stage
+        and with ln V, and gives bits per byte.
+        """
+        if self.unit == "token" and not self.is_cross_entropy:
+            return causal_lm_loss(model, batch)
         return self(model, batch)
 
     def count(self, batch: Batch) -> Tensor:

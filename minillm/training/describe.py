@@ -45,10 +45,11 @@ def header_of(run) -> Header:
 
 def footer_of(run) -> Footer:
     """Return the footer of a run that is over."""
-    progress, is_distilled = run.progress, run.stage == "distill"
+    progress, objective = run.progress, run.objective
+    validates_otherwise = objective.unit == "token" and not objective.is_cross_entropy
     return Footer(
         name=run.directory.name,
-        unit=run.objective.unit,
+        unit=objective.unit,
         train_loss=run.log.last_loss,
         valid_loss=progress.last_eval.get("loss"),
         best_loss=progress.best_loss,
@@ -57,7 +58,7 @@ def footer_of(run) -> Footer:
         directory=run.directory,
         warnings=run.log.alarm.messages,
         next_command=next_command(run),
-        objective="the distillation loss, while validation is cross-entropy" if is_distilled else "",
+        objective=f"{objective.name}, while validation is cross-entropy" if validates_otherwise else "",
     )
 
 
