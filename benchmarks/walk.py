@@ -1,24 +1,27 @@
 """How much code does a reader meet who follows one training step, or a whole run?
 
     python benchmarks/walk.py
-    python benchmarks/walk.py --list        # the files and functions, in the order in which they are first called
+    python benchmarks/walk.py --show_functions    # in the order in which they are first called
 
 A profiler notes every function of the repository that runs in the second update of a tiny run, from the fetch of its
 batches to the end of ``run.update`` (no row of metrics, no checkpoint), for pretraining, LoRA and DPO; and every file
 of the whole run. Prints files, functions, and the lines of the functions and of their files.
 """
 
-import argparse
 import ast
 import contextlib
 import io
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any directory
+
+from minillm.cli.command_line import parse, script
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TALK = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a fox."}]
 RECORDS = {
@@ -95,11 +98,18 @@ def lines_of(file: str) -> dict[int, int]:
     return {start: node.end_lineno - start + 1 for start, node in starts.items()}
 
 
-def main() -> None:
-    """Print the table, or the lists."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="the files and functions of each step, in order")
-    options = parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """How much code a training step runs through."""
+
+    show_functions: bool = False
+    """Print the files and functions of each step too, in the order of their first call."""
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, and the lists if asked."""
+    args = parse(Arguments, argv)
     with tempfile.TemporaryDirectory() as folder:
         from minillm.tokenizer import train_bpe
 
@@ -119,7 +129,7 @@ def main() -> None:
         n_run = len({file for file, _, _ in walk.in_run})
         numbers = (len(files), len(walk.in_step), in_functions, in_files, n_run)
         print(f"{stage:<10}" + "".join(f"{number:>20,}" for number in numbers))
-    if options.list:
+    if args.show_functions:
         for stage, walk in walks.items():
             print(f"\n{stage}")
             for file in dict.fromkeys(file for file, _, _ in walk.in_step):

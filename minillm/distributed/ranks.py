@@ -55,8 +55,13 @@ class Ranks:
         self.is_restart = any(self.gather(self.is_restart))
 
     def stop(self) -> None:
-        """Leave the process group, if it was joined here."""
+        """Leave the process group, if it was joined here.
+
+        The pause prevents a deadlock in torch: gloo's thread may still free the tensors of the last collective, for
+        which it needs Python's lock, while the group's destructor holds that lock and waits for the thread.
+        """
         if self._started_here and dist.is_initialized():
+            time.sleep(0.05)
             dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
