@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.data import ReplayRows, StepBatches
+from minillm.data.batches import DERIVED
 from minillm.data.chat import ChatRows
 from minillm.data.packing import best_fit, cut_long
 from minillm.data.pairs import JudgedRows, PairRows
@@ -222,7 +223,8 @@ def rows_of_step(batches: list[StepBatches], epoch: int, index: int) -> list[int
         step = loader.step(epoch, index)
         assert len(step) == loader.n_micro_batches
         for batch in step:
-            assert {tensor.shape for tensor in batch.values()} == {(loader.batch_size, batch["input_ids"].shape[1])}
+            shapes = {tensor.shape for name, tensor in batch.items() if name not in DERIVED}
+            assert shapes == {(loader.batch_size, batch["input_ids"].shape[1])}
             is_padding = batch["document_ids"] == -1
             for name, padding in (("input_ids", 0), ("targets", -100), ("position_ids", 0)):
                 assert (batch[name][is_padding] == padding).all()
