@@ -344,7 +344,10 @@ class Run:
         args, number = self.args, step.number
         lr = self.schedule.set_step(self.step)
         self._apply(step)
-        self._take_directory()
+        self._take_directory()  # before anything is written there
+        if step.is_applied:
+            self.balance.apply()
+            self.watch.after_update(number, self.engine.optimizer)
         is_last = number == self.total_steps
         log_due = number % args.log_interval == 0 or is_last
         eval_due = bool(args.eval_interval) and number % args.eval_interval == 0 and self.valid_loader is not None
@@ -382,9 +385,6 @@ class Run:
             self._check(step)
             step.is_applied = self.engine.step()
         self._unread.append(step)
-        if step.is_applied:
-            self.balance.apply()
-            self.watch.after_update(step.number, self.engine.optimizer)
 
     def _check(self, step: Step) -> None:
         """Read a step's numbers; stop the run if they are not finite (under a loss scale, one overflow is normal)."""

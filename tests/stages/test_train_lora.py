@@ -109,6 +109,13 @@ def test_every_option_trains_and_comes_back(tuned, lora, options):
     assert config["use_dora"] == ("--use_dora" in options)
 
 
+def test_a_run_that_starts_over_keeps_the_first_look_of_its_monitor(tuned, lora):
+    """The earlier run moves away after the first update, before that update's look is written."""
+    for more in ([], ["--overwrite"]):
+        lora(tuned, "--monitor_interval", "2", "--max_steps", "4", *more)
+        assert [row["step"] for row in read_metrics(tuned.run / "monitor.jsonl")] == [1, 2, 4]
+
+
 def test_old_rows_are_mixed_in(tuned, lora):
     lora(tuned, "--max_steps", "0", "--epochs", "2", "--batch_size", "1", "--packing", "none")
     without = [row["step"] for row in read_metrics(tuned.run / "metrics.jsonl")][-1]
