@@ -8,6 +8,7 @@ micro-batches and all ranks.
 Legend: B batch, T positions, D hidden, V vocabulary, N = B·T flattened positions.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -92,6 +93,25 @@ def linear_cross_entropy(
     return loss_sum, count_targets(targets, weights)
 
 
+def forward_with_head(
+    model, batch: dict[str, Tensor], head: Callable, router_stats=None, *, prefix: str = ""
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Run ``model`` over a batch with ``head`` in place of its output layer; return what the head returns.
+
+    Args:
+        head: called inside the model's forward with the hidden states and the output weight.
+        prefix: ``other_`` for the second rows of judged replies.
+    """
+    return model(
+        batch[prefix + "input_ids"],
+        position_ids=batch.get(prefix + "position_ids"),
+        document_ids=batch.get(prefix + "document_ids"),
+        document_bounds=batch.get(prefix + "document_bounds"),
+        head=head,
+        router_stats=router_stats,
+    )
+
+
 def causal_lm_loss(model, batch: dict[str, Tensor], router_stats=None) -> tuple[Tensor, Tensor]:
     """The loss of pretraining and SFT: run ``model`` over ``batch`` with the loss as its output head.
 
@@ -107,17 +127,11 @@ def causal_lm_loss(model, batch: dict[str, Tensor], router_stats=None) -> tuple[
     """
     if router_stats is not None:
         router_stats.begin(batch)
-    loss_sum, n_targets = model(
-        batch["input_ids"],
-        position_ids=batch.get("position_ids"),
-        document_ids=batch.get("document_ids"),
-        document_bounds=batch.get("document_bounds"),
-        head=partial(
-            linear_cross_entropy,
-            targets=batch["targets"],
-            weights=batch.get("weights"),
-            target_positions=batch.get("target_positions"),
-        ),
-        router_stats=router_stats,
+    head = partial(
+        linear_cross_entropy,
+        targets=batch["targets"],
+        weights=batch.get("weights"),
+        target_positions=batch.get("target_positions"),
     )
+    loss_sum, n_targets = forward_with_head(model, batch, head, router_stats)
     return (loss_sum if router_stats is None else loss_sum + router_stats.finish()), n_targets

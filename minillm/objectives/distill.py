@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minillm.checkpoints.outputs import WholeModel
 from minillm.files import use_umask
-from minillm.losses import hidden_distance, linear_distill_loss, linear_top_k_distill_loss
+from minillm.losses import forward_with_head, hidden_distance, linear_distill_loss, linear_top_k_distill_loss
 from minillm.objectives.objective import Batch, Objective
 from minillm.objectives.on_policy import OnPolicy
 from minillm.objectives.teacher import Teacher
@@ -74,14 +74,7 @@ class DistillLoss(Objective):
 
         if router_stats is not None:
             router_stats.begin(batch)
-        loss_sum, n_targets = model(
-            batch["input_ids"],
-            position_ids=batch.get("position_ids"),
-            document_ids=batch.get("document_ids"),
-            document_bounds=batch.get("document_bounds"),
-            head=head,
-            router_stats=router_stats,
-        )
+        loss_sum, n_targets = forward_with_head(model, batch, head, router_stats)
         return (loss_sum if router_stats is None else loss_sum + router_stats.finish()), n_targets
 
 

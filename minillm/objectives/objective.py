@@ -32,6 +32,11 @@ class Objective:
     def __init__(self, loss: Callable):
         self.loss = loss
 
+    @classmethod
+    def of(cls, loss: Callable) -> "Objective":
+        """Return ``loss`` itself if it is an objective, else the plain objective of that function."""
+        return loss if isinstance(loss, Objective) else cls(loss)
+
     def __call__(self, model: nn.Module, batch: Batch, router_stats=None) -> tuple[Tensor, Tensor]:
         """Return ``(loss_sum, n_targets)`` of a batch, for training."""
         return self.loss(model, batch, router_stats)

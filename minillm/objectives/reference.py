@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minillm.distributed.engine import Engine
 from minillm.kernels import compiled
 from minillm.lora import disable_lora
-from minillm.losses import linear_log_probs
+from minillm.losses import forward_with_head, linear_log_probs
 from minillm.objectives.column_cache import cached_columns, model_hash
 from minillm.reports import announce
 
@@ -28,16 +28,9 @@ def token_log_probs(model: nn.Module, batch: dict[str, Tensor], router_stats=Non
     Args:
         prefix: ``other_`` for the second rows of judged replies.
     """
-    return model(
-        batch[prefix + "input_ids"],
-        position_ids=batch[prefix + "position_ids"],
-        document_ids=batch[prefix + "document_ids"],
-        document_bounds=batch.get(prefix + "document_bounds"),
-        head=partial(
-            linear_log_probs, targets=batch[prefix + "targets"], target_positions=batch.get(prefix + "target_positions")
-        ),
-        router_stats=router_stats,
-    )
+    targets, positions = batch[prefix + "targets"], batch.get(prefix + "target_positions")
+    head = partial(linear_log_probs, targets=targets, target_positions=positions)
+    return forward_with_head(model, batch, head, router_stats, prefix=prefix)
 
 
 class Reference:
@@ -58,7 +51,8 @@ class Reference:
     def __init__(self, kind: str, model: nn.Module, args, engine: Engine):
         self.kind, self.policy, self.args, self.engine, self.hash = kind, model, args, engine, model_hash(model)
         self.model = copy.deepcopy(model) if kind == "copy" else model
-        if compiled.is_wanted(args.compile, engine.device, parallel=args.parallel):
+        self.is_compiled = compiled.is_wanted(args.compile, engine.device, parallel=args.parallel)
+        if self.is_compiled:
             self.model.block_attention = False  # as Run.wrap does with the policy
         if kind == "copy":
             self.model.to(engine.device).requires_grad_(False)
@@ -82,7 +76,7 @@ class Reference:
                     "reference": self.hash,
                     "dtype": str(engine.dtype).removeprefix("torch."),
                     "device": engine.device.type,
-                    "compile": compiled.is_wanted(args.compile, engine.device, parallel=args.parallel),
+                    "compile": self.is_compiled,
                     "training": training,
                 },
                 compute=self.columns,

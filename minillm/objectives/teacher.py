@@ -11,7 +11,7 @@ from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import find_weights
 from minillm.hub.weights import other_format, preset_config, pth_config
-from minillm.losses import top_k_teacher
+from minillm.losses import forward_with_head, top_k_teacher
 from minillm.objectives.column_cache import cached_columns, model_hash
 from minillm.reports import announce
 from minillm.tokenizer import load_tokenizer
@@ -63,13 +63,7 @@ class Teacher:
     @torch.no_grad()
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """Return ``teacher_hidden`` (B, T, D) and ``teacher_weight`` (V, D) of a batch: their product is the logits."""
-        hidden, weight = self.model(
-            batch["input_ids"],
-            position_ids=batch.get("position_ids"),
-            document_ids=batch.get("document_ids"),
-            document_bounds=batch.get("document_bounds"),
-            head=lambda hidden, weight: (hidden, weight),
-        )
+        hidden, weight = forward_with_head(self.model, batch, lambda hidden, weight: (hidden, weight))
         return {"teacher_hidden": hidden, "teacher_weight": weight}
 
     def add_to(self, rows, *, vocab_size: int):

@@ -212,16 +212,14 @@ class Run:
 
     def dry_run(self, loader: StepBatches, tokenizer, loss: Callable) -> None:
         """Print what the run would see and cost (``--dry_run``); nothing is written."""
-        objective = loss if isinstance(loss, Objective) else Objective(loss)
-        total_steps = self.args.max_steps or self.args.epochs * loader.steps_per_epoch
         dry_run(
             self.model,
             loader,
             tokenizer,
-            objective,
+            Objective.of(loss),
             self.engine,
             router_stats=self.router_stats,
-            total_steps=total_steps,
+            total_steps=self._n_steps(loader),
         )
 
     def start(
@@ -255,8 +253,8 @@ class Run:
         if watch is not None and not self.engine.has_whole_gradients:
             raise UserError(f"--monitor with --parallel {args.parallel}: no rank has the gradients whole; use ddp")
         self.loader, self.valid_loader, self.tokenizer = loader, valid_loader, tokenizer
-        self.objective = loss if isinstance(loss, Objective) else Objective(loss)
-        self.total_steps = args.max_steps or args.epochs * loader.steps_per_epoch
+        self.objective = Objective.of(loss)
+        self.total_steps = self._n_steps(loader)
         self.watch = watch if watch is not None and ranks.is_main else NoWatch()
         module = self.engine.attach(optimizer)
         self.progress.n_warmup_steps = math.ceil(args.warmup_ratio * self.total_steps)
@@ -288,6 +286,10 @@ class Run:
             self.log.print("this run has made all its steps: nothing is trained; --extend makes a run longer")
         module.train()
         return module
+
+    def _n_steps(self, loader: StepBatches) -> int:
+        """Return the updates of the whole run."""
+        return self.args.max_steps or self.args.epochs * loader.steps_per_epoch
 
     def learning_rate_factor(self, total_steps: int) -> Callable[[int], float]:
         """Return the schedule of a run of ``total_steps``: the share of the peak learning rate, by step."""
