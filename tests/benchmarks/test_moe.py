@@ -33,7 +33,7 @@ def files(tmp_path):
 def test_it_prints_tables_and_writes_json(files, tmp_path, capsys):
     results = moe.main([*files, "--steps", "5", "--seeds", "3,1", "--rounds", "2"])
     shown = capsys.readouterr().out
-    assert re.search(r"\d\.\d\dx as fast as masked, \d\.\d\dx as fast as picked", shown)
+    assert re.search(r"\d+\.\d\dx as fast as masked, \d+\.\d\dx as fast as picked", shown)
     assert "loss of dense - loss of moe: " in shown
     written = json.loads((tmp_path / "deep" / "moe.json").read_text())
     assert written.keys() == {"machine", "arguments", "layer", "training"}
