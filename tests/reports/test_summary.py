@@ -21,6 +21,7 @@ from minillm.objectives.objective import Objective
 from minillm.reports import summary
 from minillm.training.describe import facts_of, run_file_of
 from minillm.training.step import Progress
+from minillm.training.validation import LossAlone
 
 FLOOR = 1.2345
 LAST_EVAL = {"loss": 1.5, "n_targets": 9.0, "bits_per_byte": 0.75, "floor": FLOOR}
@@ -56,6 +57,8 @@ def run(tmp_path, monkeypatch):
         log=SimpleNamespace(print=printed.append, alarm=SimpleNamespace(messages=[])),
         printed=printed,
         objective=Objective(causal_lm_loss),
+        metrics=LossAlone(),
+        stops_early=False,
     )
 
 
