@@ -194,7 +194,8 @@ class TrainArguments(ScaleArguments):
             "max_steps": 0, "batch_size": 1, "accumulation_steps": 1, "global_batch_size": 0,
             "max_seq_len": 1, "warmup_ratio": 0, "warmup_steps": 0, "min_lr_ratio": 0, "decay_ratio": 0,
             "weight_decay": 0, "grad_clip": 0, "num_workers": 0, "num_threads": 0, "log_interval": 1,
-            "eval_interval": 0, "eval_epochs": 0, "eval_batch_size": 0, "patience": 0, "eval_samples": 0, "eval_max_new_tokens": 0,
+            "eval_interval": 0, "eval_epochs": 0, "eval_batch_size": 0, "patience": 0, "eval_samples": 0,
+            "eval_max_new_tokens": 0,
             "router_aux_loss_coef": 0, "router_z_loss_coef": 0, "router_bias_update_speed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
@@ -203,7 +204,7 @@ class TrainArguments(ScaleArguments):
         for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio", "adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} {value}: must lie between 0 and 1")
-        require(0 < self.epochs < math.inf, f"--epochs {self.epochs:g}: must be more than 0, e.g. 0.5 or 2")
+        require(0 < self.epochs < math.inf, f"--epochs {self.epochs:g}: must be positive, e.g. 0.5 or 2")
         is_directory = not os.path.exists(self.save_dir) or os.path.isdir(self.save_dir)
         require(is_directory, f"--save_dir {self.save_dir}: is a file; name a directory")
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be at least 0 and below 2^63")
