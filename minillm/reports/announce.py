@@ -28,6 +28,7 @@ class Header:
     directory: str
     warnings: tuple[str, ...] = ()
     loss: str = ""
+    metrics: str = ""  # of the validations, where they are more than the loss
 
     def text(self) -> str:
         """Return the block of lines."""
@@ -39,6 +40,8 @@ class Header:
         if self.loss:
             lines += _entry("loss", [self.loss])
         lines += _entry("updates", [self.updates])
+        if self.metrics:
+            lines += _entry("metrics", [self.metrics])
         lines += _entry("rate", [self.learning_rate])
         lines += _entry("device", [self.device])
         lines += _entry("directory", [self.directory])

@@ -47,6 +47,7 @@ def header_of(run) -> Header:
         directory=str(run.directory),
         warnings=(warning,) if warning else (),
         loss=_preference_loss(run.objective.settings()),
+        metrics=_metrics_of(run),
     )
 
 
@@ -144,7 +145,7 @@ def early_stop(run) -> str:
     criterion, n = run.metrics.names[0], run.progress.n_without_gain
     return (
         f"stopped after step {run.progress.step:,} of {run.total_steps:,}: {criterion} has not been better in "
-        f"{n} validations (--patience {run.args.patience})"
+        f"{_plural(n, 'validation')} (--patience {run.args.patience})"
     )
 
 
@@ -176,6 +177,15 @@ def next_command(run) -> str:
     if run.args.tokenizer_path:
         words += ["--tokenizer_path", run.args.tokenizer_path]
     return shlex.join(["python", "eval_model.py", *words])
+
+
+def _metrics_of(run) -> str:
+    """Return what validations measure and decide; empty where it is the loss alone, and nothing ends early."""
+    names, patience = run.metrics.names, run.args.patience
+    if run.valid_loader is None or (names == ("loss",) and not patience):
+        return ""
+    text = f"{', '.join(names)}; the weights of the best {names[0]} are kept in best/"
+    return f"{text}; {_plural(patience, 'validation')} without a better one end the run" if patience else text
 
 
 def _preference_loss(settings: dict) -> str:
