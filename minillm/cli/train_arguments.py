@@ -168,8 +168,8 @@ class TrainArguments(ScaleArguments):
     patience: int = 0
     """End the run after this many validations in a row without a better value of the first metric (0: never)."""
     eval_samples: int = 100
-    """Held-out conversations that the model answers in each validation for exact, f1, bleu and rouge_l, the first ones
-    (0: all)."""
+    """Held-out conversations that the model answers in each validation for exact, f1, bleu and rouge_l, the first ones;
+    also the questions of a suite (0: all)."""
     eval_max_new_tokens: int = 0
     """Longest of these answers in tokens (0: twice as long as the longest expected one)."""
     sample_prompts: str = ""

@@ -90,8 +90,8 @@ class ValidationMetrics:
     def settings(self) -> dict:
         """Return what must match to resume: how the best weights are chosen."""
         criterion = self.names[0]
-        of_answers = criterion in self.args.answer_metrics
-        extra = ("eval_samples", "eval_max_new_tokens") if of_answers else ()
+        extra = ("eval_samples",) if criterion not in ("loss", "accuracy") else ()
+        extra += ("eval_max_new_tokens",) if criterion in self.args.answer_metrics else ()
         return {"eval_metric": criterion} | {name: getattr(self.args, name) for name in extra}
 
     def measure(self, model, ranks=None) -> tuple[dict[str, float], list[dict]]:
@@ -134,7 +134,8 @@ class ValidationMetrics:
     def _suite_accuracy(self, name: str, model, ranks) -> float:
         def score() -> float:
             model.eval()
-            return self.run_suite(name, model, self.tokenizer, data_dir=Path(self.args.suite_dir)).accuracy
+            data_dir, limit = Path(self.args.suite_dir), self.args.eval_samples
+            return self.run_suite(name, model, self.tokenizer, data_dir=data_dir, limit=limit).accuracy
 
         return score() if ranks is None else ranks.gather(ranks.on_main_rank(score))[0]
 

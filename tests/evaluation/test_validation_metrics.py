@@ -9,6 +9,7 @@ import torch
 
 from minillm import evaluation
 from minillm.cli.arguments import PreferenceArguments, PretrainArguments, ReasonArguments, SFTArguments
+from minillm.cli.train_arguments import ANSWER_METRICS
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.evaluation import ValidationMetrics, bleu, rouge, token_f1, validation_metrics
@@ -335,15 +336,19 @@ def test_suites_are_asked_of_the_evaluation(model, tokenizer, answered, tmp_path
         ValidationMetrics(args, tokenizer, ENGINE)
     calls = []
 
-    def run_suite(name, model, tokenizer, *, data_dir):
-        calls.append((name, model, data_dir, model.training))
+    def run_suite(name, model, tokenizer, *, data_dir, limit):
+        calls.append((name, model, data_dir, limit, model.training))
         return SimpleNamespace(accuracy=0.375)
 
     monkeypatch.setattr(evaluation, "run_suite", run_suite, raising=False)
     values, _ = ValidationMetrics(args, tokenizer, ENGINE).measure(model)
     assert list(values) == ["exact", "suite:small"]
     assert values["suite:small"] == 0.375
-    assert calls == [("small", model, tmp_path, False)]
+    assert calls == [("small", model, tmp_path, 100, False)]
+
+
+def test_every_metric_of_answers_that_the_flags_know_is_there():
+    assert tuple(validation_metrics.COMPARE) == ANSWER_METRICS
 
 
 def test_settings_name_the_criterion_and_what_it_is_measured_on(tokenizer, answered):
