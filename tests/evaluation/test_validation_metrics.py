@@ -314,6 +314,15 @@ def test_a_missing_package_is_named(tokenizer, answered, monkeypatch):
     ValidationMetrics(arguments(path, eval_metric="f1,exact"), tokenizer, ENGINE)
 
 
+def test_what_a_chinese_answer_would_need_is_asked_for_at_the_start(tokenizer, tmp_path, monkeypatch):
+    """The expected answers are English; a model may say anything, and a run must not end of it."""
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the fox"}]
+    path = write(tmp_path / "english.jsonl", [{"messages": turns}])
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(UserError, match="pip install jieba"):
+        ValidationMetrics(arguments(path, eval_metric="rouge_l"), tokenizer, ENGINE)
+
+
 def test_without_a_conversation_that_fits_nothing_can_be_measured(tokenizer, answered):
     path, _ = answered
     with pytest.raises(UserError, match=r"--eval_metric f1: .*valid\.jsonl has no conversation .* --max_seq_len 3;"):
