@@ -41,7 +41,7 @@ def facts(world):
     return world
 
 
-LEARN = ["--from_weight", "", "--max_steps", "30", "--learning_rate", "2e-2", "--eval_interval", "10",
+LEARN = ["--from_weight", "", "--max_steps", "45", "--learning_rate", "2e-2", "--eval_interval", "15",
          "--weight_decay", "0"]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_answers_are_measured_shown_over_time_and_choose_the_best_weights(facts,
     done = call(train_sft.main, facts, *argv, "--eval_metric", "exact,f1,accuracy,rouge_l,bleu")
     assert done.code == 0, done.err
     rows = valid_rows(facts.run)
-    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert [row["step"] for row in rows] == [15, 30, 45]
     names = ("exact", "f1", "accuracy", "rouge_l", "bleu")
     assert all(name in row for row in rows for name in names)
     assert rows[-1]["exact"] >= 0.5  # what was learned
@@ -72,11 +72,11 @@ def test_answers_are_measured_shown_over_time_and_choose_the_best_weights(facts,
     assert rows[-1]["f1"] == pytest.approx(f1, abs=0.05)  # an endless answer is cut elsewhere
     samples = read_jsonl(facts.run / "samples.jsonl")
     assert [(row["step"], row["question"], row["expected"]) for row in samples] == [
-        (step, question, answer) for step in (10, 20, 30) for question, answer in FACTS
+        (step, question, answer) for step in (15, 30, 45) for question, answer in FACTS
     ]
     assert sum(row["answer"] == row["expected"] for row in samples[-4:]) >= 2
     page = (facts.run / "summary.html").read_text(encoding="utf-8")
-    assert "<th>question</th><th>step 10</th><th>step 20</th><th>step 30</th><th>expected</th>" in page
+    assert "<th>question</th><th>step 15</th><th>step 30</th><th>step 45</th><th>expected</th>" in page
     cells = "</td><td>".join(["小明 had", *(samples[4 * n + 2]["answer"] for n in range(3)), "水果"])
     assert f"<tr><td>{cells}</td></tr>" in page
     card = (facts.run / "README.md").read_text(encoding="utf-8")
