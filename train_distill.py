@@ -14,6 +14,7 @@ from minillm.cli.arguments import DistillArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import ChatRows, DataFiles, TextRows
 from minillm.data.report import open_rows
+from minillm.evaluation import ValidationMetrics
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference import generate
 from minillm.inference.samples import sample_answers, sample_completions
@@ -52,7 +53,14 @@ def main(argv: list[str] | None = None):
         distill_loss = DistillLoss(model, teacher, args, on_policy=on_policy)
         if args.dry_run:
             return run.dry_run(loader, tokenizer, distill_loss)
-        model = run.start(run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=distill_loss)
+        model = run.start(
+            run.adamw(module),
+            loader,
+            valid_loader,
+            tokenizer=tokenizer,
+            loss=distill_loss,
+            metrics=ValidationMetrics(args, tokenizer, run.engine),
+        )
 
         # The loop: one step = one optimizer update
         for step in run.steps(loader):

@@ -14,6 +14,7 @@ from minillm.checkpoints.outputs import AdapterAlone
 from minillm.cli.arguments import PreferenceArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import DataFiles, JudgedRows, PairRows
+from minillm.evaluation import ValidationMetrics
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
@@ -47,7 +48,14 @@ def main(argv: list[str] | None = None):
         preference_loss = PreferenceLoss(model, reference, args, run.engine)
         if args.dry_run:
             return run.dry_run(loader, tokenizer, preference_loss)
-        model = run.start(run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=preference_loss)
+        model = run.start(
+            run.adamw(module),
+            loader,
+            valid_loader,
+            tokenizer=tokenizer,
+            loss=preference_loss,
+            metrics=ValidationMetrics(args, tokenizer, run.engine),
+        )
 
         # The loop: one step = one optimizer update
         for step in run.steps(loader):

@@ -13,6 +13,7 @@ from minillm.checkpoints.outputs import AdapterAlone
 from minillm.cli.arguments import LoRAArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import ChatRows, DataFiles
+from minillm.evaluation import ValidationMetrics
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
@@ -48,7 +49,13 @@ def main(argv: list[str] | None = None):
                 model, run.directory, tokenizer, loader.rows, interval=interval, replays=bool(args.replay_path)
             )
         model = run.start(
-            run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=causal_lm_loss, watch=watch
+            run.adamw(module),
+            loader,
+            valid_loader,
+            tokenizer=tokenizer,
+            loss=causal_lm_loss,
+            watch=watch,
+            metrics=ValidationMetrics(args, tokenizer, run.engine),
         )
 
         # The loop: one step = one optimizer update

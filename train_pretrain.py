@@ -9,6 +9,7 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 from minillm.cli.arguments import PretrainArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import DataFiles, TextRows
+from minillm.evaluation import ValidationMetrics
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_completions
 from minillm.losses import causal_lm_loss
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None):
             tokenizer=tokenizer,
             loss=causal_lm_loss,
             from_scratch=not args.from_weight,
+            metrics=ValidationMetrics(args, tokenizer, run.engine),
         )
 
         # The loop: one step = one optimizer update

@@ -15,6 +15,7 @@ Reads top to bottom: arguments, run, model, data, optimizer, the loop, save.
 from minillm.cli.arguments import ReasonArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import ChatRows, DataFiles, ReasonRows
+from minillm.evaluation import ValidationMetrics
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.losses import causal_lm_loss
@@ -46,7 +47,14 @@ def main(argv: list[str] | None = None):
         module = run.wrap(model)
         if args.dry_run:
             return run.dry_run(loader, tokenizer, causal_lm_loss)
-        model = run.start(run.adamw(module), loader, valid_loader, tokenizer=tokenizer, loss=causal_lm_loss)
+        model = run.start(
+            run.adamw(module),
+            loader,
+            valid_loader,
+            tokenizer=tokenizer,
+            loss=causal_lm_loss,
+            metrics=ValidationMetrics(args, tokenizer, run.engine),
+        )
 
         # The loop: one step = one optimizer update
         for step in run.steps(loader):

@@ -9,6 +9,7 @@ from minillm.errors import UserError
 
 CHAT_TEMPLATE = "chat template"
 LENGTH_FLAGS = ("epochs", "max_steps")
+OLDER = {"warmup_steps": 0, "eval_metric": "loss"}  # what checkpoints of earlier versions lack
 
 
 def may_resume(args, ranks) -> bool:
@@ -51,7 +52,7 @@ def check_same_run(path: Path, state: dict, identity: dict, *, data_files: dict)
     Raises:
         UserError: anything else differs; the message lists it.
     """
-    saved = state["identity"]
+    saved = OLDER | state["identity"]
     changed = [key for key in identity if saved.get(key) != identity[key]]
     if not changed:
         return False

@@ -91,6 +91,7 @@ class PretrainArguments(TrainArguments):
     """Pretraining: next-token prediction on plain text."""
 
     bare_stage = "pretrain"
+    has_answers = False
 
     packing: Literal["stream", "best_fit", "none"] = "stream"
     """stream: cut the text every max_seq_len; best_fit: whole documents per row; none: one document per row."""
@@ -109,7 +110,7 @@ class SFTArguments(TrainArguments):
 
     from_weight: str = "pretrain"
     learning_rate: float = 5e-5
-    epochs: int = 2
+    epochs: float = 2
     packing: Literal["best_fit", "none"] = "best_fit"
     """best_fit: several conversations per row, which never attend to each other; none: one per row."""
     train_on: Literal["all", "last", "per_turn"] = "all"
@@ -412,8 +413,8 @@ class ReasonArguments(ReplayArguments):
 
     learning_rate: float = 1e-5
     """Peak learning rate. A fifth of SFT's: the form is learned quickly, and the model should keep its knowledge."""
-    epochs: int = 1
-    """Passes over the data."""
+    epochs: float = 1
+    """Passes over the data, also a part of one: 0.5."""
     max_seq_len: int = 1024
     """Row length T in tokens; thoughts are longer than answers."""
 

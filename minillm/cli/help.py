@@ -31,7 +31,8 @@ GROUPS = {
     "precision and device": ("dtype", "device", "compile", "gradient_checkpointing", "num_workers", "num_threads"),
     "parallel": ("parallel", "deepspeed", "zero", "fsdp", "timeout", "ranks"),
     "checkpoints": ("save_", "keep_last", "async_save", "overwrite"),
-    "logging": ("log_", "eval_", "use_wandb", "wandb", "profile"),
+    "validation": ("eval_", "patience", "sample_prompts", "suite_dir"),
+    "logging": ("log_", "use_wandb", "wandb", "profile"),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The arguments that every training stage shares; field docstrings are the help texts."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from minillm.errors import UserError
 
 RESERVED_NAMES = ("lora", "tokenizer", "checkpoints", "best", "demo")  # directories of SAVE_DIR and of a run
 MAX_NAME_BYTES = 200
+ANSWER_METRICS = ("exact", "f1", "bleu", "rouge_l")  # of the model's own answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class ScaleArguments(ModelArguments):
 class TrainArguments(ScaleArguments):
     """The arguments that every training stage shares."""
 
+    has_answers = True  # whether the data are conversations, whose answers can be compared
+
     data_path: str = ""
     """Training data: .jsonl, .json, .csv, .tsv, .parquet or .txt, also as .gz; several files separated by commas; also
     directories and patterns such as data/*.jsonl (default: the first known name in dataset/, see dataset/README.md,
@@ -95,8 +99,8 @@ class TrainArguments(ScaleArguments):
     allow_rejected: bool = False
     """Train even if more than a tenth of the records of a file were rejected."""
 
-    epochs: int = 1
-    """Passes over the data."""
+    epochs: float = 1
+    """Passes over the data, also a part of one: 0.5."""
     max_steps: int = 0
     """Stop after this many optimizer updates (0: by epochs)."""
     batch_size: int = 8
@@ -114,6 +118,8 @@ class TrainArguments(ScaleArguments):
     """Shape of the learning rate after the warm-up."""
     warmup_ratio: float = 0.02
     """Share of the steps that warm up linearly."""
+    warmup_steps: int = 0
+    """Number of the steps that warm up linearly (0: by --warmup_ratio)."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak (constant ignores it)."""
     decay_ratio: float = 0.2
@@ -151,6 +157,26 @@ class TrainArguments(ScaleArguments):
     """Steps between lines in metrics.jsonl."""
     eval_interval: int = 0
     """Steps between validations (0: only at the end)."""
+    eval_epochs: float = 0.0
+    """Passes over the data between validations, in place of --eval_interval: 1 is once per epoch."""
+    eval_batch_size: int = 0
+    """Rows per micro-batch of a validation, and answers per batch (0: batch_size); validation needs less memory."""
+    eval_metric: str = "loss"
+    """What each validation measures, with commas. The first one decides which weights are kept in best/ and when
+    --patience ends the run. loss; accuracy (of the next token; of pairs in preference tuning); of the model's own
+    answers to held-out conversations: exact, f1, bleu, rouge_l; suite:NAME (a benchmark in --suite_dir)."""
+    patience: int = 0
+    """End the run after this many validations in a row without a better value of the first metric (0: never)."""
+    eval_samples: int = 100
+    """Held-out conversations that the model answers in each validation for exact, f1, bleu and rouge_l, the first ones;
+    also the questions of a suite (0: all)."""
+    eval_max_new_tokens: int = 0
+    """Longest of these answers in tokens (0: twice as long as the longest expected one)."""
+    sample_prompts: str = ""
+    """Questions that the model answers in each validation, kept in samples.jsonl: a file of records, or of one question
+    per line (default: the first four of the validation data; none: no questions)."""
+    suite_dir: str = ""
+    """Directory with the data of suite:NAME."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the exported weights (checkpoints are always float32)."""
     use_wandb: bool = False
@@ -165,9 +191,11 @@ class TrainArguments(ScaleArguments):
     def check(self) -> None:
         """Raise ``UserError`` for the first value out of range."""
         at_least = {
-            "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulation_steps": 1, "global_batch_size": 0,
-            "max_seq_len": 1, "warmup_ratio": 0, "min_lr_ratio": 0, "decay_ratio": 0, "weight_decay": 0,
-            "grad_clip": 0, "num_workers": 0, "num_threads": 0, "log_interval": 1, "eval_interval": 0,
+            "max_steps": 0, "batch_size": 1, "accumulation_steps": 1, "global_batch_size": 0,
+            "max_seq_len": 1, "warmup_ratio": 0, "warmup_steps": 0, "min_lr_ratio": 0, "decay_ratio": 0,
+            "weight_decay": 0, "grad_clip": 0, "num_workers": 0, "num_threads": 0, "log_interval": 1,
+            "eval_interval": 0, "eval_epochs": 0, "eval_batch_size": 0, "patience": 0, "eval_samples": 0,
+            "eval_max_new_tokens": 0,
             "router_aux_loss_coef": 0, "router_z_loss_coef": 0, "router_bias_update_speed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
@@ -176,6 +204,7 @@ class TrainArguments(ScaleArguments):
         for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio", "adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} {value}: must lie between 0 and 1")
+        require(0 < self.epochs < math.inf, f"--epochs {self.epochs:g}: must be positive, e.g. 0.5 or 2")
         is_directory = not os.path.exists(self.save_dir) or os.path.isdir(self.save_dir)
         require(is_directory, f"--save_dir {self.save_dir}: is a file; name a directory")
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be at least 0 and below 2^63")
@@ -196,6 +225,50 @@ class TrainArguments(ScaleArguments):
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
         parse_columns(self.columns)
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """Raise ``UserError`` for metrics that do not exist, or that this stage or this run cannot measure."""
+        flag, names = f"--eval_metric {self.eval_metric}", self.metric_names
+        require(bool(names), "--eval_metric is empty: name a metric, such as loss")
+        known = ("loss", "accuracy", *ANSWER_METRICS)
+        for name in names:
+            is_suite = name.startswith("suite:") and len(name) > len("suite:")
+            message = f"{flag}: there is no metric {name}; choose from {', '.join(known)}, suite:NAME"
+            require(is_suite or name in known, message)
+            message = (
+                f"{flag}: {name} is of answers, and this stage learns from texts; it has loss, accuracy, suite:NAME"
+            )
+            require(self.has_answers or name not in ANSWER_METRICS, message)
+        has_suite = any(name.startswith("suite:") for name in names)
+        require(has_suite or not self.suite_dir, f"--suite_dir {self.suite_dir}: goes with --eval_metric suite:NAME")
+        require(not has_suite or bool(self.suite_dir), f"{flag}: name the directory of its data with --suite_dir")
+        is_directory = not self.suite_dir or os.path.isdir(self.suite_dir)
+        require(is_directory, f"--suite_dir {self.suite_dir}: no such directory")
+        message = f"--eval_interval {self.eval_interval} and --eval_epochs {self.eval_epochs:g}: choose one of them"
+        require(not (self.eval_interval and self.eval_epochs), message)
+        if self.sample_prompts not in ("", "none"):
+            for path in expand_paths(self.sample_prompts):
+                require(os.path.isfile(path), f"--sample_prompts {path}: no such file; none: no questions")
+        asked = [flag] * (names != ("loss",)) + [f"--patience {self.patience}"] * bool(self.patience)
+        asked += [f"--sample_prompts {self.sample_prompts}"] * (self.sample_prompts not in ("", "none"))
+        validates = bool(self.valid_path or self.valid_ratio)
+        message = f"{', '.join(asked)}: needs validation data; give --valid_path, or --valid_ratio 0.01"
+        require(validates or not asked, message)
+        message = (
+            f"--patience {self.patience}: counts validations, and there is only one, at the end; give --eval_interval"
+        )
+        require(not self.patience or bool(self.eval_interval or self.eval_epochs), message)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics of ``--eval_metric``; the first is the criterion."""
+        return tuple(dict.fromkeys(name.strip() for name in self.eval_metric.split(",") if name.strip()))
+
+    @property
+    def answer_metrics(self) -> tuple[str, ...]:
+        """Those of ``metric_names`` that need the model's own answers."""
+        return tuple(name for name in self.metric_names if name in ANSWER_METRICS)
 
     def rows_per_step(self, world_size: int) -> int:
         """Return the rows of one update over all ranks.

@@ -46,28 +46,43 @@ def read_records(
 
 
 def read_prompts(path: str | Path, *, columns: str = "") -> list[str | list[dict]]:
-    """Return the prompts of a file.
+    """Return the prompts of a file: those of ``read_questions``, without the answers."""
+    return [prompt for prompt, _ in read_questions(path, columns=columns)]
 
-    In a file of records, each record without its last answer is a prompt (``parse_prompt``). In any other file
-    (``.txt``, ``.md``, no suffix) each line that is not blank is one.
+
+def read_questions(path: str | Path, *, columns: str = "") -> list[tuple[str | list[dict], str]]:
+    """Return the prompts of a file with the answers that it expects, "" where it names none.
+
+    In a file of records, each record without its last answer is a prompt (``parse_prompt``); of preferences the chosen
+    reply is expected. In any other file (``.txt``, ``.md``, no suffix) each line that is not blank is a prompt.
 
     Raises:
         UserError: the file cannot be read, holds no prompt, or has a bad record.
     """
-    prompts: list[str | list[dict]] = []
+    questions: list[tuple[str | list[dict], str]] = []
     file_names = parse_columns(columns)
     for file in expand_paths(path):
         if data_suffix(file) not in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
-            prompts += [line for _, line in read_lines(file)]
+            questions += [(line, "") for _, line in read_lines(file)]
             continue
         for line, _, value in read_raw(check_file(file)):
             try:
-                prompts.append(parse_prompt(_with_our_names(value, file_names, data_suffix(file) in TABLES)))
+                value = _with_our_names(value, file_names, data_suffix(file) in TABLES)
+                questions.append((parse_prompt(value), _expected_answer(value, line)))
             except UserError as error:
                 raise UserError(f"{file}, line {line}: {error}") from None
-    if not prompts:
+    if not questions:
         raise UserError(f"{path} holds no prompt; write one per line")
-    return prompts
+    return questions
+
+
+def _expected_answer(value: object, line: int) -> str:
+    try:
+        record = parse_record(value, line)
+    except UserError:  # a question without an answer is a prompt too
+        return ""
+    turns = record.chosen if record.kind == "preference" else record.messages
+    return turns[-1].get("content") or "" if turns and turns[-1]["role"] == "assistant" else ""
 
 
 def _read_and_publish(path: Path, strict: bool, columns: dict[str, str]) -> Iterator[Record]:

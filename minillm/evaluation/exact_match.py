@@ -140,9 +140,20 @@ def greedy_answers(
 ) -> list[str]:
     """Return the greedy answer to each conversation, without special tokens, stripped; see ``exact_match``."""
     prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
+    return greedy_texts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def greedy_texts(
+    model, tokenizer, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int, bar: bool = True
+) -> list[str]:
+    """Return the greedy text after each prompt (token ids), without special tokens, stripped.
+
+    Args:
+        bar: whether this process shows the progress.
+    """
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts: dict[int, str] = {}
-    for first in progress(range(0, len(order), batch_size), desc="answering", unit="batch"):
+    for first in progress(range(0, len(order), batch_size), desc="answering", unit="batch", enabled=bar):
         batch = order[first : first + batch_size]
         completions = complete(
             model,

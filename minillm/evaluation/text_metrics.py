@@ -1,12 +1,15 @@
-"""BLEU and ROUGE: the overlap of an answer with a reference text, word by word.
+"""BLEU, ROUGE and F1: the overlap of an answer with a reference text, word by word.
 
-Papineni et al., BLEU (2002); Lin, ROUGE (2004). Both are computed by the libraries that published results use:
-sacrebleu (Post, A Call for Clarity in Reporting BLEU Scores, 2018) and rouge-score. For Chinese, sacrebleu compares
-single characters, and rouge-score compares the words of jieba.
+Papineni et al., BLEU (2002); Lin, ROUGE (2004); Rajpurkar et al., SQuAD (2016), for F1. BLEU and ROUGE are computed by
+the libraries that published results use: sacrebleu (Post, A Call for Clarity in Reporting BLEU Scores, 2018) and
+rouge-score. For Chinese, sacrebleu and F1 compare single characters, and rouge-score compares the words of jieba.
 """
 
 import logging
 import re
+import string
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +83,37 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> Rouge:
     scorer = RougeScorer(names, tokenizer=_Words(any(map(_CHINESE.search, [*answers, *references]))))
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     return Rouge(*(sum(score[name].fmeasure for score in scores) / len(scores) for name in names))
+
+
+def token_f1(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Return the mean F1 of the words that answer and reference share, over pairs; 0 to 1.
+
+    With n words in common, each as often as both have it, F1 = 2 n / (words of the answer + words of the reference).
+    Words are those of SQuAD's own script: lower-cased, without punctuation and without the articles a, an, the. In
+    Chinese each character is a word, as in the script of CMRC 2018. If a side has no words, F1 is 1 if the other has
+    none either, else 0.
+
+    Raises:
+        UserError: not as many references as answers, or none.
+    """
+    _check(answers, references)
+    scores = []
+    for answer, reference in zip(answers, references, strict=True):
+        words, reference_words = _f1_words(answer), _f1_words(reference)
+        n_common = (Counter(words) & Counter(reference_words)).total()
+        n_words = len(words) + len(reference_words)
+        scores.append(2 * n_common / n_words if words and reference_words else float(words == reference_words))
+    return sum(scores) / len(scores)
+
+
+def _f1_words(text: str) -> list[str]:
+    text = "".join(char for char in text.lower() if not _is_punctuation(char))
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return _CHINESE.sub(r" \g<0> ", text).split()
+
+
+def _is_punctuation(char: str) -> bool:
+    return char in string.punctuation or unicodedata.category(char).startswith("P")  # the first has $ + < = > ^ ` | ~
 
 
 class _Words:

@@ -7,6 +7,7 @@ from minillm.losses.cross_entropy import (
     cross_entropy,
     forward_with_head,
     linear_cross_entropy,
+    next_token_hits,
 )
 from minillm.losses.distill import (
     distill_loss,
@@ -22,5 +23,5 @@ __all__ = [
     "IGNORE_INDEX", "causal_lm_loss", "count_targets", "cross_entropy", "distill_loss", "dpo_loss", "forward_with_head",
     "hidden_distance",
     "kto_baseline", "kto_loss", "linear_cross_entropy", "linear_distill_loss", "linear_log_probs",
-    "linear_top_k_distill_loss", "sequence_log_probs", "top_k_teacher",
+    "linear_top_k_distill_loss", "next_token_hits", "sequence_log_probs", "top_k_teacher",
 ]  # fmt: skip

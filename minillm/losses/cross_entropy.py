@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm.kernels.chunked_loss import chunked_loss
 from minillm.kernels.linear_cross_entropy import linear_cross_entropy_sum
 
 IGNORE_INDEX = -100  # the target of a position where there is nothing to learn
@@ -110,6 +111,26 @@ def forward_with_head(
         head=head,
         router_stats=router_stats,
     )
+
+
+@torch.no_grad()
+def next_token_hits(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return how many targets of ``batch`` are the model's most probable token, and how many targets there are.
+
+    All targets count alike, whatever they weigh. Of equally probable tokens the one with the lowest id counts. Runs
+    inside the model's forward, chunk by chunk, as the loss does.
+    """
+    targets = batch["targets"].reshape(-1)  # (N,)
+
+    def is_hit(logits: Tensor, chunk_targets: Tensor) -> Tensor:  # (n, V), (n,) → (n,)
+        return (logits.argmax(-1) == chunk_targets).to(logits.dtype)
+
+    def head(hidden: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        positions = positions_with_target(targets)  # (n,)
+        used = hidden.reshape(-1, hidden.shape[-1])[positions]  # (n, D), or (n, V) without a weight
+        return chunked_loss(is_hit, used, weight, targets[positions], None), count_targets(targets)
+
+    return forward_with_head(model, batch, head)
 
 
 def causal_lm_loss(model, batch: dict[str, Tensor], router_stats=None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ class Header:
     directory: str
     warnings: tuple[str, ...] = ()
     loss: str = ""
+    metrics: str = ""  # of the validations, where they are more than the loss
 
     def text(self) -> str:
         """Return the block of lines."""
@@ -39,6 +40,8 @@ class Header:
         if self.loss:
             lines += _entry("loss", [self.loss])
         lines += _entry("updates", [self.updates])
+        if self.metrics:
+            lines += _entry("metrics", [self.metrics])
         lines += _entry("rate", [self.learning_rate])
         lines += _entry("device", [self.device])
         lines += _entry("directory", [self.directory])
@@ -54,7 +57,9 @@ class Footer:
     unit: str
     train_loss: float | None
     valid_loss: float | None
-    best_loss: float
+    metrics: str  # the other metrics of the last validation, as text
+    best: str  # the best value of the criterion and its step; empty without a validation
+    early_stop: str  # why the run ended before its last step; empty if it did not
     n_steps: int
     seconds: float
     directory: Path
@@ -69,9 +74,11 @@ class Footer:
             what = f"nats/{self.unit} of {self.objective}" if self.objective else f"nats/{self.unit}"
             lines += _entry("training", [f"loss {self.train_loss:.4f} {what} (mean of the last steps)"])
         if self.valid_loss is not None:
-            best = "its best" if self.valid_loss == self.best_loss else f"its best {self.best_loss:.4f}"
-            best += f" is kept in {self.directory / 'best'}"
-            lines += _entry("validation", [f"loss {self.valid_loss:.4f} nats/{self.unit}; {best}"])
+            lines += _entry("validation", [f"loss {self.valid_loss:.4f} nats/{self.unit}{self.metrics}"])
+        if self.best:
+            lines += _entry("best", [f"{self.best}, kept in {self.directory / 'best'}"])
+        if self.early_stop:
+            lines += _entry("ended", [self.early_stop])
         if self.warnings:
             lines += _entry("warnings", self.warnings)
         lines += _entry("saved", [f"{self.directory}"])

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ import minillm
 from minillm.checkpoints.lock import writable
 from minillm.model.router_stats import relative_entropy
 from minillm.reports.tracking import read_metrics
+
+MAX_ANSWER_STEPS = 6  # columns of the table of answers
 
 
 def write_run_file(directory: Path, content: dict) -> None:
@@ -38,35 +40,40 @@ def write_summary(
     tags: str,
     usage: str,
     report: Callable[[str], None],
+    metrics: Sequence[str] = (),
 ) -> None:
     """Write the picture, the page and the model card of a finished run.
+
+    The page also shows the answers of ``samples.jsonl``, a table of questions and steps.
 
     Without matplotlib the page has no picture and says how to get one; nothing else is lost.
 
     Args:
         facts: rows of the page's table. samples: pairs (prompt, text). unit: what the loss counts.
-        stage, tags, usage: of the model card. report: prints a line.
+        stage, tags, usage: of the model card. report: prints a line. metrics: of the validations; those besides the
+            loss are drawn.
     """
     rows = read_metrics(directory / "metrics.jsonl")
     picture = directory / "summary.png"
     with writable(directory):
         try:
-            draw_curves(rows, picture, title=directory.name, unit=unit)
+            draw_curves(rows, picture, title=directory.name, unit=unit, metrics=metrics)
         except ImportError:
             picture = None
             report("no summary.png: drawing needs matplotlib: pip install matplotlib")
-        page = _page(directory.name, facts, samples, picture)
+        page = _page(directory.name, facts, samples, read_metrics(directory / "samples.jsonl"), picture)
         head = f"---\n{tags}\n---\n\n# {directory.name}\n\nTrained with minillm, stage `{stage}`. {usage}\n\n"
         (directory / "summary.html").write_text(page, encoding="utf-8")
         (directory / "README.md").write_text(head + _model_card(facts, samples, picture), encoding="utf-8")
 
 
-def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token") -> None:
+def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token", metrics: Sequence[str] = ()) -> None:
     """Draw loss (training, validation, entropy floor), learning rate and gradient norm against the step.
 
     Rows of a mixture of experts add two pictures below: how busy each sparse layer's busiest expert is, in units of
     its fair share (1: all alike), and the entropy of the load in units of ln E (1: all alike). Rows of preference
-    tuning add its figures below.
+    tuning add its figures below. The first four of ``metrics`` that are not the loss are drawn at the bottom; the first
+    of ``metrics`` decides which weights are kept, so its best value is marked.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -80,9 +87,11 @@ def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token"
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
     loads = [(row["step"], row["expert_share"]) for row in train if row.get("expert_share")]
-    is_preference = any("accuracy" in row for row in rows)
-    figure = plt.figure(figsize=(14, 4 + 4 * bool(loads) + 4 * is_preference))
-    grid = figure.add_gridspec(1 + bool(loads) + is_preference, 4)
+    is_preference = any("accuracy" in row for row in train)
+    drawn = [name for name in metrics if name != "loss" and any(row.get(name) is not None for row in valid)][:4]
+    n_rows = 1 + bool(loads) + is_preference + bool(drawn)
+    figure = plt.figure(figsize=(14, 4 * n_rows))
+    grid = figure.add_gridspec(n_rows, 4)
     loss_axis, lr_axis, norm_axis = (figure.add_subplot(grid[0, columns]) for columns in (slice(2), 2, 3))
     loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7fa7d6", label="training")
     if valid:
@@ -108,7 +117,16 @@ def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token"
     if loads:
         _draw_loads(figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:]), loads)
     if is_preference:
-        _draw_preference([figure.add_subplot(grid[-1, column]) for column in range(4)], train, valid)
+        row = 1 + bool(loads)
+        _draw_preference([figure.add_subplot(grid[row, column]) for column in range(4)], train, valid)
+    for column, name in enumerate(drawn):
+        points = [(row["step"], row[name]) for row in valid if row.get(name) is not None]
+        axis = figure.add_subplot(grid[-1, column])
+        axis.plot(*zip(*points, strict=True), "o-", color="#b3402a", label=name)
+        if name == metrics[0]:
+            axis.plot(*max(points, key=lambda point: point[1]), "*", color="#3b7d3b", markersize=16, label="best/")
+            axis.legend()
+        axis.set(title=f"{name} of validation", xlabel="step")
     for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -159,7 +177,13 @@ def git_revision() -> str | None:
         return None
 
 
-def _page(title: str, facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:
+def _page(
+    title: str,
+    facts: dict[str, str],
+    samples: list[tuple[str, str]],
+    answers: list[dict],
+    picture: Path | None,
+) -> str:
     escape = html.escape
     rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
     texts = "".join(f"<div><b>{escape(a)}</b><pre>{escape(b)}</pre></div>" for a, b in samples)
@@ -169,13 +193,40 @@ def _page(title: str, facts: dict[str, str], samples: list[tuple[str, str]], pic
     style = (
         "body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
         "img{max-width:100%}th{text-align:left;padding-right:2em;font-weight:600;vertical-align:top}"
+        ".answers{border-collapse:collapse;font-size:14px}"
+        ".answers th,.answers td{border:1px solid #ddd;padding:.4em .6em;vertical-align:top;white-space:pre-wrap}"
         "pre{background:#f5f5f2;padding:.6em;white-space:pre-wrap;margin:.2em 0 1em}"
     )
     return (
         f'<!doctype html><html><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{style}</style></head><body><h1>{escape(title)}</h1>{image}<table>{rows}</table>"
-        f"<h2>Samples</h2>{texts or '<p>none</p>'}</body></html>"
+        f"{_answer_table(answers)}<h2>Samples</h2>{texts or '<p>none</p>'}</body></html>"
     )
+
+
+def _answer_table(answers: list[dict]) -> str:
+    """Return a table of what the model answered at validations: a row per question, a column per step.
+
+    Args:
+        answers: rows of ``samples.jsonl``. Of many steps the first, the last and some between them are shown.
+    """
+    if not answers:
+        return ""
+    steps = sorted({row["step"] for row in answers})
+    n = min(len(steps), MAX_ANSWER_STEPS)
+    shown = [steps[round(index * (len(steps) - 1) / max(1, n - 1))] for index in range(n)]
+    texts: dict[int, list[dict]] = {step: [row for row in answers if row["step"] == step] for step in shown}
+    head = "".join(f"<th>{name}</th>" for name in ("question", *(f"step {step:,}" for step in shown), "expected"))
+    body = ""
+    for number, last in enumerate(texts[shown[-1]]):
+        cells = [last["question"]]
+        for step in shown:
+            row = texts[step][number] if number < len(texts[step]) else {}
+            is_same = row.get("question") == last["question"]  # a resumed run may have other questions than before
+            cells.append(row["answer"] if is_same else "")
+        cells.append(last["expected"])
+        body += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
+    return f'<h2>Answers over time</h2><table class="answers"><tr>{head}</tr>{body}</table>'
 
 
 def _model_card(facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:

@@ -23,6 +23,7 @@ class Tracker:
 
     def __init__(self, directory: Path, *, enabled: bool, total_steps: int, first_step: int, name: str):
         self.directory, self.path, self.enabled = directory, directory / "metrics.jsonl", enabled
+        self.samples_path = directory / "samples.jsonl"
         self.total_steps, self.first_step = total_steps, first_step
         self._began = time.perf_counter()
         self.wandb = None
@@ -36,9 +37,11 @@ class Tracker:
         )  # fmt: skip
 
     def begin(self, *, after_step: int, without_validation: bool = False) -> None:
-        """Drop what ``metrics.jsonl`` holds past ``after_step``; see ``truncate_metrics``."""
+        """Drop what ``metrics.jsonl`` and ``samples.jsonl`` hold past ``after_step``; see ``truncate_metrics``."""
         if self.enabled:
             truncate_metrics(self.path, after_step=after_step, without_validation=without_validation)
+            if self.samples_path.exists():
+                truncate_metrics(self.samples_path, after_step=after_step, without_validation=without_validation)
 
     def start_wandb(self, *, project: str, config: dict, run_id: str | None) -> None:
         """Begin (or, with ``run_id``, continue) a run at Weights & Biases.
@@ -81,19 +84,18 @@ class Tracker:
         """
         if not self.enabled:
             return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; make room there and resume with --from_resume"
-            ) from error
+        _append(self.path, [row])
         if self.wandb is not None and row["step"] > self._sent.get(row["split"], -1):
             prefix = row["split"]
             self._sent[prefix] = row["step"]
             _replace(self._sent_path(), json.dumps(self._sent))
             values = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
             self.wandb.log(values, step=row["step"])
+
+    def log_samples(self, rows: list[dict]) -> None:
+        """Append the answers of a validation to ``samples.jsonl``: ``step, question, answer, expected``."""
+        if self.enabled and rows:
+            _append(self.samples_path, rows)
 
     def _sent_path(self) -> Path:
         """Return where it stands what wandb's run has; several processes in turn may have sent to it."""
@@ -184,8 +186,22 @@ def truncate_metrics(path: Path, *, after_step: int, without_validation: bool = 
     """
     rows = [row for row in read_metrics(path) if row["step"] <= after_step] if after_step else []
     if without_validation:
-        rows = [row for row in rows if (row["step"], row.get("split")) != (after_step, "valid")]
-    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [row for row in rows if (row["step"], row.get("split", "valid")) != (after_step, "valid")]
+    _replace(path, "".join(map(_line, rows)))
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(map(_line, rows)))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room there and resume with --from_resume"
+        ) from error
 
 
 def _read_sent(path: Path) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a run tells people about itself: the header, the footer, ``run.yaml`` and the facts of its page."""
 
 import dataclasses
+import math
 import shlex
 import sys
 
@@ -8,6 +9,11 @@ from minillm.reports.announce import Footer, Header
 from minillm.reports.tracking import rate
 
 FEW_UPDATES = 50
+ACCURACIES = {  # by what a loss counts
+    "token": "next tokens that are the most probable one",
+    "pair": "pairs with the chosen reply ahead",
+    "reply": "replies on the right side",
+}
 MODES = {"pretrain": 0, "full_sft": 1, "rlhf": 2, "reason": 3}  # --model_mode of eval_model.py
 
 
@@ -21,7 +27,8 @@ def header_of(run) -> Header:
     if args.max_steps:
         updates += f"; --max_steps {args.max_steps}"
     else:
-        updates += f"; {_plural(args.epochs, 'epoch')} of {loader.steps_per_epoch:,}"
+        epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs:g} epochs"
+        updates += f"; {epochs} of {loader.steps_per_epoch:,}"
     if run.progress.step:
         updates += f"; resumed at step {run.progress.step:,}"
     warning = "" if args.max_steps else few_updates(run.total_steps, args)
@@ -40,6 +47,7 @@ def header_of(run) -> Header:
         directory=str(run.directory),
         warnings=(warning,) if warning else (),
         loss=_preference_loss(run.objective.settings()),
+        metrics=_metrics_of(run),
     )
 
 
@@ -52,7 +60,9 @@ def footer_of(run) -> Footer:
         unit=objective.unit,
         train_loss=run.log.last_loss,
         valid_loss=progress.last_eval.get("loss"),
-        best_loss=progress.best_loss,
+        metrics=metrics_text({name: progress.last_eval.get(name) for name in run.metrics.names if name != "loss"}),
+        best=best_of(run),
+        early_stop=early_stop(run),
         n_steps=progress.step,
         seconds=progress.seconds,
         directory=run.directory,
@@ -101,19 +111,49 @@ def facts_of(run) -> dict[str, str]:
         "loss": f"validation loss (nats/{unit})",
         "bits_per_byte": "bits per byte",
         "floor": "entropy floor (nats/token)",
-        "accuracy": "pairs with the chosen reply ahead" if unit == "pair" else "replies on the right side",
+        "accuracy": ACCURACIES[unit],
         "margin": "margin of the rewards",
         "kl": "distance from the reference (nats/reply)",
     }
     last_eval = progress.last_eval
-    return facts | {text: f"{last_eval[key]:.4f}" for key, text in names.items() if key in last_eval}
+    if early_stop(run):
+        facts["stopped early"] = early_stop(run)
+    if best_of(run):
+        facts["best/"] = best_of(run)
+    names = {name: name for name in run.metrics.names} | names
+    return facts | {text: f"{last_eval[key]:.4f}" for key, text in names.items() if last_eval.get(key) is not None}
+
+
+def metrics_text(values: dict[str, float | None]) -> str:
+    """Return metrics as text behind a loss: ``, exact 0.25, bleu 12.5``."""
+    return "".join(f", {name} {value:.4g}" for name, value in values.items() if value is not None)
+
+
+def best_of(run) -> str:
+    """Return the best value of the criterion and its step; empty before a validation."""
+    progress, criterion = run.progress, run.metrics.names[0]
+    if progress.best_value is None:
+        return ""
+    step = f" at step {progress.best_step:,}" if progress.best_step >= 0 else ""  # older checkpoints do not know it
+    return f"{criterion} {progress.best_value:.4f}{step}"
+
+
+def early_stop(run) -> str:
+    """Return why the run ends before its last step; empty if it does not."""
+    if not run.stops_early:
+        return ""
+    criterion, n = run.metrics.names[0], run.progress.n_without_gain
+    return (
+        f"stopped after step {run.progress.step:,} of {run.total_steps:,}: {criterion} has not been better in "
+        f"{_plural(n, 'validation')} (--patience {run.args.patience})"
+    )
 
 
 def few_updates(n_updates: int, args) -> str:
     """Return what to change where ``n_updates`` are too few to learn from; empty where they are enough."""
     if n_updates >= FEW_UPDATES:
         return ""
-    epochs = -(-FEW_UPDATES * args.epochs // n_updates)
+    epochs = math.ceil(FEW_UPDATES * args.epochs / n_updates)
     rows = "lower --batch_size" if not args.global_batch_size else "lower --global_batch_size"
     if args.accumulation_steps > 1:
         rows = f"lower --accumulation_steps (now {args.accumulation_steps})"
@@ -122,7 +162,7 @@ def few_updates(n_updates: int, args) -> str:
     packed = "" if args.packing == "none" else f", --max_seq_len (now {args.max_seq_len}), or --packing none"
     return (
         f"only {n_updates} updates, where fewer than {FEW_UPDATES} seldom teach anything: raise --epochs (now "
-        f"{args.epochs}) to {epochs}, or {rows}{packed} for more, smaller rows"
+        f"{args.epochs:g}) to {epochs}, or {rows}{packed} for more, smaller rows"
     )
 
 
@@ -137,6 +177,15 @@ def next_command(run) -> str:
     if run.args.tokenizer_path:
         words += ["--tokenizer_path", run.args.tokenizer_path]
     return shlex.join(["python", "eval_model.py", *words])
+
+
+def _metrics_of(run) -> str:
+    """Return what validations measure and decide; empty where it is the loss alone, and nothing ends early."""
+    names, patience = run.metrics.names, run.args.patience
+    if run.valid_loader is None or (names == ("loss",) and not patience):
+        return ""
+    text = f"{', '.join(names)}; the weights of the best {names[0]} are kept in best/"
+    return f"{text}; {_plural(patience, 'validation')} without a better one end the run" if patience else text
 
 
 def _preference_loss(settings: dict) -> str:

@@ -42,7 +42,7 @@ from minillm.training.balance import Balance
 from minillm.training.optim import adamw
 from minillm.training.schedule import Schedule, schedule_factor
 from minillm.training.step import Progress, Step
-from minillm.training.validation import evaluate_loss
+from minillm.training.validation import LossAlone, evaluate_answers, evaluate_loss
 
 MAX_SKIPPED_IN_A_ROW = 50  # float16: each overflow halves the loss scale; after 50 the scale is not the cause
 
@@ -135,11 +135,16 @@ class Run:
 
     # ---- before the loop -------------------------------------------------------------------------------------
 
-    def batching(self) -> dict:
-        """Return the keyword arguments of ``StepBatches`` that follow from the arguments and the ranks."""
+    def batching(self, batch_size: int = 0) -> dict:
+        """Return the keyword arguments of ``StepBatches`` that follow from the arguments and the ranks.
+
+        Args:
+            batch_size: another one than of training; a step is then as close to as many rows as it allows.
+        """
+        n_at_once = (batch_size or self.args.batch_size) * self.ranks.world_size
         return {
-            "batch_size": self.args.batch_size,
-            "global_batch_size": self.rows_per_step,
+            "batch_size": batch_size or self.args.batch_size,
+            "global_batch_size": max(1, self.rows_per_step // n_at_once) * n_at_once,
             "rank": self.ranks.rank,
             "world_size": self.ranks.world_size,
             "seed": self.args.seed,
@@ -174,7 +179,7 @@ class Run:
         loader, valid_loader = StepBatches(train_rows, **self.batching()), None
         if args.valid_data:
             held_out = rows_of(valid_rows or rows, args.valid_data, False)
-            valid_loader = StepBatches(held_out, **self.batching(), shuffle=False)
+            valid_loader = StepBatches(held_out, **self.batching(args.eval_batch_size), shuffle=False)
         return loader, valid_loader
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -232,6 +237,7 @@ class Run:
         loss: Callable,
         from_scratch: bool = False,
         watch=None,
+        metrics=None,
     ) -> nn.Module:
         """Lock the run directory, restore the newest checkpoint if asked, and return the module to call.
 
@@ -241,6 +247,7 @@ class Run:
             loss: the stage's: an ``Objective``, or a function of the form ``causal_lm_loss``.
             from_scratch: the weights are random, so the first loss is compared with ln V.
             watch: watches an adapter while it is trained (``minillm.reports.watch.Watch``); the main rank's is used.
+            metrics: what a validation measures besides the loss (``minillm.evaluation.ValidationMetrics``).
 
         Raises:
             UserError: before anything is written: more than a tenth of the data was rejected; the directory holds
@@ -254,10 +261,14 @@ class Run:
             raise UserError(f"--monitor with --parallel {args.parallel}: no rank has the gradients whole; use ddp")
         self.loader, self.valid_loader, self.tokenizer = loader, valid_loader, tokenizer
         self.objective = Objective.of(loss)
+        self.metrics = metrics or LossAlone()
+        self.eval_interval = args.eval_interval
+        if args.eval_epochs:
+            self.eval_interval = max(1, round(args.eval_epochs * loader.steps_per_epoch))
         self.total_steps = self._n_steps(loader)
         self.watch = watch if watch is not None and ranks.is_main else NoWatch()
         module = self.engine.attach(optimizer)
-        self.progress.n_warmup_steps = math.ceil(args.warmup_ratio * self.total_steps)
+        self.progress.n_warmup_steps = args.warmup_steps or math.ceil(args.warmup_ratio * self.total_steps)
         self.schedule = Schedule(optimizer, self.learning_rate_factor(self.total_steps))
 
         checkpoints = self.run_directory.checkpoints
@@ -284,12 +295,15 @@ class Run:
         self.log.print(describe.header_of(self).text())
         if self.step >= self.total_steps:
             self.log.print("this run has made all its steps: nothing is trained; --extend makes a run longer")
+        elif self.stops_early:
+            self.log.print(f"{describe.early_stop(self)}: nothing is trained; a larger --patience continues")
         module.train()
         return module
 
     def _n_steps(self, loader: StepBatches) -> int:
         """Return the updates of the whole run."""
-        return self.args.max_steps or self.args.epochs * loader.steps_per_epoch
+        n_steps = round(self.args.epochs * loader.steps_per_epoch, 6)  # 0.1 * 30 is 3.0000000000000004
+        return self.args.max_steps or math.ceil(n_steps)
 
     def learning_rate_factor(self, total_steps: int) -> Callable[[int], float]:
         """Return the schedule of a run of ``total_steps``: the share of the peak learning rate, by step."""
@@ -311,14 +325,14 @@ class Run:
         if progress.validation_due and self.valid_loader is not None:  # a checkpoint made before its validation
             self._take_directory()
             self.validate()
-        while progress.step < self.total_steps:
+        while progress.step < self.total_steps and not self.stops_early:
             if self.args.num_workers:
                 self.saver.wait()  # workers are forked now: not while a thread writes and holds locks
             batches = loader.iterate(progress.epoch, progress.step_in_epoch, num_workers=self.args.num_workers)
             began = time.perf_counter()
             for _, micro_batches in batches:
                 yield self._make_step(micro_batches, began)
-                if progress.step >= self.total_steps:
+                if progress.step >= self.total_steps or self.stops_early:
                     break
                 began = time.perf_counter()
 
@@ -352,7 +366,8 @@ class Run:
             self.watch.after_update(number, self.engine.optimizer)
         is_last = number == self.total_steps
         log_due = number % args.log_interval == 0 or is_last
-        eval_due = bool(args.eval_interval) and number % args.eval_interval == 0 and self.valid_loader is not None
+        interval = self.eval_interval
+        eval_due = bool(interval) and number % interval == 0 and self.valid_loader is not None
         stop, minutes_over = self._requests()
         save_due = stop or minutes_over or bool(args.save_interval and number % args.save_interval == 0)
         self._read_steps(all_of_them=log_due or eval_due or save_due)
@@ -370,6 +385,12 @@ class Run:
             self._stop()
         if eval_due:
             self.validate()
+
+    @property
+    def stops_early(self) -> bool:
+        """Return whether --patience ends the run before its last step; the same on all ranks."""
+        progress, patience = self.progress, self.args.patience
+        return 0 < patience <= progress.n_without_gain and progress.step < self.total_steps
 
     def _apply(self, step: Step) -> None:
         """Clip, check that loss and norm are finite, and apply the update.
@@ -467,6 +488,7 @@ class Run:
             tags=self.output.tags,
             usage=self.output.usage,
             report=self.log.print,
+            metrics=self.metrics.names,
         )
         self.log.print(describe.footer_of(self).text())
 
@@ -482,20 +504,29 @@ class Run:
             ) from error
 
     def validate(self) -> None:
-        """Measure the validation loss, log it, and keep the best weights under ``best/``.
+        """Measure the validation loss and the other metrics, log them, and keep the best weights under ``best/``.
 
         If a signal arrives meanwhile, the run is saved without the validation and stops; it validates when it resumes.
         """
-        progress = self.progress
-        result = evaluate_loss(self.engine, self.valid_loader, self.objective, should_stop=lambda: self.signals.caught)
+        progress, metrics = self.progress, self.metrics
+        result = evaluate_loss(
+            self.engine,
+            self.valid_loader,
+            self.objective,
+            with_accuracy="accuracy" in metrics.names,
+            should_stop=lambda: self.signals.caught,
+        )
         if result is None:
             self.save()
             self._stop()
-        progress.eval_step, progress.validation_due, progress.last_eval = progress.step, False, result
-        figures = self.objective.measures.text(result)
-        self.log.valid_row(progress, result, unit=self.objective.unit, figures=figures)
-        if result["loss"] < progress.best_loss:
-            progress.best_loss = result["loss"]
+        values, samples = evaluate_answers(metrics, self.engine, self.saver)
+        is_better = progress.add_validation(result | values, criterion=metrics.names[0])
+        measures = self.objective.measures
+        shown = {name: progress.last_eval[name] for name in metrics.names if name not in ("loss", *measures.shown)}
+        figures = measures.text(result) + describe.metrics_text(shown)
+        self.log.valid_row(progress, progress.last_eval, unit=self.objective.unit, figures=figures)
+        self.log.tracker.log_samples([{"step": progress.step} | sample for sample in samples])
+        if is_better:
             model = self.saver.whole_model()
             self.ranks.on_main_rank(lambda: self.export(self.directory / "best", model))
 

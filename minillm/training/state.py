@@ -9,8 +9,8 @@ from minillm.checkpoints import checkpoint, resume
 
 # Flags that decide the schedule, the updates and the order of the data: a run that resumes with others is another run.
 FLAGS = (
-    "seed", "max_seq_len", "learning_rate", "lr_scheduler", "warmup_ratio", "min_lr_ratio", "decay_ratio",
-    "weight_decay", "adam_beta1", "adam_beta2", "grad_clip", "valid_ratio",
+    "seed", "max_seq_len", "learning_rate", "lr_scheduler", "warmup_ratio", "warmup_steps", "min_lr_ratio",
+    "decay_ratio", "weight_decay", "adam_beta1", "adam_beta2", "grad_clip", "valid_ratio",
 )  # fmt: skip
 
 
@@ -88,6 +88,7 @@ def identity_of(run) -> dict:
         **run.balance.settings(),
         **run.output.settings(),
         **run.objective.settings(),
+        **run.metrics.settings(),
     }
 
 

@@ -127,7 +127,9 @@ class Progress:
         step: updates made. epoch, step_in_epoch: where the data stands.
         tokens: seen over all ranks, without padding. seconds: spent in steps, without validation and saving.
         skipped_steps: updates left out because of an overflow (float16).
-        best_loss, last_eval, eval_step: the best validation loss, the last validation, and its step.
+        last_eval, eval_step: the last validation, and its step.
+        best_value, best_step: of the criterion, the first metric of --eval_metric; None before a validation.
+        n_without_gain: validations since then, for --patience.
         validation_due: a checkpoint made before this step's validation says so; a resumed run begins with it.
         n_warmup_steps: of the schedule; a longer run keeps those of the run it extends.
     """
@@ -138,9 +140,11 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
-    best_loss: float = math.inf
     last_eval: dict = field(default_factory=dict)
     eval_step: int = -1
+    best_value: float | None = None
+    best_step: int = -1
+    n_without_gain: int = 0
     validation_due: bool = False
     n_warmup_steps: int = 0
 
@@ -152,11 +156,28 @@ class Progress:
         self.tokens += n_tokens
         self.seconds += seconds
 
+    def add_validation(self, result: dict, *, criterion: str) -> bool:
+        """Note the validation of the last step; return whether the criterion is better than ever before.
+
+        Only the loss is better where it is lower. A value that is not a number is never better.
+        """
+        self.eval_step, self.validation_due, self.last_eval = self.step, False, result
+        value, best = result[criterion], self.best_value
+        is_number = value is not None and math.isfinite(value)
+        is_better = is_number and (best is None or (value < best if criterion == "loss" else value > best))
+        if is_better:
+            self.best_value, self.best_step = value, self.step
+        self.n_without_gain = 0 if is_better else self.n_without_gain + 1
+        return is_better
+
     def state(self) -> dict:
         """Return what a checkpoint holds."""
         return asdict(self)
 
     def load_state(self, counters: dict) -> None:
         """Continue from ``counters``; older checkpoints write some names with an underscore, or lack them."""
+        counters = {name.removeprefix("_"): value for name, value in counters.items()}
+        if "best_loss" in counters and math.isfinite(loss := counters.pop("best_loss")):  # older, without its step
+            self.best_value = loss
         for name, value in counters.items():
-            setattr(self, name.removeprefix("_"), value)
+            setattr(self, name, value)

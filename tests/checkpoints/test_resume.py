@@ -1,7 +1,10 @@
 """What a checkpoint holds and what is compared when a run resumes; the exactness itself is in tests/contracts."""
 
+from pathlib import Path
+
 import pytest
 
+from minillm.checkpoints import resume
 from minillm.checkpoints.interrupt import Interrupted
 from minillm.errors import UserError
 from minillm.reports.tracking import read_metrics
@@ -44,3 +47,12 @@ def test_figures_go_on_amid_a_window(tmp_path):
     rows = [[{k: v for k, v in row.items() if k not in clock} for row in each] for each in rows]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [3, 6]
+
+
+def test_checkpoints_of_earlier_versions_are_resumed_with_the_defaults_of_newer_flags():
+    older = {"identity": {"seed": 1, "total_steps": 9}}
+    now = older["identity"] | {"warmup_steps": 0, "eval_metric": "loss"}
+    assert not resume.check_same_run(Path("step-1"), older, now, data_files={})
+    for changed in ({"warmup_steps": 5}, {"eval_metric": "exact"}):
+        with pytest.raises(UserError, match=next(iter(changed))):
+            resume.check_same_run(Path("step-1"), older, now | changed, data_files={})

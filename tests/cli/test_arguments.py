@@ -42,7 +42,8 @@ def test_defaults_that_others_rely_on(file):
 @pytest.mark.parametrize(
     ("name", "value", "limit"),
     [
-        ("epochs", 0, "at least 1"), ("max_steps", -1, "at least 0"), ("batch_size", 0, "at least 1"),
+        ("epochs", 0, "positive, e.g. 0.5 or 2"), ("warmup_steps", -1, "at least 0"), ("patience", -1, "at least 0"),
+        ("max_steps", -1, "at least 0"), ("batch_size", 0, "at least 1"),
         ("accumulation_steps", 0, "at least 1"), ("global_batch_size", -8, "at least 0"),
         ("max_seq_len", 0, "at least 1"), ("max_seq_len", -5, "at least 1"), ("warmup_ratio", -0.1, "at least 0"),
         ("warmup_ratio", 1.5, "between 0 and 1"), ("min_lr_ratio", 1.01, "between 0 and 1"),

@@ -140,6 +140,7 @@ def train(
     before_update: Callable[[Run], None] = lambda run: None,
     finish: bool = False,
     validate: bool = False,
+    metrics=None,
 ) -> dict:
     """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
 
@@ -147,6 +148,7 @@ def train(
         lora: train an adapter of the settings ``LORA`` alone. weighted: see ``RaggedRows``. loss: of tokens.
         prepare: called with the run before the loop. before_update: called before every ``run.update(step)``.
         finish: save a checkpoint and the model at the end, as the scripts do. validate: every ``eval_interval`` steps.
+        metrics: of the validations.
     """
     with Run(args, stage="pretrain", engine=engine, output=TinyAdapter() if lora else None) as run:
         model = tiny_model(double=double, dropout=dropout, config=config)
@@ -155,7 +157,7 @@ def train(
         loader = StepBatches(RaggedRows(n_rows, weighted=weighted), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         valid_loader = StepBatches(RaggedRows(7, seed=1), **run.batching(), shuffle=False) if validate else None
-        model = run.start(optimizer, loader, valid_loader, tokenizer=None, loss=loss)
+        model = run.start(optimizer, loader, valid_loader, tokenizer=None, loss=loss, metrics=metrics)
         prepare(run)
         for step in run.steps(loader):
             for batch in step:

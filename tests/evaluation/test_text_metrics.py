@@ -1,13 +1,15 @@
 """BLEU and ROUGE against the slow obvious formulas, on texts whose figures can be worked out by hand."""
 
 import math
+import re
+import string
 import sys
 from collections import Counter
 
 import pytest
 
 from minillm.errors import UserError
-from minillm.evaluation import bleu, rouge
+from minillm.evaluation import bleu, rouge, token_f1
 
 ANSWERS = ["the cat sat on the mat", "a dog barked at night near the old mill", "yes it is so", "red"]
 REFERENCES = ["the cat sat on a mat", "the dog barked all night near an old mill", "yes it is so", "blue house"]
@@ -116,3 +118,52 @@ def test_a_missing_package_is_named(monkeypatch, metric, package, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"pip install {package}.*minillm\[eval\]"):
         metric(["我喜欢"], ["我喜欢"])
+
+
+# ---- F1 -----------------------------------------------------------------------------------------------------------
+
+
+def f1_of_squad(answer, reference):
+    """As in the evaluation script of SQuAD 2.0: normalize_answer, get_tokens, compute_f1."""
+
+    def words(text):
+        text = "".join(char for char in text.lower() if char not in set(string.punctuation))
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()).split()
+
+    gold, predicted = words(reference), words(answer)
+    n_same = sum((Counter(gold) & Counter(predicted)).values())
+    if not gold or not predicted:
+        return int(gold == predicted)
+    if n_same == 0:
+        return 0
+    precision, recall = n_same / len(predicted), n_same / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+PAIRS = [
+    ("The cat's hat", "cats hat!"), ("an apple, an apple and the tree", "apple tree"), ("", ""), ("", "word"),
+    ("the", "a"), ("the", "dog"), ("B b b c", "b c c"), ("$5 = 5", "5"), ("same same", "same same"), ("x", "y"),
+]  # fmt: skip
+
+
+def test_f1_is_that_of_squad():
+    for answer, reference in PAIRS:
+        assert token_f1([answer], [reference]) == pytest.approx(f1_of_squad(answer, reference)), (answer, reference)
+    answers, references = zip(*PAIRS, strict=True)
+    mean = sum(f1_of_squad(*pair) for pair in PAIRS) / len(PAIRS)
+    assert token_f1(answers, references) == pytest.approx(mean, rel=1e-12)
+    assert 0 < mean < 1
+
+
+def test_f1_of_chinese_counts_characters_and_leaves_punctuation_out():
+    # 今 天 天 气 好 and 今 天 的 天 气 很 好: 5 in common
+    assert token_f1(["今天天气好。"], ["今天的天气，很好！"]) == pytest.approx(2 * 5 / (5 + 7))
+    # 我 用 python and 我 爱 python 3: 2 in common
+    assert token_f1(["我用Python"], ["我爱python 3"]) == pytest.approx(2 * 2 / (3 + 4))
+
+
+def test_f1_needs_a_reference_for_each_answer():
+    with pytest.raises(UserError, match="2 answers and 1 references"):
+        token_f1(["a", "b"], ["a"])
+    with pytest.raises(UserError, match="no answers"):
+        token_f1([], [])

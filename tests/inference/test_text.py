@@ -40,6 +40,13 @@ def test_control_tokens_are_left_out_and_tags_shown(byte_tokenizer):
     assert text == byte_tokenizer.decode(ids, skip_special_tokens=True) == "<think>x"
 
 
+def test_ids_beyond_the_vocabulary_are_dropped_as_by_decode(byte_tokenizer):
+    """Embeddings are often padded, and a model that knows little may choose such an id."""
+    decoder = TextDecoder(byte_tokenizer)
+    ids = [*byte_tokenizer.encode("你")[:2], 267, *byte_tokenizer.encode("你")[2:], 300, *byte_tokenizer.encode("x")]
+    assert "".join(map(decoder.push, ids)) == byte_tokenizer.decode(ids, skip_special_tokens=True) == "你x"
+
+
 def run(stops, chunks):
     """Return the text let through after each chunk, up to and with the stop, and whether one was found."""
     matcher, pieces = StopMatcher(tuple(stops)), []

@@ -21,6 +21,7 @@ from minillm.objectives.objective import Objective
 from minillm.reports import summary
 from minillm.training.describe import facts_of, run_file_of
 from minillm.training.step import Progress
+from minillm.training.validation import LossAlone
 
 FLOOR = 1.2345
 LAST_EVAL = {"loss": 1.5, "n_targets": 9.0, "bits_per_byte": 0.75, "floor": FLOOR}
@@ -56,12 +57,16 @@ def run(tmp_path, monkeypatch):
         log=SimpleNamespace(print=printed.append, alarm=SimpleNamespace(messages=[])),
         printed=printed,
         objective=Objective(causal_lm_loss),
+        metrics=LossAlone(),
+        stops_early=False,
     )
 
 
 def write_page(run, samples):
     texts = {"tags": run.output.tags, "usage": run.output.usage, "stage": run.stage, "unit": run.objective.unit}
-    summary.write_summary(run.directory, facts_of(run), samples, **texts, report=run.log.print)
+    summary.write_summary(
+        run.directory, facts_of(run), samples, **texts, report=run.log.print, metrics=run.metrics.names
+    )
 
 
 @pytest.fixture
@@ -250,3 +255,61 @@ def test_preference_tuning_has_its_figures_below(run, drawn):
     card = (run.directory / "README.md").read_text()
     assert "| validation loss (nats/pair) | 0.6000 |" in card
     assert "| pairs with the chosen reply ahead | 0.7500 |" in card
+
+
+# ---- metrics and answers over time --------------------------------------------------------------------------------
+
+
+def test_metrics_are_drawn_and_the_best_value_of_the_first_is_marked(run, drawn):
+    run.metrics.names = ("exact", "loss", "bleu", "f1")
+    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    for row, exact, score in zip(rows[3:], (0.5, 0.25), (3.0, None), strict=True):
+        row |= {"exact": exact, "bleu": score}
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_page(run, [])
+    *_, exact, bleu = drawn[0].axes
+    assert len(drawn[0].axes) == 5  # nothing has measured f1
+    assert lines_of(exact) == {"exact": [(2, 0.5), (3, 0.25)], "best/": [(2, 0.5)]}
+    assert lines_of(bleu) == {"bleu": [(2, 3.0)]}
+    assert (exact.get_title(), bleu.get_title()) == ("exact of validation", "bleu of validation")
+
+
+def test_answers_over_time_are_a_table(run):
+    rows = [
+        {"step": step, "question": question, "answer": f"<b>{question} {step}", "expected": f"{question}!"}
+        for step in (1, 2, 5, 6, 7, 8, 9, 10, 11, 20)
+        for question in ("a&b", "小明")
+    ]
+    rows[0]["question"] = "another question"  # asked before the run was resumed
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run.directory / "samples.jsonl").write_text(text + '{"step": 20, "quest')  # cut short by a kill
+    write_page(run, [])
+    page = (run.directory / "summary.html").read_text(encoding="utf-8")
+    steps = (1, 5, 7, 8, 10, 20)  # of ten six, with the first and the last
+    head = "".join(f"<th>{name}</th>" for name in ("question", *(f"step {step}" for step in steps), "expected"))
+    assert f"<tr>{head}</tr>" in page
+    first, second = (
+        [question, *(f"&lt;b&gt;{question} {step}" for step in steps), f"{question}!"]
+        for question in ("a&amp;b", "小明")
+    )
+    first[1] = ""
+    for cells in (first, second):
+        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in page
+    assert "<b>" not in page
+
+
+def test_without_answers_there_is_no_table(run):
+    write_page(run, [])
+    assert "Answers over time" not in (run.directory / "summary.html").read_text(encoding="utf-8")
+
+
+def test_the_best_value_and_an_early_end_are_facts(run):
+    run.progress = Progress(step=3, best_value=0.25, best_step=2, n_without_gain=1, last_eval=LAST_EVAL | {"f1": 0.2})
+    run.metrics.names, run.args = ("f1",), PretrainArguments(data_path="x", patience=1)
+    facts = facts_of(run)
+    assert (facts["best/"], facts["f1"]) == ("f1 0.2500 at step 2", "0.2000")
+    assert "stopped early" not in facts
+    run.stops_early, run.total_steps = True, 9
+    assert facts_of(run)["stopped early"].startswith(
+        "stopped after step 3 of 9: f1 has not been better in 1 validation"
+    )

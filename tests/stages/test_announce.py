@@ -55,7 +55,8 @@ def test_a_run_says_what_it_does_and_how_to_go_on(pretrained, call):
     assert lines.index("  directory       " + entries["directory"]) < first_step
     run = world.out / "full_sft_32"
     valid = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-    assert entries["validation"] == f"loss {valid:.4f} nats/token; its best is kept in {run / 'best'}"
+    assert entries["validation"] == f"loss {valid:.4f} nats/token"
+    assert entries["best"] == f"loss {valid:.4f} at step 3, kept in {run / 'best'}"
     assert entries["page"] == str(run / "summary.html")
     assert entries["metrics"] == str(run / "metrics.jsonl")
     assert entries["next"] == f"python eval_model.py --from_weight {run} --model_mode 1"

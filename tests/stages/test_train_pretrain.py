@@ -70,7 +70,7 @@ def test_the_checkpoint_holds_the_whole_state(finished):
     assert state["counters"]["step"] == 7
     rows = [row for row in read_metrics(finished.run / "metrics.jsonl") if row["split"] == "valid"]
     assert [row["step"] for row in rows] == [3, 6, 7]
-    assert state["counters"]["best_loss"] == min(row["loss"] for row in rows[:2])  # it comes before the last one
+    assert state["counters"]["best_value"] == min(row["loss"] for row in rows[:2])  # it comes before the last one
     assert state["counters"]["validation_due"]
     final = load_model(finished.run).state_dict()
     stored = load_model(finished.run / "checkpoints" / "step-00000007").state_dict()

@@ -10,6 +10,7 @@ from minillm.config import ModelConfig
 from minillm.data import StepBatches
 from minillm.distributed.engine import Engine
 from minillm.distributed.ranks import Ranks
+from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
 from minillm.objectives.objective import Objective
@@ -62,10 +63,10 @@ def sparse_model():
     return Transformer(ModelConfig(vocab_size=V, initializer_range=0.3, **shape, **experts)).double()
 
 
-def evaluate(model, loader):
+def evaluate(model, loader, **options):
     engine = Engine(Ranks(), torch.device("cpu"))
     engine.wrap(model)
-    return evaluate_loss(engine, loader, Objective(causal_lm_loss))
+    return evaluate_loss(engine, loader, Objective(causal_lm_loss), **options)
 
 
 def by_hand(model, rows):
@@ -130,3 +131,34 @@ def test_no_target_at_all_is_zero(model):
         row["targets"][:] = -100
     result = evaluate(model, StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False))
     assert result == {"loss": 0.0, "n_targets": 0.0}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("batch_size", "global_batch_size"), [(1, 1), (3, 3), (2, 6), (8, 8)])
+def test_accuracy_is_the_share_of_targets_that_are_most_probable(model, weighted, batch_size, global_batch_size):
+    """Every target counts alike, whatever it weighs. Some targets are made right, or few would be."""
+    rows = Rows(weighted=weighted)
+    n_hits = n_targets = 0
+    for number, row in enumerate(rows.rows):
+        with torch.no_grad():
+            best = model(torch.from_numpy(row["input_ids"])[None])[0].argmax(-1).numpy()
+        has_target = row["targets"] != -100
+        is_set = has_target & (np.arange(len(best)) % 3 == number % 3)
+        row["targets"] = np.where(is_set, best, row["targets"])
+        for place in range(len(best)):
+            n_targets += bool(has_target[place])
+            n_hits += bool(has_target[place] and row["targets"][place] == best[place])
+    assert 0 < n_hits < n_targets
+    loader = StepBatches(rows, batch_size=batch_size, global_batch_size=global_batch_size, shuffle=False)
+    result = evaluate(model, loader, with_accuracy=True)
+    assert result["accuracy"] == pytest.approx(n_hits / n_targets, rel=1e-12)
+    assert "accuracy" not in evaluate(model, loader)
+
+
+def test_an_adapted_output_layer_has_an_accuracy_too(model):
+    """It makes logits itself, so the head gets no weight."""
+    rows = Rows()
+    loader = StepBatches(rows, batch_size=3, global_batch_size=3, shuffle=False)
+    before = evaluate(model, loader, with_accuracy=True)
+    apply_lora(model, rank=2, target_modules=["lm_head"])
+    assert evaluate(model, loader, with_accuracy=True) == pytest.approx(before)
