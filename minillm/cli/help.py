@@ -31,7 +31,7 @@ GROUPS = {
     "precision and device": ("dtype", "device", "compile", "gradient_checkpointing", "num_workers", "num_threads"),
     "parallel": ("parallel", "deepspeed", "zero", "fsdp", "timeout", "ranks"),
     "checkpoints": ("save_", "keep_last", "async_save", "overwrite"),
-    "logging": ("log_", "eval_", "use_wandb", "wandb", "profile"),
+    "logging": ("log_", "eval_", "tracker", "project", "use_wandb", "wandb", "profile"),
 }  # fmt: skip
 
 
