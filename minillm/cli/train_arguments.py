@@ -155,8 +155,8 @@ class TrainArguments(ScaleArguments):
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the exported weights (checkpoints are always float32)."""
     tracker: str = ""
-    """Log to these programs too: wandb, swanlab, tensorboard, trackio, or several separated by commas. Without a network:
-    tensorboard, trackio, WANDB_MODE=offline, SWANLAB_MODE=offline."""
+    """Log to these programs too: wandb, swanlab, tensorboard, trackio, or several separated by commas. These need no
+    network: tensorboard, trackio, wandb with WANDB_MODE=offline, swanlab with SWANLAB_MODE=offline."""
     project: str = "minillm"
     """Project name at the trackers."""
     use_wandb: bool = False

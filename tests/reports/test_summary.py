@@ -146,7 +146,7 @@ def test_the_page_escapes_what_models_and_users_write(run):
     assert "<script>" not in page
     assert "<b>.jsonl" not in page
     assert page.count(html.escape(nasty)) == 2
-    assert page.count("<img") == 1  # the picture
+    assert page.count("<img ") == 3  # the panels of the picture
     assert 'src="data:image/png;base64,' in page
     assert f"{FLOOR:.4f}" in page
 
@@ -243,9 +243,9 @@ def test_preference_tuning_has_its_figures_below(run, drawn):
     loss, _, _, accuracy, rewards, log_probs, distance = figure.axes
     assert loss.get_ylabel() == "nats per pair"
     assert lines_of(accuracy)["accuracy"] == [(1, 0.25), (2, 0.5), (3, 0.75)]
-    assert lines_of(rewards)["reward_rejected"] == [(1, -1), (2, -2), (3, -3)]
-    assert set(lines_of(log_probs)) >= {"log_prob_chosen"}
-    assert "log_prob_rejected" not in lines_of(log_probs)
+    assert lines_of(rewards)["rejected reply"] == [(1, -1), (2, -2), (3, -3)]
+    assert set(lines_of(log_probs)) >= {"chosen reply"}
+    assert "rejected reply" not in lines_of(log_probs)
     assert len(distance.get_lines()) == 2  # a line of training, dots of validation
     card = (run.directory / "README.md").read_text()
     assert "| validation loss (nats/pair) | 0.6000 |" in card
