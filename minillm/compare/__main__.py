@@ -13,8 +13,8 @@ from typing import Literal
 
 import tyro
 
-from minillm.compare.curves import X_NAMES, draw_runs, small_curve
-from minillm.compare.runs import RunRecord, differences, is_run, read_runs, runs_of
+from minillm.compare.curves import X_NAMES, draw_runs, small_curve, words
+from minillm.compare.runs import RunRecord, differences, is_run, read_runs, runs_of, unique_names
 from minillm.errors import UserError, script
 from minillm.files import replace_text
 from minillm.reports import page
@@ -39,12 +39,16 @@ def compare(
         output: directory of the pages (default: the one that holds all the runs).
         x: what the curves of compare.png are drawn over; the page has all three.
     """
-    paths = runs_of(list(runs) or ["out"])
-    is_index = len(runs) <= 1 and not is_run(Path(*runs or ["out"]))
-    records = read_runs(paths)
-    folder = Path(
-        output or (Path(*runs or ["out"]) if is_index else os.path.commonpath([p.resolve().parent for p in paths]))
-    )
+    given = list(runs) or ["out"]
+    paths = runs_of(given)
+    is_index = len(given) == 1 and not is_run(Path(given[0]))
+    if is_index:
+        parent = Path(given[0])
+        records = read_runs(paths, [path.relative_to(parent).as_posix() for path in paths])
+    else:
+        parent = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+        records = read_runs(paths, unique_names(paths))
+    folder = Path(output) if output else parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written = _write_index(records, folder) if is_index else _write_comparison(records, folder, x=x)
@@ -93,7 +97,7 @@ def _write_comparison(records: list[RunRecord], folder: Path, *, x: str) -> list
     parts.append(page.wide_table(["", *names], _lines({key: [each[key] for each in results] for key in results[0]})))
     figures = dict.fromkeys(key for run in records for key in run.figures)
     if figures:
-        last = {key: [_figure(run.last("valid", key)) for run in records] for key in figures}
+        last = {words(key): [_figure(run.last("valid", key)) for run in records] for key in figures}
         parts += ["<h2>Last validation</h2>", page.wide_table(["", *names], _lines(last))]
     parts.append("<h2>Settings that differ</h2>")
     parts.append(page.wide_table(["", *names], _lines(shared)) if shared else "<p>none</p>")
@@ -135,7 +139,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _as_lines(records: list[RunRecord]) -> str:
     """Return a table of names and results for the terminal."""
-    keys = ("stage", "steps", "training loss", "validation loss", "best validation loss")
+    keys = ("stage", "steps", "training loss", "validation loss", "best", "nats per")
     table = [["run", *keys], *([run.name, *(run.results()[key] for key in keys)] for run in records)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(

@@ -3,14 +3,22 @@
 from pathlib import Path
 
 from minillm.compare.runs import RunRecord
-from minillm.reports.page import save_and_cut
+from minillm.reports.page import drawing, save_and_cut
 from minillm.reports.summary import log_scale_if_wide
 
 COLORS = ("#2f5fa8", "#c2571a", "#3b7d3b", "#8a5a9e", "#b3402a", "#5f6b73", "#b8901f", "#1f8f8f", "#d16ba5", "#7a5c3e")
 STYLES = ("-", "--", ":", "-.")
 X_NAMES = {"step": "step", "tokens": "tokens seen", "seconds": "training time"}
-FIGURES = {"bits_per_byte": "bits per byte", "accuracy": "share of replies on the right side", "kl":
-           "distance from the reference, nats", "margin": "margin of the rewards"}  # fmt: skip
+FIGURES = {
+    "bits_per_byte": "bits per byte", "accuracy": "share of replies on the right side",
+    "margin": "margin of the rewards", "kl": "distance from the reference, nats",
+    "reward_chosen": "reward of the chosen reply", "reward_rejected": "reward of the rejected reply",
+    "reward_good": "reward of good replies", "reward_bad": "reward of bad replies",
+    "log_prob_chosen": "log-probability of the chosen reply",
+    "log_prob_rejected": "log-probability of the rejected reply",
+    "log_prob_good": "log-probability of good replies", "log_prob_bad": "log-probability of bad replies",
+    "length_chosen": "tokens of the chosen reply", "length_rejected": "tokens of the rejected reply",
+}  # fmt: skip
 MAX_NAME = 40
 
 
@@ -25,7 +33,7 @@ def panels_of(runs: list[RunRecord]) -> list[tuple[str, str, str, list[RunRecord
         for split, name in (("train", "training"), ("valid", "validation")):
             panels.append((f"{name} loss, nats per {unit}", split, "loss", alike))
     for key in dict.fromkeys(key for run in runs for key in run.figures):
-        panels.append((f"validation: {FIGURES.get(key, key.replace('_', ' '))}", "valid", key, runs))
+        panels.append((f"validation: {words(key)}", "valid", key, runs))
     for key, title in (
         ("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens per second"),
         ("gpu_peak_gib", "peak memory of the GPU, GiB"), ("cpu_memory_gib", "resident memory of the process, GiB"),
@@ -40,15 +48,16 @@ def draw_runs(runs: list[RunRecord], path: Path, *, x: str = "step") -> list[byt
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
+    with drawing() as plt:
+        return _draw(plt, runs, path, x)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def _draw(plt, runs: list[RunRecord], path: Path, x: str) -> list[bytes]:
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
     panels = panels_of(runs)
     n_rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(n_rows, 2, figsize=(14, 4 * n_rows), squeeze=False)
+    figure, axes = plt.subplots(n_rows, 2, figsize=(11, 3.6 * n_rows), squeeze=False)
     looks = {run.name: (COLORS[i % 10], STYLES[i // 10 % 4]) for i, run in enumerate(runs)}
     for axis, (title, split, key, shown) in zip(axes.flat, panels, strict=False):
         for run in shown:
@@ -75,6 +84,11 @@ def draw_runs(runs: list[RunRecord], path: Path, *, x: str = "step") -> list[byt
     cuts = save_and_cut(figure, path, dpi=110)
     plt.close(figure)
     return cuts
+
+
+def words(key: str) -> str:
+    """Return what pages call a figure of a validation."""
+    return FIGURES.get(key, key.replace("_", " "))
 
 
 def small_curve(run: RunRecord, *, width: int = 140, height: int = 36) -> str:

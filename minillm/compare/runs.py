@@ -63,16 +63,16 @@ class RunRecord:
         best = min(valid, key=lambda point: point[1], default=None)
         speeds = [value for _, value in self.points("train", "tokens_per_s")]
         memory = [v for key in ("gpu_peak_gib", "cpu_memory_gib") for _, v in self.points("train", key)]
-        unit = f"nats/{self.unit}"
         return {
             "stage": self.stage or NONE,
-            "parameters": self.settings.get("n_parameters", NONE),
             "steps": f"{step:,}" if total in (None, f"{step:,}") else f"{step:,} of {total}",
-            "tokens": _count(last.get("tokens")),
+            "training loss": _number(self.last("train", "loss")),
+            "validation loss": _number(valid[-1][1] if valid else None),
+            "best": f"{best[1]:.4f} at step {best[0]:,}" if best else NONE,
+            "nats per": self.unit if self.rows else NONE,
+            "parameters": self.settings.get("n_parameters", NONE),
+            "tokens": f"{last['tokens']:,.0f}" if is_number(last.get("tokens")) else NONE,
             "training time": duration(last["seconds"]) if is_number(last.get("seconds")) else NONE,
-            "training loss": _number(self.last("train", "loss"), unit),
-            "validation loss": _number(valid[-1][1] if valid else None, unit),
-            "best validation loss": f"{_number(best[1], unit)} at step {best[0]:,}" if best else NONE,
             "tokens/s": f"{median(speeds):,.0f}" if speeds else NONE,
             "memory": f"{max(memory):.2f} GiB" if memory else NONE,
         }
@@ -117,9 +117,9 @@ def runs_of(paths: list[str]) -> list[Path]:
     return list(found.values())
 
 
-def read_runs(paths: list[Path]) -> list[RunRecord]:
-    """Return what some run directories tell, under names that differ."""
-    return [_read_run(path, name) for path, name in zip(paths, unique_names(paths), strict=True)]
+def read_runs(paths: list[Path], names: list[str]) -> list[RunRecord]:
+    """Return what some run directories tell, under the names given."""
+    return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def unique_names(paths: list[Path]) -> list[str]:
@@ -210,9 +210,5 @@ def _text(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _number(value: float | None, unit: str) -> str:
-    return NONE if value is None else f"{value:.4f} {unit}"
-
-
-def _count(value) -> str:
-    return f"{value:,.0f}" if is_number(value) else NONE
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"

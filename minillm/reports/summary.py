@@ -14,7 +14,7 @@ import yaml
 import minillm
 from minillm.checkpoints.lock import writable
 from minillm.model.router_stats import relative_entropy
-from minillm.reports.page import facts_table, large_picture, no_picture, note, page, pictures, save_and_cut
+from minillm.reports.page import drawing, facts_table, large_picture, no_picture, note, page, pictures, save_and_cut
 from minillm.reports.tracking import read_metrics
 
 # What a row of metrics calls a figure, and what a picture calls it.
@@ -98,18 +98,18 @@ def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token"
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
+    with drawing() as plt:
+        return _draw_curves(plt, rows, path, title, unit)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+def _draw_curves(plt, rows: list[dict], path: Path, title: str, unit: str) -> list[bytes]:
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
     loads = [(row["step"], row["expert_share"]) for row in train if row.get("expert_share")]
     is_preference = any("accuracy" in row for row in rows)
     machine = [(name, keys) for name, keys in MACHINE if any(row.get(key) is not None for row in train for key in keys)]
     n_rows = 1 + bool(loads) + is_preference + bool(machine)
-    figure = plt.figure(figsize=(14, 4 * n_rows))
+    figure = plt.figure(figsize=(12, 3.6 * n_rows))
     grid = figure.add_gridspec(n_rows, 4)
     loss_axis, lr_axis, norm_axis = (figure.add_subplot(grid[0, columns]) for columns in (slice(2), 2, 3))
     loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7fa7d6", label="training")
