@@ -21,8 +21,10 @@ STYLE = (
     "@media(max-width:600px){body{margin:1em auto}.panels img{width:auto}.facts td,.facts th{display:block;padding:0}"
     ".facts td{margin-bottom:.6em}}"
 )
-CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Zen Hei",
-                 "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC")  # fmt: skip
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC",
+)  # fmt: skip
 SCALE = 0.8  # of a picture on a page; phones and sharp screens have more pixels than that
 
 
