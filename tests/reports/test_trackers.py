@@ -344,6 +344,17 @@ def test_a_new_run_of_the_same_name_is_another_run(real, open_tracker, monkeypat
     assert [each["train/loss"] for each in values] == [[(1, 1.0)], [(1, 2.0)]]
 
 
+def test_tensorboard_has_a_row_as_soon_as_it_is_logged(open_tracker, monkeypatch, tmp_path):
+    """A process that is killed loses nothing that was logged."""
+    real = TensorBoard()
+    real.prepare(monkeypatch, tmp_path)
+    tracker = open_tracker("tensorboard")
+    for step in (1, 2):
+        tracker.log(row(step, loss=float(step)))
+        found = real.values(tmp_path / "toy_16", tracker.run_ids["tensorboard"])
+        assert found["train/loss"] == [(n, n) for n in range(1, step + 1)]
+
+
 def test_what_wandb_is_told(open_tracker, tmp_path, monkeypatch):
     wandb, calls = skip_unless("wandb"), []
 
