@@ -13,12 +13,11 @@ from minillm.checkpoints.directory import is_earlier
 from minillm.config import ModelConfig
 from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.reports.tracking import read_metrics
+from minillm.reports.tracking import CLOCK, read_metrics
 from minillm.tokenizer import train_bpe
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 STEPS = 12
-CLOCK = ("seconds", "tokens_per_s", "mfu")  # columns of the metrics that differ between any two runs
 EXPERTS = {"use_moe": 1, "num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "scoring_func": "sigmoid"}
 # The runs: the stage, and the flags that differ from ``COMMON``; {data} is the folder of ``make_data``.
 VARIANTS: dict[str, tuple[str, dict]] = {

@@ -1,4 +1,4 @@
-"""Helpers for files: SHA-256 of their content, and permissions that follow the user's umask."""
+"""Helpers for files: SHA-256 of their content, permissions that follow the user's umask, replacement at once."""
 
 import hashlib
 import os
@@ -21,3 +21,11 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, and its folder if missing; a process that is killed leaves it whole or as it was."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""The device's peak FLOP/s, which is the denominator of MFU (model FLOPs utilisation), and its memory.
+"""The device's peak FLOP/s, which is the denominator of MFU (model FLOPs utilisation), its memory, and its use.
 
 MFU as in Chowdhery et al., PaLM (2022), appendix B: the model's own floating-point operations per second, without
 recomputation, over the device's peak.
@@ -9,8 +9,14 @@ import functools
 import re
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+# The figures of ``HardwareUse``; every one may be missing.
+USE = ("cpu_memory_gib", "cpu_percent", "gpu_memory_gib", "gpu_reserved_gib", "gpu_peak_gib", "gpu_percent",
+       "gpu_temperature_c", "gpu_power_w")  # fmt: skip
 
 # Dense peak in FLOP/s for 16-bit and float32 (TF32 off) products, from the vendors' data sheets.
 GPU_PEAKS = {
@@ -61,6 +67,59 @@ def memory_bytes(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class HardwareUse:
+    """What this process and its device are doing, for the rows of metrics; ``row`` is called once per row.
+
+    ============================================  =================================================================
+    ``cpu_memory_gib``                            resident memory of this process
+    ``cpu_percent``                               its CPU time since the last row; 100 is one core, and processes that
+                                                  prepare data are not counted
+    ``gpu_memory_gib``, ``gpu_reserved_gib``      CUDA memory in tensors now, and held by the allocator
+    ``gpu_peak_gib``                              the most in tensors so far
+    ``gpu_percent``                               share of the last moment (1/6 to 1 s) in which the GPU computed
+    ``gpu_temperature_c``, ``gpu_power_w``        degrees Celsius, watts
+    ============================================  =================================================================
+
+    The last three need the package nvidia-ml-py. What the machine does not tell is left out and not asked for again.
+    """
+
+    def __init__(self, device: torch.device):
+        self._clock = (time.perf_counter(), time.process_time())
+        self._readers: dict[str, Callable[[], float]] = {"cpu_memory_gib": _resident_gib}
+        if device.type == "cuda":
+            cuda = torch.cuda
+            self._readers |= {
+                "gpu_memory_gib": lambda: cuda.memory_allocated(device) / 2**30,
+                "gpu_reserved_gib": lambda: cuda.memory_reserved(device) / 2**30,
+                "gpu_peak_gib": lambda: memory_bytes(device) / 2**30,
+                "gpu_percent": lambda: cuda.utilization(device),
+                "gpu_temperature_c": lambda: cuda.temperature(device),
+                "gpu_power_w": lambda: cuda.power_draw(device) / 1000,
+            }
+
+    def row(self) -> dict[str, float]:
+        """Return the figures that there are, by the names above."""
+        before, self._clock = self._clock, (time.perf_counter(), time.process_time())
+        seconds, cpu_seconds = (now - then for now, then in zip(self._clock, before, strict=True))
+        row = {"cpu_percent": round(100 * cpu_seconds / seconds, 1)} if seconds > 0 else {}
+        for name, read in list(self._readers.items()):
+            try:
+                row[name] = round(float(read()), 3)
+            except Exception:  # no such file, no package, no driver, a part of a card: each has errors of its own
+                del self._readers[name]
+        return row
+
+
+def _resident_gib() -> float:
+    if sys.platform == "linux":
+        import resource
+
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def keep_freed_memory() -> bool:

@@ -88,3 +88,68 @@ print(faults() - before)
     ]
     pages = 2**26 // resource.getpagesize()
     assert counts[1] <= 8 * pages < 15 * pages < counts[0]
+
+
+# ---- what a run uses ---------------------------------------------------------------------------------------------
+
+
+def test_cpu_memory_and_cpu_time_are_those_of_this_process(python):
+    code = """
+import time
+import torch
+from minillm import hardware
+use = hardware.HardwareUse(torch.device("cpu"))
+time.sleep(0.5)
+idle = use.row()
+held, end = bytearray(b"x") * 2**28, time.process_time() + 0.3
+while time.process_time() < end:
+    pass
+busy = use.row()
+print(idle["cpu_percent"], busy["cpu_percent"], busy["cpu_memory_gib"] - idle["cpu_memory_gib"], sorted(busy))
+"""
+    shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    idle, busy, held, names = shown.split(maxsplit=3)
+    assert float(idle) < 50
+    assert float(busy) > float(idle)
+    assert float(held) == pytest.approx(0.25, abs=0.02)
+    assert names == "['cpu_memory_gib', 'cpu_percent']\n"
+
+
+def test_a_gpu_is_asked_for_its_own_figures_once_per_row(monkeypatch):
+    asked = []
+
+    def answers(value):
+        return lambda device: (asked.append(device), value)[1]
+
+    figures = {"memory_allocated": 2**30, "memory_reserved": 2**31, "max_memory_allocated": 3 * 2**29,
+               "utilization": 87, "temperature": 64, "power_draw": 312_500}  # fmt: skip
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, answers(value))
+    use = hardware.HardwareUse(torch.device("cuda", 3))
+    assert asked == []
+    row = use.row()
+    assert asked == [torch.device("cuda", 3)] * len(figures)
+    assert tuple(sorted(row)) == tuple(sorted(hardware.USE))
+    assert {name: value for name, value in row.items() if name.startswith("gpu")} == {
+        "gpu_memory_gib": 1, "gpu_reserved_gib": 2, "gpu_peak_gib": 1.5, "gpu_percent": 87, "gpu_temperature_c": 64,
+        "gpu_power_w": 312.5,
+    }  # fmt: skip
+
+
+def test_what_cannot_be_had_is_left_out_and_not_asked_for_again(monkeypatch):
+    """No nvidia-ml-py, or a part of a card, whose use nobody measures."""
+    asked = []
+
+    def fails(device):
+        asked.append(device)
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    for name in ("utilization", "temperature", "power_draw"):
+        monkeypatch.setattr(torch.cuda, name, fails)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 2**30)
+    use = hardware.HardwareUse(CUDA)
+    rows = [use.row(), use.row()]
+    assert len(asked) == 3
+    for row in rows:
+        assert {"gpu_memory_gib", "gpu_reserved_gib", "gpu_peak_gib"} == {name for name in row if "gpu" in name}

@@ -32,7 +32,7 @@ GROUPS = {
     "parallel": ("parallel", "deepspeed", "zero", "fsdp", "timeout", "ranks"),
     "checkpoints": ("save_", "keep_last", "async_save", "overwrite"),
     "validation": ("eval_", "patience", "sample_prompts", "suite_dir"),
-    "logging": ("log_", "use_wandb", "wandb", "profile"),
+    "logging": ("log_", "tracker", "project", "use_wandb", "wandb", "profile"),
 }  # fmt: skip
 
 

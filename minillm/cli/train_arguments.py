@@ -12,6 +12,7 @@ from minillm.data.sources.paths import expand_paths
 from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
 
+TRACKERS = ("wandb", "swanlab", "tensorboard", "trackio")  # see minillm.reports.trackers
 RESERVED_NAMES = ("lora", "tokenizer", "checkpoints", "best", "demo")  # directories of SAVE_DIR and of a run
 MAX_NAME_BYTES = 200
 ANSWER_METRICS = ("exact", "f1", "bleu", "rouge_l")  # of the model's own answers
@@ -179,10 +180,15 @@ class TrainArguments(ScaleArguments):
     """Directory with the data of suite:NAME."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the exported weights (checkpoints are always float32)."""
+    tracker: str = ""
+    """Log to these programs too: wandb, swanlab, tensorboard, trackio, or several separated by commas. These need no
+    network: tensorboard, trackio, wandb with WANDB_MODE=offline, swanlab with SWANLAB_MODE=offline."""
+    project: str = "minillm"
+    """Project name at the trackers."""
     use_wandb: bool = False
-    """Log to Weights & Biases too (WANDB_MODE=offline works without a network)."""
-    wandb_project: str = "minillm"
-    """Project name at Weights & Biases."""
+    """The same as --tracker wandb."""
+    wandb_project: str = ""
+    """The same as --project."""
     seed: int = 42
     """Seed of the weights and of the order of the data."""
     dry_run: bool = False
@@ -225,6 +231,9 @@ class TrainArguments(ScaleArguments):
         for path in self.data_files + self.valid_files:
             require(os.path.isfile(path), f"no such data file: {path}")
         parse_columns(self.columns)
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        message = f"--tracker {self.tracker}: {', '.join(unknown)} is not one of {', '.join(TRACKERS)}"
+        require(not unknown, message)
         self._check_metrics()
 
     def _check_metrics(self) -> None:
@@ -291,6 +300,17 @@ class TrainArguments(ScaleArguments):
                 f"{self.batch_size} x {world_size}; choose one that is, or another --batch_size"
             )
         return self.global_batch_size
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in ``--tracker``, each once, and wandb with ``--use_wandb``."""
+        names = [name.strip() for name in self.tracker.split(",") if name.strip()]
+        return list(dict.fromkeys(names + ["wandb"] * self.use_wandb))
+
+    @property
+    def project_name(self) -> str:
+        """The project at the trackers."""
+        return self.wandb_project or self.project
 
     @property
     def data_files(self) -> list[str]:

@@ -60,7 +60,7 @@ def plan_attention(
     if cache is not None:
         return AttentionPlan(mask=cache.mask, is_causal=cache.is_causal)
     seq_len, device = input_ids.shape[1], input_ids.device
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # not on "meta"
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype  # of queries and keys
     if document_bounds is not None and seq_len > 1 and varlen_attention.is_available(device, dtype, head_dim):
         return AttentionPlan(documents=Documents(document_bounds, seq_len, window))

@@ -26,6 +26,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         out_dtype = torch.get_autocast_dtype(device) if autocast and x.dtype == torch.float32 else x.dtype
         return rms_norm(x, self.weight, self.eps, out_dtype)

@@ -1,6 +1,5 @@
 """What a run leaves for people: ``run.yaml``, ``summary.png``, ``summary.html`` and the model card ``README.md``."""
 
-import base64
 import html
 import os
 import platform
@@ -15,9 +14,33 @@ import yaml
 import minillm
 from minillm.checkpoints.lock import writable
 from minillm.model.router_stats import relative_entropy
+from minillm.reports.page import drawing, facts_table, large_picture, no_picture, note, page, pictures, save_and_cut
 from minillm.reports.tracking import read_metrics
 
 MAX_ANSWER_STEPS = 6  # columns of the table of answers
+# What a row of metrics calls a figure, and what a picture calls it.
+WORDS = {
+    "reward_chosen": "chosen reply", "reward_rejected": "rejected reply", "reward_good": "good reply",
+    "reward_bad": "bad reply", "log_prob_chosen": "chosen reply", "log_prob_rejected": "rejected reply",
+    "log_prob_good": "good reply", "log_prob_bad": "bad reply", "tokens_per_s": "all ranks",
+    "cpu_memory_gib": "CPU: resident", "gpu_memory_gib": "GPU: tensors now", "gpu_peak_gib": "GPU: tensors, peak",
+    "gpu_reserved_gib": "GPU: held by the allocator", "cpu_percent": "CPU (100 is one core)", "gpu_percent": "GPU",
+    "gpu_temperature_c": "°C", "gpu_power_w": "W",
+}  # fmt: skip
+MACHINE = (
+    ("tokens per second", ("tokens_per_s",)),
+    ("memory, GiB", ("gpu_reserved_gib", "gpu_peak_gib", "gpu_memory_gib", "cpu_memory_gib")),
+    ("use, %", ("gpu_percent", "cpu_percent")),
+    ("temperature and power of the GPU", ("gpu_temperature_c", "gpu_power_w")),
+)
+COLORS = ("#2f5fa8", "#b3402a", "#3b7d3b", "#8a5a9e")
+WHY_ABOVE = (
+    "Why is the training loss above the validation loss? A point of training is a mean over the steps since the last "
+    "point, each measured before its update, with dropout if there is any; validation comes after the updates. And "
+    "they are different texts: where the training file holds some that are harder to foresee (several right answers, "
+    "texts written freely), its loss stays higher, however long the training. With a teacher, training has another "
+    "loss."
+)
 
 
 def write_run_file(directory: Path, content: dict) -> None:
@@ -57,40 +80,46 @@ def write_summary(
     picture = directory / "summary.png"
     with writable(directory):
         try:
-            draw_curves(rows, picture, title=directory.name, unit=unit, metrics=metrics)
+            panels = draw_curves(rows, picture, title=directory.name, unit=unit, metrics=metrics)
         except ImportError:
-            picture = None
+            picture, panels = None, None
             report("no summary.png: drawing needs matplotlib: pip install matplotlib")
-        page = _page(directory.name, facts, samples, read_metrics(directory / "samples.jsonl"), picture)
         head = f"---\n{tags}\n---\n\n# {directory.name}\n\nTrained with minillm, stage `{stage}`. {usage}\n\n"
-        (directory / "summary.html").write_text(page, encoding="utf-8")
+        text = _page(directory, facts, samples, panels, rows)
+        (directory / "summary.html").write_text(text, encoding="utf-8")
         (directory / "README.md").write_text(head + _model_card(facts, samples, picture), encoding="utf-8")
 
 
-def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token", metrics: Sequence[str] = ()) -> None:
+def draw_curves(
+    rows: list[dict], path: Path, *, title: str, unit: str = "token", metrics: Sequence[str] = ()
+) -> list[bytes]:
     """Draw loss (training, validation, entropy floor), learning rate and gradient norm against the step.
 
     Rows of a mixture of experts add two pictures below: how busy each sparse layer's busiest expert is, in units of
     its fair share (1: all alike), and the entropy of the load in units of ln E (1: all alike). Rows of preference
-    tuning add its figures below. The first four of ``metrics`` that are not the loss are drawn at the bottom; the first
-    of ``metrics`` decides which weights are kept, so its best value is marked.
+    tuning add its figures below. Then come the first four of ``metrics`` that are not the loss; the first of
+    ``metrics`` decides which weights are kept, so its best value is marked. Last come speed, memory and use of the
+    machine, as far as the rows have them.
+
+    Returns:
+        each panel as a PNG of its own, for pages that are read on a phone.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
+    with drawing() as plt:
+        return _draw_curves(plt, rows, path, title, unit, metrics)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+def _draw_curves(plt, rows: list[dict], path: Path, title: str, unit: str, metrics: Sequence[str]) -> list[bytes]:
     train = [row for row in rows if row["split"] == "train"]
     valid = [row for row in rows if row["split"] == "valid"]
     loads = [(row["step"], row["expert_share"]) for row in train if row.get("expert_share")]
-    is_preference = any("accuracy" in row for row in train)
+    is_preference = any("accuracy" in row for row in train) or any("margin" in row for row in valid)
     drawn = [name for name in metrics if name != "loss" and any(row.get(name) is not None for row in valid)][:4]
-    n_rows = 1 + bool(loads) + is_preference + bool(drawn)
-    figure = plt.figure(figsize=(14, 4 * n_rows))
+    machine = [(name, keys) for name, keys in MACHINE if any(row.get(key) is not None for row in train for key in keys)]
+    n_rows = 1 + bool(loads) + is_preference + bool(drawn) + bool(machine)
+    figure = plt.figure(figsize=(12, 3.6 * n_rows))
     grid = figure.add_gridspec(n_rows, 4)
     loss_axis, lr_axis, norm_axis = (figure.add_subplot(grid[0, columns]) for columns in (slice(2), 2, 3))
     loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7fa7d6", label="training")
@@ -101,12 +130,7 @@ def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token"
         if floor is not None:
             loss_axis.axhline(floor, color="#3b7d3b", linestyle="--", label=f"entropy floor {floor:.3f}")
     loss_axis.set(title=f"{title}: loss", xlabel="step", ylabel=f"nats per {unit}")
-    losses = [row["loss"] for row in rows if row["loss"]]
-    if losses and max(losses) > 3 * min(losses) > 0:  # or the first steps would flatten all that follows
-        loss_axis.set_yscale("log")
-        loss_axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        loss_axis.yaxis.set_minor_locator(NullLocator())
-        loss_axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    log_scale_if_wide(loss_axis, [row["loss"] for row in rows if row["loss"]])
     if loss_axis.get_legend_handles_labels()[1]:
         loss_axis.legend()
     lr_axis.plot([r["step"] for r in train], [r["lr"] for r in train], color="#555555")
@@ -121,18 +145,32 @@ def draw_curves(rows: list[dict], path: Path, *, title: str, unit: str = "token"
         _draw_preference([figure.add_subplot(grid[row, column]) for column in range(4)], train, valid)
     for column, name in enumerate(drawn):
         points = [(row["step"], row[name]) for row in valid if row.get(name) is not None]
-        axis = figure.add_subplot(grid[-1, column])
+        axis = figure.add_subplot(grid[1 + bool(loads) + is_preference, column])
         axis.plot(*zip(*points, strict=True), "o-", color="#b3402a", label=name)
         if name == metrics[0]:
             axis.plot(*max(points, key=lambda point: point[1]), "*", color="#3b7d3b", markersize=16, label="best/")
             axis.legend()
         axis.set(title=f"{name} of validation", xlabel="step")
+    for column, (name, keys) in enumerate(machine):
+        _draw_machine(figure.add_subplot(grid[-1, column]), name, keys, train)
     for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    panels = save_and_cut(figure, path, dpi=110)
     plt.close(figure)
+    return panels
+
+
+def log_scale_if_wide(axis, losses: list[float]) -> None:
+    """Give losses a logarithmic axis where the first steps would flatten all that follows."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    if losses and max(losses) > 3 * min(losses) > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _draw_loads(busiest_axis, entropy_axis, loads: list[tuple[int, list[list[float]]]]) -> None:
@@ -162,10 +200,27 @@ def _draw_preference(axes: list, train: list[dict], valid: list[dict]) -> None:
             for rows, style in ((train, "-"), (valid, "o")):
                 points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, color=color, label=name if style == "-" else None)
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=color,
+                        label=WORDS.get(name, name) if style == "-" else None,
+                    )
         axis.set(title=title, xlabel="step")
         if len(axis.get_legend_handles_labels()[1]) > 1:
             axis.legend(fontsize="small")
+
+
+def _draw_machine(axis, title: str, keys: tuple[str, ...], train: list[dict]) -> None:
+    """Draw figures of speed, memory or use, from 0."""
+    for key, color in zip(keys, COLORS, strict=False):
+        points = [(row["step"], row[key]) for row in train if row.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=color, label=WORDS[key])
+    axis.set(title=title, xlabel="step")
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    if len(keys) > 1:
+        axis.legend(fontsize="small")
 
 
 def git_revision() -> str | None:
@@ -178,30 +233,23 @@ def git_revision() -> str | None:
 
 
 def _page(
-    title: str,
-    facts: dict[str, str],
-    samples: list[tuple[str, str]],
-    answers: list[dict],
-    picture: Path | None,
+    directory: Path, facts: dict[str, str], samples: list[tuple[str, str]], panels: list[bytes] | None, rows: list[dict]
 ) -> str:
-    escape = html.escape
-    rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
-    texts = "".join(f"<div><b>{escape(a)}</b><pre>{escape(b)}</pre></div>" for a, b in samples)
-    image = "<p>No picture: <code>pip install matplotlib</code></p>"
-    if picture is not None:
-        image = f'<img src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}" alt="curves">'
-    style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-        "img{max-width:100%}th{text-align:left;padding-right:2em;font-weight:600;vertical-align:top}"
-        ".answers{border-collapse:collapse;font-size:14px}"
-        ".answers th,.answers td{border:1px solid #ddd;padding:.4em .6em;vertical-align:top;white-space:pre-wrap}"
-        "pre{background:#f5f5f2;padding:.6em;white-space:pre-wrap;margin:.2em 0 1em}"
-    )
-    return (
-        f'<!doctype html><html><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{style}</style></head><body><h1>{escape(title)}</h1>{image}<table>{rows}</table>"
-        f"{_answer_table(answers)}<h2>Samples</h2>{texts or '<p>none</p>'}</body></html>"
-    )
+    parts = [no_picture() if panels is None else pictures(panels, alt="curves"), facts_table(facts)]
+    last = {row["split"]: row["loss"] for row in rows if row.get("loss") is not None}
+    if last.get("train", 0) > last.get("valid", float("inf")):
+        parts.insert(1, note(WHY_ABOVE))
+    monitor = directory / "monitor.png"
+    if monitor.is_file():
+        parts += ["<h2>The adapter while it was trained</h2>", large_picture(monitor.read_bytes(), alt="monitor")]
+    parts += [_answer_table(read_metrics(directory / "samples.jsonl")), "<h2>Samples</h2>", _texts(samples)]
+    parts.append(note(f"Next to other runs: python -m minillm.compare {directory} OTHER_RUN"))
+    return page(directory.name, *parts)
+
+
+def _texts(samples: list[tuple[str, str]]) -> str:
+    texts = (f"<div><b>{html.escape(a)}</b><pre>{html.escape(b)}</pre></div>" for a, b in samples)
+    return "".join(texts) or "<p>none</p>"
 
 
 def _answer_table(answers: list[dict]) -> str:
@@ -226,7 +274,7 @@ def _answer_table(answers: list[dict]) -> str:
             cells.append(row["answer"] if is_same else "")
         cells.append(last["expected"])
         body += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
-    return f'<h2>Answers over time</h2><table class="answers"><tr>{head}</tr>{body}</table>'
+    return f'<h2>Answers over time</h2><div class="wide"><table class="answers"><tr>{head}</tr>{body}</table></div>'
 
 
 def _model_card(facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:

@@ -1,15 +1,19 @@
-"""Where a run's numbers go: ``metrics.jsonl``, the progress bar or the log, and Weights & Biases if asked."""
+"""Where a run's numbers go: ``metrics.jsonl``, the progress bar or the log, and the trackers of ``--tracker``."""
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from minillm.errors import UserError, missing_package
+from minillm.errors import UserError
+from minillm.files import replace_text
+from minillm.hardware import USE
+from minillm.reports.trackers import Trackers
 from minillm.terminal import shows_progress
+
+CLOCK = ("seconds", "tokens_per_s", "mfu", *USE)  # what differs between the rows of two equal runs
 
 
 class Tracker:
@@ -26,9 +30,8 @@ class Tracker:
         self.samples_path = directory / "samples.jsonl"
         self.total_steps, self.first_step = total_steps, first_step
         self._began = time.perf_counter()
-        self.wandb = None
-        self.run_id: str | None = None
-        self._sent: dict[str, int] = {}  # the last step of each split that wandb's run has
+        self.trackers: Trackers | None = None
+        self.run_ids: dict[str, str] = {}  # of the trackers' runs
         if not enabled:
             return
         self.bar = tqdm(
@@ -43,41 +46,15 @@ class Tracker:
             if self.samples_path.exists():
                 truncate_metrics(self.samples_path, after_step=after_step, without_validation=without_validation)
 
-    def start_wandb(self, *, project: str, config: dict, run_id: str | None) -> None:
-        """Begin (or, with ``run_id``, continue) a run at Weights & Biases.
-
-        Raises:
-            UserError: wandb is not installed, or cannot start (not logged in, say).
-        """
-        if not self.enabled:
-            return
-        try:
-            import wandb
-        except ImportError:
-            raise missing_package("wandb", purpose="--use_wandb", extra="track") from None
-        try:
-            self.wandb = wandb.init(
-                project=project,
-                name=self.directory.name,
-                config=config,
-                dir=str(self.directory),
-                id=run_id,
-                resume="allow" if run_id else None,
-            )
-        except Exception as error:  # not logged in, no network, a refused project: wandb has an error for each
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"--use_wandb: wandb cannot start ({reason}); run `wandb login`, set WANDB_MODE=offline, or leave the "
-                f"flag out"
-            ) from error
-        self.run_id = self.wandb.id
-        self._sent = _read_sent(self._sent_path())
+    def start_trackers(self, names: list[str], *, project: str, config: dict) -> None:
+        """Begin runs at some trackers, or continue those of ``run_ids``; see ``Trackers``."""
+        if self.enabled:
+            settings = {"project": project, "config": config, "run_ids": self.run_ids}
+            self.trackers = Trackers(names, self.directory, **settings, report=self.print)
+            self.run_ids = self.trackers.run_ids
 
     def log(self, row: dict) -> None:
-        """Append one row to ``metrics.jsonl`` (flushed) and send it on.
-
-        A run that resumes from a checkpoint makes some rows again. The file has lost them, wandb has not: what an
-        earlier process has sent is not sent twice.
+        """Append one row to ``metrics.jsonl`` (flushed) and send it to the trackers.
 
         Raises:
             UserError: the disk is full, say; a run without its numbers is not worth its time.
@@ -85,21 +62,18 @@ class Tracker:
         if not self.enabled:
             return
         _append(self.path, [row])
-        if self.wandb is not None and row["step"] > self._sent.get(row["split"], -1):
-            prefix = row["split"]
-            self._sent[prefix] = row["step"]
-            _replace(self._sent_path(), json.dumps(self._sent))
-            values = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
-            self.wandb.log(values, step=row["step"])
+        if self.trackers is not None:
+            self.trackers.log(row)
 
-    def log_samples(self, rows: list[dict]) -> None:
+    def log_answers(self, rows: list[dict]) -> None:
         """Append the answers of a validation to ``samples.jsonl``: ``step, question, answer, expected``."""
         if self.enabled and rows:
             _append(self.samples_path, rows)
 
-    def _sent_path(self) -> Path:
-        """Return where it stands what wandb's run has; several processes in turn may have sent to it."""
-        return self.directory / "wandb" / f"sent-{self.run_id}.json"
+    def log_samples(self, samples: list[tuple[str, str]], step: int) -> None:
+        """Send pairs (prompt, text) to the trackers."""
+        if self.trackers is not None:
+            self.trackers.log_samples(samples, step)
 
     def advance(self) -> None:
         """Move the bar by one step."""
@@ -127,11 +101,11 @@ class Tracker:
             tqdm.write(message)
 
     def close(self) -> None:
-        """End the bar and the tracker's run."""
+        """End the bar and the trackers' runs."""
         if self.enabled:
             self.bar.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+            if self.trackers is not None:
+                self.trackers.finish()
 
 
 def rate(value: float) -> str:
@@ -187,7 +161,7 @@ def truncate_metrics(path: Path, *, after_step: int, without_validation: bool = 
     rows = [row for row in read_metrics(path) if row["step"] <= after_step] if after_step else []
     if without_validation:
         rows = [row for row in rows if (row["step"], row.get("split", "valid")) != (after_step, "valid")]
-    _replace(path, "".join(map(_line, rows)))
+    replace_text(path, "".join(map(_line, rows)))
 
 
 def _line(row: dict) -> str:
@@ -202,18 +176,3 @@ def _append(path: Path, rows: list[dict]) -> None:
         raise UserError(
             f"cannot write {path}: {error.strerror}; make room there and resume with --from_resume"
         ) from error
-
-
-def _read_sent(path: Path) -> dict[str, int]:
-    try:
-        return {str(split): int(step) for split, step in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # nothing has been sent
-        return {}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole or as it was, whenever the process is killed."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

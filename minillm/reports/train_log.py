@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from minillm.hardware import HardwareUse
 from minillm.reports.divergence import LossAlarm
 from minillm.reports.tracking import Tracker, rate
 
@@ -12,13 +13,16 @@ class TrainLog:
     Args:
         mfu: from tokens per second over all ranks to the share of the device's peak that the model's FLOPs take, or
             None where the peak is unknown.
+        hardware: what the main rank's process and device are doing, for the rows; asked once per row.
 
     Attributes:
         window: sums since the last row. last_loss: of the last row of training.
     """
 
-    def __init__(self, tracker: Tracker, alarm: LossAlarm, *, mfu: Callable[[float], float | None]):
-        self.tracker, self.alarm, self.mfu = tracker, alarm, mfu
+    def __init__(
+        self, tracker: Tracker, alarm: LossAlarm, *, mfu: Callable[[float], float | None], hardware: HardwareUse
+    ):
+        self.tracker, self.alarm, self.mfu, self.hardware = tracker, alarm, mfu, hardware
         self.last_loss: float | None = None
         self.window = _empty_window()
 
@@ -57,6 +61,8 @@ class TrainLog:
         mfu = self.mfu(tokens_per_s)
         row = _row("train", progress, loss) | {name: values.pop(name) for name in ("lr", "grad_norm")}
         row |= {"tokens_per_s": round(tokens_per_s, 1)} | ({} if mfu is None else {"mfu": round(mfu, 4)}) | values
+        if self.tracker.enabled:
+            row |= self.hardware.row()
         self.tracker.log(row)
         shown = {"loss": "skipped" if loss is None else f"{loss:.4f}", "lr": rate(row["lr"])}
         shown |= {"tok/s": f"{tokens_per_s:,.0f}", "mem": f"{memory_bytes / 2**30:.2f}G"}

@@ -77,6 +77,7 @@ def run_file_of(run) -> dict:
     return {
         "stage": run.stage,
         "command": shlex.join(sys.argv),
+        "loss": {"name": run.objective.name, "unit": run.objective.unit},
         "arguments": dataclasses.asdict(run.args),
         "resolved": {
             "device": str(run.device),

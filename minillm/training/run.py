@@ -288,10 +288,9 @@ class Run:
             state.resume_from(self, path, saved)
         elif ranks.rank:  # all ranks have drawn the same weights; dropout is every rank's own
             checkpoint.seed_everything(args.seed + ranks.rank)
-        if args.use_wandb:
-            project, config = args.wandb_project, dataclasses.asdict(args)
-            tracker = self.log.tracker
-            ranks.on_main_rank(lambda: tracker.start_wandb(project=project, config=config, run_id=tracker.run_id))
+        if args.trackers:
+            start, config = self.log.tracker.start_trackers, dataclasses.asdict(args)
+            ranks.on_main_rank(lambda: start(args.trackers, project=args.project_name, config=config))
         self.log.print(describe.header_of(self).text())
         if self.step >= self.total_steps:
             self.log.print("this run has made all its steps: nothing is trained; --extend makes a run longer")
@@ -490,6 +489,7 @@ class Run:
             report=self.log.print,
             metrics=self.metrics.names,
         )
+        self.log.tracker.log_samples(texts, self.step)
         self.log.print(describe.footer_of(self).text())
 
     def export(self, directory: Path, model: nn.Module) -> None:
@@ -525,7 +525,7 @@ class Run:
         shown = {name: progress.last_eval[name] for name in metrics.names if name not in ("loss", *measures.shown)}
         figures = measures.text(result) + describe.metrics_text(shown)
         self.log.valid_row(progress, progress.last_eval, unit=self.objective.unit, figures=figures)
-        self.log.tracker.log_samples([{"step": progress.step} | sample for sample in samples])
+        self.log.tracker.log_answers([{"step": progress.step} | sample for sample in samples])
         if is_better:
             model = self.saver.whole_model()
             self.ranks.on_main_rank(lambda: self.export(self.directory / "best", model))
@@ -554,7 +554,12 @@ class Run:
         )
         peak_flops = hardware.peak_flops(self.device, self.dtype)
         share = self.size.flops_per_token / self.ranks.world_size / peak_flops if peak_flops else None
-        return TrainLog(tracker, alarm, mfu=lambda tokens_per_s: tokens_per_s * share if share else None)
+        return TrainLog(
+            tracker,
+            alarm,
+            mfu=lambda tokens_per_s: tokens_per_s * share if share else None,
+            hardware=hardware.HardwareUse(self.device),
+        )
 
     def _take_directory(self) -> None:
         """After the first update: move an earlier run out of the way, or cut the metrics to where this one resumes."""

@@ -34,7 +34,7 @@ def training_state(run, per_rank: list[tuple[dict, list]]) -> dict:
         "asked_for": {name: getattr(run.args, name) for name in resume.LENGTH_FLAGS},
         "surroundings": environment_of(run),
         "data_files": data_files_of(run.loader.rows),
-        "tracker_run_id": run.log.tracker.run_id,
+        "tracker_run_ids": run.log.tracker.run_ids,
     }
 
 
@@ -66,7 +66,7 @@ def resume_from(run, path: Path, saved: dict) -> None:
     run.balance.load_state(saved.get("experts"))  # checkpoints of dense models may lack it
     run.watch.load_state(saved.get("watch"))
     run.log.alarm.load_state(saved.get("alarm"))
-    run.log.tracker.run_id = saved["tracker_run_id"]
+    run.log.tracker.run_ids = _tracker_run_ids(saved)
     if len(saved["rng"]) == run.ranks.world_size:
         checkpoint.set_rng_state(saved["rng"][run.ranks.rank])
     else:  # the ranks' own states are of no use to another number of them
@@ -74,6 +74,13 @@ def resume_from(run, path: Path, saved: dict) -> None:
     run.log.print(f"resumed from {path} (step {run.progress.step} of {run.total_steps})")
     if changes := resume.differences(saved.get("surroundings", {}), environment_of(run)):
         run.log.print(f"another environment, so the last digits may differ: {'; '.join(changes)}")
+
+
+def _tracker_run_ids(saved: dict) -> dict[str, str]:
+    """Return the runs at trackers, by tracker; checkpoints of earlier versions know wandb alone."""
+    if "tracker_run_ids" in saved:
+        return saved["tracker_run_ids"]
+    return {"wandb": saved["tracker_run_id"]} if saved.get("tracker_run_id") else {}
 
 
 def identity_of(run) -> dict:

@@ -20,7 +20,7 @@ from minillm.distributed.engine import Engine
 from minillm.lora import apply_lora
 from minillm.losses import causal_lm_loss
 from minillm.model import Transformer
-from minillm.reports.tracking import read_metrics
+from minillm.reports.tracking import CLOCK, read_metrics
 from minillm.training.optim import adamw
 from minillm.training.run import Run
 
@@ -170,7 +170,7 @@ def train(
             run.finish()
         return {
             "metrics": [
-                {key: value for key, value in row.items() if key not in ("split", "seconds", "tokens_per_s", "mfu")}
+                {key: value for key, value in row.items() if key not in ("split", *CLOCK)}
                 for row in read_metrics(run.directory / "metrics.jsonl")
                 if row["split"] == "train"
             ],

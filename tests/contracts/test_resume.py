@@ -13,7 +13,7 @@ from minillm.checkpoints.checkpoint import list_checkpoints
 from minillm.config import ModelConfig
 from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
-from minillm.reports.tracking import read_metrics
+from minillm.reports.tracking import CLOCK, read_metrics
 from minillm.tokenizer import train_bpe
 from tests.contracts import checks
 from tests.contracts.harness import MOE_CONFIG
@@ -111,11 +111,10 @@ def outcome(out: Path) -> dict:
     exact = "trained.safetensors" if directory.parent.name == "lora" else weights
     newest = list_checkpoints(directory / "checkpoints")[0]
     state = torch.load(newest / "training_state.pt", weights_only=True)
-    clock = ("seconds", "tokens_per_s", "mfu")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     del state["counters"]["seconds"], state["window"]["seconds"]
     return {
-        "rows": [{key: value for key, value in row.items() if key not in clock} for row in rows],
+        "rows": [{key: value for key, value in row.items() if key not in CLOCK} for row in rows],
         "checkpoint": newest.name,
         "state": state,
         "weights": load_file(newest / exact),

@@ -18,7 +18,7 @@ OF_LAUNCHERS = {
     "nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "max-restarts", "num_gpus",
 }  # fmt: skip
 OF_OTHERS = {"config", "help", "profile", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "requeue",
-             "signal", "target", "n"}  # fmt: skip
+             "signal", "target", "n", "logdir"}  # fmt: skip
 
 
 def text_of(page: Path) -> str:

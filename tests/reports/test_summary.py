@@ -151,7 +151,7 @@ def test_the_page_escapes_what_models_and_users_write(run):
     assert "<script>" not in page
     assert "<b>.jsonl" not in page
     assert page.count(html.escape(nasty)) == 2
-    assert page.count("<img") == 1  # the picture
+    assert page.count("<img ") == 3  # the panels of the picture
     assert 'src="data:image/png;base64,' in page
     assert f"{FLOOR:.4f}" in page
 
@@ -222,6 +222,7 @@ def test_run_yaml_is_plain_and_complete(run):
     assert content["model"]["vocab_size"] == 31
     assert content["n_parameters"] == run.model.config.num_parameters()
     assert content["command"] == "train_pretrain.py --data_path 'a b.jsonl'"
+    assert content["loss"] == {"name": run.objective.name, "unit": "token"}
     assert set(content["versions"]) == {"minillm", "torch", "python"}
     assert not (run.directory / "run.yaml.tmp").exists()
 
@@ -248,9 +249,9 @@ def test_preference_tuning_has_its_figures_below(run, drawn):
     loss, _, _, accuracy, rewards, log_probs, distance = figure.axes
     assert loss.get_ylabel() == "nats per pair"
     assert lines_of(accuracy)["accuracy"] == [(1, 0.25), (2, 0.5), (3, 0.75)]
-    assert lines_of(rewards)["reward_rejected"] == [(1, -1), (2, -2), (3, -3)]
-    assert set(lines_of(log_probs)) >= {"log_prob_chosen"}
-    assert "log_prob_rejected" not in lines_of(log_probs)
+    assert lines_of(rewards)["rejected reply"] == [(1, -1), (2, -2), (3, -3)]
+    assert set(lines_of(log_probs)) >= {"chosen reply"}
+    assert "rejected reply" not in lines_of(log_probs)
     assert len(distance.get_lines()) == 2  # a line of training, dots of validation
     card = (run.directory / "README.md").read_text()
     assert "| validation loss (nats/pair) | 0.6000 |" in card
@@ -313,3 +314,55 @@ def test_the_best_value_and_an_early_end_are_facts(run):
     assert facts_of(run)["stopped early"].startswith(
         "stopped after step 3 of 9: f1 has not been better in 1 validation"
     )
+def test_speed_memory_and_use_of_the_machine_are_drawn_last(run, drawn):
+    rows = [{"step": s, "split": "train", "loss": 1 / s, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 100.0 * s,
+             "cpu_memory_gib": 0.5, "gpu_peak_gib": 2.0 * s, "gpu_percent": 90 if s > 1 else None, "cpu_percent": 101.0}
+            for s in (1, 2, 3)]  # fmt: skip
+    panels = summary.draw_curves(rows, run.directory / "x.png", title="t")
+    (figure,) = drawn
+    _, _, _, speed, memory, use = (lines_of(axis) for axis in figure.axes)
+    assert list(speed.values()) == [[(1, 100), (2, 200), (3, 300)]]
+    assert memory == {"GPU: tensors, peak": [(1, 2), (2, 4), (3, 6)], "CPU: resident": [(1, 0.5), (2, 0.5), (3, 0.5)]}
+    assert use["GPU"] == [(2, 90), (3, 90)]
+    assert len(panels) == 6
+    assert figure.axes[4].get_ylim()[1] > 6  # the highest point is inside
+
+
+def test_each_panel_is_cut_out_of_the_picture(run):
+    from matplotlib.image import imread
+
+    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    path = run.directory / "x.png"
+    panels = summary.draw_curves(rows, path, title="名字 <&>")
+    whole = imread(path)
+    for number, panel in enumerate(panels):
+        (run.directory / "panel.png").write_bytes(panel)
+        cut = imread(run.directory / "panel.png")
+        assert cut.shape[0] < whole.shape[0] + 1
+        assert (0.4 if number == 0 else 0.15) < cut.shape[1] / whole.shape[1] < (0.6 if number == 0 else 0.35)
+        corners = [cut[y, x, :3].min() for y in (0, -1) for x in (0, -1)]
+        assert min(corners) == 1  # nothing is cut in two
+        assert cut[..., :3].min() < 0.5
+
+
+def test_the_page_can_be_read_on_a_phone_and_has_the_picture_of_the_monitor(run):
+    write_page(run, [])
+    page = (run.directory / "summary.html").read_text(encoding="utf-8")
+    assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in page
+    assert "The adapter" not in page
+    assert page.count("<img ") == 3
+    (run.directory / "monitor.png").write_bytes((run.directory / "summary.png").read_bytes())
+    write_page(run, [])
+    page = (run.directory / "summary.html").read_text(encoding="utf-8")
+    assert "The adapter" in page
+    assert page.count("<img ") == 4
+
+
+@pytest.mark.parametrize("train, is_above", [(1.6, True), (1.4, False), (None, False)])
+def test_a_training_loss_above_validation_is_explained(run, train, is_above):
+    rows = [{"step": 1, "split": "train", "loss": train, "lr": 1e-3, "grad_norm": 1.0}] if train else []
+    rows += [{"step": 1, "split": "valid", "loss": 1.5}]
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_page(run, [])
+    page = (run.directory / "summary.html").read_text(encoding="utf-8")
+    assert ("Why is the training loss above" in page) == is_above

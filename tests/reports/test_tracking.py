@@ -1,10 +1,7 @@
-"""metrics.jsonl row by row, its truncation at a resume, and Weights & Biases without a network."""
+"""metrics.jsonl row by row, its truncation at a resume, the bar and the lines."""
 
-import builtins
 import json
 import re
-import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -78,7 +75,8 @@ def test_a_full_disk_is_one_clear_line(tracker, tmp_path):
 
 def test_another_rank_writes_and_prints_nothing(tracker, tmp_path, capsys):
     one = tracker(enabled=False)
-    one.start_wandb(project="p", config={}, run_id=None)
+    one.start_trackers(["wandb"], project="p", config={})
+    one.log_samples([("a", "b")], 1)
     one.log(row(1))
     one.advance()
     one.show(1, epoch=0.5, loss="1")
@@ -122,137 +120,3 @@ def test_numbers_for_people():
     assert [duration(seconds) for seconds in (0, 59.6, 82, 3599, 3661)] == ["0:00", "1:00", "1:22", "59:59", "1:01:01"]
     rates = {0: "0", 4.94e-4: "4.9e-4", 1e-3: "1e-3", 3e-10: "3e-10", 0.05: "0.05", 10: "10"}
     assert {value: rate(value) for value in rates} == rates
-
-
-class FakeRun:
-    id = "run-7"
-
-    def __init__(self):
-        self.logged, self.finished = [], False
-
-    def log(self, values, step):
-        self.logged.append((values, step))
-
-    def finish(self):
-        self.finished = True
-
-
-def test_what_is_sent_to_wandb(tracker, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    runs, calls = [], []
-
-    def init(**settings):
-        calls.append(settings)
-        runs.append(FakeRun())
-        return runs[-1]
-
-    monkeypatch.setattr(wandb, "init", init)
-    one = tracker()
-    one.start_wandb(project="minillm", config={"a": 1}, run_id=None)
-    assert one.run_id == "run-7"
-    one.log(row(2, split="valid"))
-    assert runs[0].logged == [({"valid/step": 2, "valid/loss": 0.5, "valid/lr": 1e-3}, 2)]
-    one.close()
-    assert runs[0].finished
-    again = tracker(first_step=2)
-    again.start_wandb(project="minillm", config={"a": 1}, run_id="run-7")
-    assert [(call["id"], call["resume"]) for call in calls] == [(None, None), ("run-7", "allow")]
-    assert calls[0]["project"] == "minillm"
-    assert calls[0]["dir"] == str(tmp_path)
-
-
-def test_wandb_offline_leaves_a_run_on_disk(tracker, tmp_path, monkeypatch, appears):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    one = tracker()
-    one.start_wandb(project="minillm", config={"seed": 1}, run_id=None)
-    one.log(row(1))
-    one.close()
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    (record,) = run.glob("*.wandb")
-    assert one.run_id in record.name
-    assert appears(b"train/loss", record)
-
-
-def test_a_missing_wandb_names_the_line_that_installs_it(tracker, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"--use_wandb needs .*pip install wandb"):
-        tracker().start_wandb(project="p", config={}, run_id=None)
-
-
-def sent_rows(path: Path) -> list[dict]:
-    """Return what a run at Weights & Biases was sent, read from its offline log.
-
-    Its format is LevelDB's: after 7 bytes of the file's own, blocks of 32 KiB with records of (checksum, length, type)
-    before their bytes; a record that does not fit goes on in the next block.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    content, place, whole, rows = path.read_bytes(), 7, b"", []
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:  # no room for a header: the block's end is padding
-            place += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, place)
-        whole += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record, whole = wandb_internal_pb2.Record.FromString(whole), b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
-
-
-@pytest.fixture
-def offline(tracker, tmp_path, monkeypatch, appears):
-    """Call it with a run's id, the step to go on from and rows: they are sent; the id and the log's rows come back."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-    def offline(run_id, first_step, rows):
-        before = set(tmp_path.glob("wandb/offline-run-*"))
-        while any(run.name.split("-")[2] >= time.strftime("%Y%m%d_%H%M%S") for run in before):
-            time.sleep(0.05)  # a log is called after the second in which it begins
-        one = tracker(first_step=first_step)
-        one.start_wandb(project="minillm", config={"seed": 1}, run_id=run_id)
-        for each in rows:
-            one.log(each)
-        mark = f"end{len(before)}"
-        one.log(row(99, split=mark))
-        one.close()
-        (log,) = set(tmp_path.glob("wandb/offline-run-*")) - before
-        (log,) = log.glob("*.wandb")
-        assert appears(f"{mark}/loss".encode(), log)
-        rows = sent_rows(log)  # those of one step are one there
-        sent = sorted((values["_step"], key.partition("/")[0]) for values in rows for key in values if "loss" in key)
-        assert sent.pop() == (99, mark)
-        return one.run_id, sent
-
-    return offline
-
-
-def test_a_run_that_goes_on_is_one_run_at_wandb_with_each_row_once(offline, tmp_path):
-    """Twice killed and resumed from step 3: what the first process sent is not even sent again by the third."""
-    rows = [row(step, **more) for step in range(1, 8) for more in ({}, {"split": "valid"})][:-1]
-    run_id, first = offline(None, 0, rows[:12])  # to step 6
-    assert first == [(r["step"], r["split"]) for r in rows[:12]]
-    again, second = offline(run_id, 3, rows[6:8])  # killed when it had made step 4 again
-    third_id, third = offline(run_id, 3, rows[6:])
-    assert run_id == again == third_id
-    assert second == []
-    assert third == [(7, "train")]
-    kept = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(r["step"], r["split"]) for r in kept[:-1]] == [(r["step"], r["split"]) for r in rows]
-    other_id, other = offline(None, 3, rows[6:])  # another run of theirs has nothing yet
-    assert other_id != run_id
-    assert other == [(r["step"], r["split"]) for r in rows[6:]]

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from minillm.checkpoints.checkpoint import list_checkpoints
-from minillm.reports.tracking import read_metrics
+from minillm.reports.tracking import CLOCK, read_metrics
 
 ROOT = Path(__file__).parents[2]
-CLOCK = ("seconds", "tokens_per_s", "mfu")
 
 
 @pytest.fixture

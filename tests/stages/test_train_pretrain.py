@@ -66,7 +66,7 @@ def test_the_run_directory_holds_everything(finished):
 
 def test_the_checkpoint_holds_the_whole_state(finished):
     state = load_state(finished.run / "checkpoints" / "step-00000007")
-    assert {"optimizer", "scaler", "rng", "counters", "window", "identity", "tracker_run_id"} <= set(state)
+    assert {"optimizer", "scaler", "rng", "counters", "window", "identity", "tracker_run_ids"} <= set(state)
     assert state["counters"]["step"] == 7
     rows = [row for row in read_metrics(finished.run / "metrics.jsonl") if row["split"] == "valid"]
     assert [row["step"] for row in rows] == [3, 6, 7]
@@ -83,7 +83,8 @@ def test_metrics_rows(finished, read_jsonl):
         (2, "train"), (3, "valid"), (4, "train"), (6, "train"), (6, "valid"), (7, "train"), (7, "valid"),
     ]  # fmt: skip
     keys = {"step", "epoch", "tokens", "loss", "seconds", "split"}
-    more = {"train": {"lr", "grad_norm", "tokens_per_s"}, "valid": {"bits_per_byte", "n_targets"}}
+    machine = {"tokens_per_s", "cpu_percent", "cpu_memory_gib"}
+    more = {"train": {"lr", "grad_norm", *machine}, "valid": {"bits_per_byte", "n_targets"}}
     for row in rows:
         assert set(row) >= keys | more[row["split"]]
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
@@ -251,8 +252,7 @@ def test_wandb_offline(world, call, monkeypatch, appears):
     run = world.out / "pretrain_32"
     (record,) = run.glob("wandb/offline-run-*/*.wandb")
     assert appears(b"train/loss", record)
-    run_id = load_state(run / "checkpoints" / "step-00000002")["tracker_run_id"]
-    assert run_id
+    run_id = load_state(run / "checkpoints" / "step-00000002")["tracker_run_ids"]["wandb"]
     assert run_id in record.name
 
 
