@@ -16,11 +16,12 @@ COLORS = ("#2f5fa8", "#c2571a", "#3b7d3b", "#8a5a9e", "#b3402a", "#5f6b73", "#b8
 
 
 class Watch:
-    """Watches the adapter of a model while it is trained; ``Run`` calls it on the main rank.
+    """Watches the adapter of a model while it is trained; ``Run`` calls it, on all ranks if they hold parts of it.
 
     Args:
         directory: of the run. rows: training rows with ``target_counts``, looked at once, before the first step.
         interval: steps between looks. replays: whether old data is mixed in already, which some warnings advise.
+        engine: of the run (None: this process holds everything). All ranks see the figures, the main one writes them.
         report: prints a line.
     """
 
@@ -33,10 +34,13 @@ class Watch:
         *,
         interval: int,
         replays: bool = False,
+        engine=None,
         report: Callable[[str], None] = tqdm.write,
     ):
-        self.monitor, self.directory, self.replays = Monitor(model, interval=interval), directory, replays
-        self.report = report
+        is_sharded = engine is not None and not engine.has_whole_gradients
+        self.monitor = Monitor(model, interval=interval, engine=engine if is_sharded else None)
+        self.directory, self.replays, self.report = directory, replays, report
+        self.is_main = engine is None or engine.ranks.is_main
         self.path = directory / "monitor.jsonl"
         self.before_start = target_warnings(rows.target_counts, tokenizer)
         self._is_open = False
@@ -49,7 +53,7 @@ class Watch:
         """See what the update did, and write it down if a look was due."""
         last_look = self.monitor.last_check
         row = self.monitor.after_update(step, optimizer)
-        if row is None:
+        if row is None or not self.is_main:
             return
         if not self._is_open:  # rows past the checkpoint that the run resumed from are written again
             truncate_metrics(self.path, after_step=last_look)

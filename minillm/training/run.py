@@ -240,7 +240,8 @@ class Run:
         Args:
             loss: the stage's: an ``Objective``, or a function of the form ``causal_lm_loss``.
             from_scratch: the weights are random, so the first loss is compared with ln V.
-            watch: watches an adapter while it is trained (``minillm.reports.watch.Watch``); the main rank's is used.
+            watch: watches an adapter while it is trained (``minillm.reports.watch.Watch``): the main rank's, or that of
+                all ranks if these hold parts of the gradients.
 
         Raises:
             UserError: before anything is written: more than a tenth of the data was rejected; the directory holds
@@ -250,12 +251,11 @@ class Run:
         check_rows(loader.rows, allow=args.allow_rejected, flag="--data_path")
         if valid_loader is not None:
             check_rows(valid_loader.rows, allow=args.allow_rejected, flag="--valid_path")
-        if watch is not None and not self.engine.has_whole_gradients:
-            raise UserError(f"--monitor with --parallel {args.parallel}: no rank has the gradients whole; use ddp")
         self.loader, self.valid_loader, self.tokenizer = loader, valid_loader, tokenizer
         self.objective = Objective.of(loss)
         self.total_steps = self._n_steps(loader)
-        self.watch = watch if watch is not None and ranks.is_main else NoWatch()
+        sees_gradients = ranks.is_main or not self.engine.has_whole_gradients
+        self.watch = watch if watch is not None and sees_gradients else NoWatch()
         module = self.engine.attach(optimizer)
         self.progress.n_warmup_steps = math.ceil(args.warmup_ratio * self.total_steps)
         self.schedule = Schedule(optimizer, self.learning_rate_factor(self.total_steps))
@@ -378,9 +378,12 @@ class Run:
         it: the optimizer itself leaves out an update that is not finite, and the check comes one step later, while the
         next step computes (``_read_steps``).
         """
+        if self.engine.clips_in_update:
+            self.watch.before_update(step.number)
         grad_norm = self.engine.clip(self.args.grad_clip)
         is_finite = step.close(grad_norm, added=self.balance.collect())
-        self.watch.before_update(step.number)
+        if not self.engine.clips_in_update:
+            self.watch.before_update(step.number)
         if self.engine.reads_late:
             step.is_applied = self.engine.step(is_finite)
         else:
