@@ -32,6 +32,12 @@ class ZeRO(Engine):
         self.settings = read_settings(Path(args.deepspeed_config))
         self.is_sharded = self.settings.get("zero_optimization", {}).get("stage", 0) >= 3
         self._applied = False
+        offloads = "offload_optimizer" in self.settings.get("zero_optimization", {})
+        if offloads and getattr(args, "balance_gradients", False):
+            raise UserError(
+                "--balance_gradients with offload_optimizer: DeepSpeed takes the gradients' norm before they can be "
+                "changed, so that clipping would be wrong; use configs/deepspeed/zero2.json"
+            )
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return ``model`` as it is, for the optimizer to be made of its parameters."""
@@ -129,7 +135,7 @@ class ZeRO(Engine):
         from deepspeed.utils import safe_get_full_fp32_param
 
         def whole(parameter: nn.Parameter) -> Tensor:
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or self.optimizer is None:  # DeepSpeed has not taken it yet
                 return parameter
             return safe_get_full_fp32_param(parameter).view(whole_shape(parameter))
 
