@@ -3,11 +3,11 @@
     python benchmarks/lora_remedies.py
     python benchmarks/lora_remedies.py --base out/full_sft_512 --data_path train.jsonl --valid_path valid.jsonl
 
-The diagnosis: B starts at zero, so A's gradient is small. The remedies: an A that starts smaller (`small`), gradients
-that are balanced (`balanced`), an orthogonal B (`orthogonal`), a larger learning rate for B (`loraplus`). Plain LoRA and
-each remedy climb to their own best learning rate with the first seed: from --learning_rate by a factor of two, up or
-down, until the validation loss rises again. All seeds are then trained at that rate. Compared are the validation loss,
-BLEU and ROUGE-L of greedy answers to held-out questions, and how long A's gradient is compared with B's.
+The diagnosis: B starts at zero, so A's gradient is small. The remedies: an A that starts smaller (`small`), balanced
+gradients (`balanced`), an orthogonal B (`orthogonal`), a larger learning rate for B (`loraplus`). Plain LoRA and each
+remedy climb to their own best learning rate with the first seed: from --learning_rate by a factor of two, up or down,
+until the validation loss rises again. All seeds are then trained at that rate. Compared are the validation loss, BLEU
+and ROUGE-L of greedy answers to held-out questions, and how long B's gradient is compared with A's.
 """
 
 import sys

@@ -6,7 +6,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,20 @@ import minillm
 from minillm.checkpoints.lock import writable
 from minillm.model.router_stats import relative_entropy
 from minillm.reports.tracking import read_metrics
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of a run's page, with a sentence above it and perhaps a picture.
+
+    Attributes:
+        rows: of cells; the first one is the head. picture: left out if there is no such file.
+    """
+
+    title: str
+    text: str
+    rows: list[list[str]]
+    picture: Path | None = None
 
 
 def write_run_file(directory: Path, content: dict) -> None:
@@ -38,6 +53,7 @@ def write_summary(
     tags: str,
     usage: str,
     report: Callable[[str], None],
+    sections: Sequence[Section] = (),
 ) -> None:
     """Write the picture, the page and the model card of a finished run.
 
@@ -45,7 +61,7 @@ def write_summary(
 
     Args:
         facts: rows of the page's table. samples: pairs (prompt, text). unit: what the loss counts.
-        stage, tags, usage: of the model card. report: prints a line.
+        stage, tags, usage: of the model card. report: prints a line. sections: of the page, after the table.
     """
     rows = read_metrics(directory / "metrics.jsonl")
     picture = directory / "summary.png"
@@ -55,7 +71,7 @@ def write_summary(
         except ImportError:
             picture = None
             report("no summary.png: drawing needs matplotlib: pip install matplotlib")
-        page = _page(directory.name, facts, samples, picture)
+        page = _page(directory.name, facts, samples, picture, sections)
         head = f"---\n{tags}\n---\n\n# {directory.name}\n\nTrained with minillm, stage `{stage}`. {usage}\n\n"
         (directory / "summary.html").write_text(page, encoding="utf-8")
         (directory / "README.md").write_text(head + _model_card(facts, samples, picture), encoding="utf-8")
@@ -159,22 +175,45 @@ def git_revision() -> str | None:
         return None
 
 
-def _page(title: str, facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:
+def _page(
+    title: str,
+    facts: dict[str, str],
+    samples: list[tuple[str, str]],
+    picture: Path | None,
+    sections: Sequence[Section],
+) -> str:
     escape = html.escape
     rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
     texts = "".join(f"<div><b>{escape(a)}</b><pre>{escape(b)}</pre></div>" for a, b in samples)
     image = "<p>No picture: <code>pip install matplotlib</code></p>"
     if picture is not None:
-        image = f'<img src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}" alt="curves">'
+        image = _image(picture)
+    more = "".join(map(_section, sections))
     style = (
         "body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
         "img{max-width:100%}th{text-align:left;padding-right:2em;font-weight:600;vertical-align:top}"
+        ".figures td,.figures th{text-align:right;padding:0 .8em 0 0}"
         "pre{background:#f5f5f2;padding:.6em;white-space:pre-wrap;margin:.2em 0 1em}"
     )
     return (
         f'<!doctype html><html><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{style}</style></head><body><h1>{escape(title)}</h1>{image}<table>{rows}</table>"
+        f"<style>{style}</style></head><body><h1>{escape(title)}</h1>{image}<table>{rows}</table>{more}"
         f"<h2>Samples</h2>{texts or '<p>none</p>'}</body></html>"
+    )
+
+
+def _image(picture: Path) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}" alt="curves">'
+
+
+def _section(section: Section) -> str:
+    head, *rows = [[html.escape(cell) for cell in row] for row in section.rows]
+    lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
+    image = _image(section.picture) if section.picture is not None and section.picture.is_file() else ""
+    return (
+        f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>{image}"
+        f'<table class="figures">{"".join(lines)}</table>'
     )
 
 

@@ -470,6 +470,7 @@ class Run:
             tags=self.output.tags,
             usage=self.output.usage,
             report=self.log.print,
+            sections=self.watch.sections(),
         )
         self.log.print(describe.footer_of(self).text())
 

@@ -147,7 +147,8 @@ def train(
     """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
 
     Args:
-        lora: train an adapter alone, of the settings ``LORA`` or others. watch: returns what watches it. weighted: see ``RaggedRows``. loss: of tokens.
+        lora: train an adapter alone, of the settings ``LORA`` or others. watch: returns what watches it.
+        weighted: see ``RaggedRows``. loss: of tokens.
         prepare: called with the run before the loop. before_update: called before every ``run.update(step)``.
         finish: save a checkpoint and the model at the end, as the scripts do. validate: every ``eval_interval`` steps.
     """

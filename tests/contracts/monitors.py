@@ -5,17 +5,20 @@
     zero2           LoRA; a look every second step
     zero2-dora      DoRA
     fsdp-balanced   with balanced gradients
+    zero2-resumed   the same as zero2, stopped by a signal and resumed
     zero2-unseen    the same as zero2, without a monitor
     zero2-local     a bug: the norm of this rank's part of a gradient instead of the whole one's
 """
 
 import argparse
+import contextlib
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from minillm.distributed.engine import Engine
+from minillm.checkpoints.interrupt import Interrupted
 from minillm.distributed.engines import engine_class
 from minillm.lora.more.balance import balance_gradients
 from minillm.reports.tracking import read_metrics
@@ -24,7 +27,7 @@ from tests.contracts.engines import flags_of, spare_the_build
 from tests.contracts.harness import LORA, arguments, train
 
 INTERVAL, N_STEPS, CLIP = 2, 5, 0.2
-TOKENIZER = SimpleNamespace(special_ids=(), decode=str)
+TOKENIZER = SimpleNamespace(special_ids=(), eos_token_id=0, token_bytes=lambda i: b"%d" % i, decode=str)
 PLAIN = {"rank": 3, "alpha": 5, "init": "gaussian"}  # odd sizes: no two ranks hold equal parts
 
 
@@ -59,6 +62,8 @@ def run_one(name: str, directory: Path) -> dict:
     def before_update(run) -> None:
         if kind == "balanced":
             balance_gradients(run.model, run.engine)
+        if kind == "resumed" and run.step == 2 and not args.from_resume:
+            signal.raise_signal(signal.SIGTERM)
 
     args = arguments(
         directory,
@@ -70,14 +75,18 @@ def run_one(name: str, directory: Path) -> dict:
         **flags_of(engine),
     )
     base = engine_class(args.parallel)
-    result = train(
-        args,
-        engine=type("Local", (LocalGradients, base), {}) if kind == "local" else base,
-        lora=LORA if kind == "dora" else PLAIN,
-        watch=watch,
-        validate=True,
-        before_update=before_update,
-    )
+    options = {
+        "engine": type("Local", (LocalGradients, base), {}) if kind == "local" else base,
+        "lora": LORA if kind == "dora" else PLAIN,
+        "watch": watch,
+        "validate": True,
+        "before_update": before_update,
+    }
+    if kind == "resumed":
+        with contextlib.suppress(Interrupted):
+            train(args, **options)
+        args.from_resume = True
+    result = train(args, **options)
     (path,) = directory.rglob("metrics.jsonl")
     rows = read_metrics(path.with_name("monitor.jsonl"))
     return {"rows": rows, "metrics": result["metrics"], "weights": result["weights"], "gathers": n_gathers}

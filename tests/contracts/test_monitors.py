@@ -15,13 +15,14 @@ ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero2off", "zero3"]
 DORA = [f"{engine}-dora" for engine in ("fsdp", "zero2", "zero3")]
 BALANCED = [f"{engine}-balanced" for engine in ("ddp", "fsdp", "zero2", "zero3")]
 UNSEEN = [f"{engine}-unseen" for engine in ("fsdp", "zero2", "zero3")]
+RESUMED = [f"{engine}-resumed" for engine in ("fsdp", "zero2")]
 LOCAL = ["fsdp-local", "zero2-local"]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(torchrun, once) -> Path:
     """All runs of two ranks, one launch: a file each."""
-    words = known([*ENGINES, *DORA, *BALANCED, *UNSEEN, *LOCAL])
+    words = known([*ENGINES, *DORA, *BALANCED, *RESUMED, *UNSEEN, *LOCAL])
     return once("monitors", lambda out: torchrun(2, "-m", "tests.contracts.monitors", str(out), *words))
 
 
@@ -61,6 +62,14 @@ def test_a_monitor_changes_no_bit(two_ranks, name):
     seen, unseen = (torch.load(two_ranks / f"{each}.pt") for each in (engine, name))
     assert seen["metrics"] == unseen["metrics"]
     assert all(torch.equal(seen["weights"][key], weight) for key, weight in unseen["weights"].items())
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_sees_the_same(two_ranks, name):
+    needs(name)
+    resumed, whole = (torch.load(two_ranks / f"{each}.pt") for each in (name, name.partition("-")[0]))
+    assert resumed["rows"] == whole["rows"]
+    assert set(resumed["gathers"]) == {0, 1, 3}  # the looks after updates 1 and 2, and after the resume
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero2"])

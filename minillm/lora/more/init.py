@@ -1,8 +1,9 @@
 """What A and B start with.
 
 Where B A = 0 at the start (``kaiming``, ``gaussian``) the model starts unchanged. ``orthogonal`` starts slightly off
-it. ``std`` makes A smaller or larger. ``pissa`` (Meng et al., 2024, section 3) and ``olora`` (Büyükakyüz, 2024, section 3) start with the directions in
-which the weight itself is largest, and subtract them from the frozen weight, so that the sum is the old weight.
+it. ``std`` makes A smaller or larger. ``pissa`` (Meng et al., 2024, section 3) and ``olora`` (Büyükakyüz, 2024, section
+3) start with the directions in which the weight itself is largest, and subtract them from the frozen weight, so that
+the sum is the old weight.
 
 Legend: R rank.
 """
