@@ -105,9 +105,9 @@ class Watch:
         about = (
             "Medians over the layers of each kind. ∇: norms of the gradients, clipped. m and √v: root mean squares of "
             "AdamW's exp_avg and of the root of exp_avg_sq. Step: mean size of AdamW's step in learning rates (1: all "
-            "gradients agree; near 0: they cancel). ΔA : A and ΔB : B: what the update changed, relative to the matrix; "
-            "step : W: what it changed of the layer's weight; ΔW : W: what all updates have changed of it; rank: the "
-            "effective rank of ΔW."
+            "gradients agree; near 0: they cancel). ΔA : A and ΔB : B: what the update changed, relative to the "
+            "matrix; step : W: what it changed of the layer's weight; ΔW : W: what all updates have changed of it; "
+            "rank: the effective rank of ΔW."
         )
         title = f"Adapter at step {rows[-1]['step']}"
         special = "Tokens that the loss asks for in the training data; * marks the special ones."

@@ -12,6 +12,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ def run_one(name: str, directory: Path) -> dict:
     def before_update(run) -> None:
         if kind == "balanced":
             balance_gradients(run.model, run.engine)
-        if kind == "resumed" and run.step == 2 and not args.from_resume:
+        if kind == "resumed" and run.step == 2 and not run.args.from_resume:
             signal.raise_signal(signal.SIGTERM)
 
     args = arguments(
@@ -85,7 +86,7 @@ def run_one(name: str, directory: Path) -> dict:
     if kind == "resumed":
         with contextlib.suppress(Interrupted):
             train(args, **options)
-        args.from_resume = True
+        args = dataclasses.replace(args, from_resume=True)
     result = train(args, **options)
     (path,) = directory.rglob("metrics.jsonl")
     rows = read_metrics(path.with_name("monitor.jsonl"))
