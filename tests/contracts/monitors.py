@@ -21,6 +21,7 @@ import torch
 
 from minillm.checkpoints.interrupt import Interrupted
 from minillm.distributed.engines import engine_class
+from minillm.lora.more import monitor
 from minillm.lora.more.balance import balance_gradients
 from minillm.reports.tracking import read_metrics
 from minillm.reports.watch import Watch
@@ -49,6 +50,7 @@ def run_one(name: str, directory: Path) -> dict:
     engine, _, kind = name.partition("-")
     n_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     n_gathers, n_looks = [], []
+    monitor.N_DIGITS = 12  # a rounded figure can differ by 1e-5 alone
 
     def watch(run, model, loader) -> Watch | None:
         if kind == "unseen":

@@ -34,6 +34,7 @@ LARGE_RATIO = 1000.0  # of B's gradient to A's, for as long as above
 LARGE_DELTA = 0.5  # of the weight in total
 SMALL_DELTA = 1e-4  # at the end
 CONSECUTIVE_CHECKS = 3
+N_DIGITS = 6  # of a figure
 
 
 class OneProcess:
@@ -205,7 +206,7 @@ class Monitor:
         row |= {f"update_ratio_{key}": steps[key] / befores[key] if befores[key] else None for key in "AB"}
         for key, state in zip("AB", states, strict=True):
             row |= {f"adam_{what}_{key}": value for what, value in state.items()}
-        return {key: value if value is None else float(f"{value:.6g}") for key, value in row.items()}
+        return {key: value if value is None else float(f"{value:.{N_DIGITS}g}") for key, value in row.items()}
 
     # ---- what is wrong -------------------------------------------------------------------------------------------
 
