@@ -87,6 +87,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/moe.py
 	$(BIN)/python benchmarks/lora_vs_peft.py
 	$(BIN)/python benchmarks/lora_init.py
+	$(BIN)/python benchmarks/lora_remedies.py
 	$(BIN)/python benchmarks/lora_sweep.py
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/stages.py

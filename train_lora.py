@@ -17,6 +17,7 @@ from minillm.evaluation import ValidationMetrics
 from minillm.hub.weights import create_model, find_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
+from minillm.lora.more.balance import balance_gradients
 from minillm.losses import causal_lm_loss
 from minillm.reports.watch import Watch
 from minillm.tokenizer import load_tokenizer
@@ -45,8 +46,9 @@ def main(argv: list[str] | None = None):
             return run.dry_run(loader, tokenizer, causal_lm_loss)
         watch = None
         if interval := args.monitor_interval or (5 if args.monitor else 0):
+            replays = bool(args.replay_path)
             watch = Watch(
-                model, run.directory, tokenizer, loader.rows, interval=interval, replays=bool(args.replay_path)
+                model, run.directory, tokenizer, loader.rows, interval=interval, replays=replays, engine=run.engine
             )
         model = run.start(
             run.adamw(module),
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None):
                 with run.autocast():
                     loss_sum, n_targets = causal_lm_loss(model, batch, run.router_stats)
                 step.backward(loss_sum, n_targets)
+            if args.balance_gradients:
+                balance_gradients(run.model, run.engine)
             run.update(step)
 
         # Save

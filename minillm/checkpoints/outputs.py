@@ -95,5 +95,8 @@ class AdapterAlone(WholeModel):
     def settings(self) -> dict:
         """Return what must match to resume."""
         args = self.args
+        adapter = asdict(args.lora_config)
+        del adapter["init_std"]  # matters at the start alone
         return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
-                **{f"adapter's {key}": str(value) for key, value in asdict(args.lora_config).items()}}  # fmt: skip
+                "balance_gradients": getattr(args, "balance_gradients", False) or None,  # older checkpoints lack it
+                **{f"adapter's {key}": str(value) for key, value in adapter.items()}}  # fmt: skip

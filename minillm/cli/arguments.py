@@ -174,6 +174,8 @@ class AdapterArguments(TrainArguments):
     """DoRA: also train the norm of each row of the weight."""
     lora_init: Literal[get_args(Init)] = "kaiming"
     """Initial values of A and B; pissa and olora take them from the weights."""
+    lora_init_std: float = 0.0
+    """With gaussian or orthogonal: standard deviation of A (0: 1/lora_rank, or 0.005)."""
     loraplus_ratio: float = 1.0
     """LoRA+: learning rate of B as a multiple of the learning rate of A (the paper uses 16)."""
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -199,6 +201,7 @@ class AdapterArguments(TrainArguments):
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init=self.lora_init,
+            init_std=self.lora_init_std,
         )
 
     def check(self) -> None:
@@ -241,6 +244,9 @@ class LoRAArguments(AdapterArguments, ReplayArguments):
     monitor_interval: int = 0
     """Steps between records (0: 5 with --monitor, else none). torchrun takes --monitor for its own flag: there give
     only this one."""
+    balance_gradients: bool = False
+    """Where one of A and B has a gradient more than ten times as long as the other's, enlarge the shorter one to half
+    of the longer one, before clipping."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""

@@ -23,7 +23,7 @@ GROUPS = {
         "num_experts", "moe_", "n_shared", "scoring_func", "first_k", "norm_topk", "rope_", "vocab_size",
     ),
     "adapter": ("lora", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora",
-                "base_dtype", "monitor"),
+                "base_dtype", "monitor", "balance_gradients"),
     "optimisation": (
         "max_steps", "accumulation", "global_batch", "lr_", "warmup", "min_lr", "decay_", "weight_decay", "adam_",
         "grad_clip", "router_", "seed",

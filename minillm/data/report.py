@@ -45,7 +45,7 @@ def data_report(rows: PackedRows, tokenizer, *, n_frequent: int = 10) -> dict:
     special = special_ids(tokenizer)
     special_share = int(sum(counts[i] for i in special if i < len(counts))) / n_targets
     order = np.argsort(-counts, kind="stable")[:n_frequent]
-    frequent = [(int(i), _token_text(tokenizer, int(i)), int(counts[i]) / n_targets) for i in order if counts[i]]
+    frequent = [(int(i), token_text(tokenizer, int(i)), int(counts[i]) / n_targets) for i in order if counts[i]]
     report = dict(rows.summary)
     report["max_seq_len"] = rows.max_seq_len
     report["histogram"] = _histogram(np.diff(rows.store.offsets) - 1)
@@ -176,7 +176,8 @@ def format_report(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _token_text(tokenizer, token_id: int) -> str:
+def token_text(tokenizer, token_id: int) -> str:
+    """Return a token as quoted text, with escapes where its bytes are no text by themselves."""
     return repr(tokenizer.token_bytes(token_id).decode("utf-8", errors="backslashreplace"))
 
 

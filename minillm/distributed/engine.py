@@ -5,7 +5,9 @@ Every engine *averages* gradients over ranks, which is why ``Step.backward`` mul
 before it divides by the global count of targets.
 """
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +31,15 @@ class Engine:
         holds_master_weights: whether the model's own parameters are the master weights (else see ``weights``).
         places_model: whether ``wrap`` moves the model to the device, block by block.
         needs_group: whether even a single rank needs a process group.
-        has_whole_gradients: whether every rank has all gradients, in ``parameter.grad``.
+        has_whole_gradients: whether every rank has all gradients, in ``parameter.grad``. An engine without them has
+            ``gradient``, ``set_gradient``, ``adam_state`` and ``gathered``, which all ranks call together.
+        clips_in_update: whether ``clip`` also updates, so that the gradients are gone after it.
+        gradient_scale: what ``clip`` has multiplied the gradients with since they could be seen.
         reads_late: whether the run looks at a step's numbers while the next step computes (see ``step``).
     """
 
-    is_sharded = needs_group = places_model = False
+    is_sharded = needs_group = places_model = clips_in_update = False
+    gradient_scale = 1.0
     holds_master_weights = has_whole_gradients = True
 
     def __init__(self, ranks: Ranks, device: torch.device, dtype: torch.dtype = torch.float32, args=None):
@@ -145,6 +151,20 @@ def changing_state(model: nn.Module) -> dict[str, Tensor]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
+
+
+@contextlib.contextmanager
+def replaced_parameters(module: nn.Module, function: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
+    """Return a context in which ``module`` has ``function`` of each of its parameters, to be read."""
+    owners = [owner._parameters for owner in module.modules()]
+    parameters = [(owner, name, p) for owner in owners for name, p in owner.items() if p is not None]
+    try:
+        for owner, name, parameter in parameters:
+            owner[name] = nn.Parameter(function(parameter).detach(), requires_grad=False)
+        yield
+    finally:
+        for owner, name, parameter in parameters:
+            owner[name] = parameter
 
 
 def map_tensors(tree, function):

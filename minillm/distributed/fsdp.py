@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minillm.distributed.engine import MOMENTS, Engine, changing_state, map_tensors
+from minillm.distributed.engine import MOMENTS, Engine, changing_state, map_tensors, replaced_parameters
 
 
 class FSDP(Engine):
@@ -48,6 +48,23 @@ class FSDP(Engine):
             for found in self.scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"].values():
                 dist.all_reduce(whole(found), op=dist.ReduceOp.MAX)
         return norm
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return a parameter's whole gradient; None: it has none."""
+        return None if parameter.grad is None else whole(parameter.grad)
+
+    def set_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Replace a parameter's gradient with a whole one."""
+        parameter.grad.copy_(_like(parameter.grad, gradient))
+
+    def adam_state(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict:
+        """Return the settings and the whole state that ``optimizer`` has for a parameter."""
+        groups = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+        return {**next(groups, {}), **map_tensors(optimizer.state.get(parameter, {}), whole)}
+
+    def gathered(self, module: nn.Module):
+        """Return a context in which the parameters of ``module`` are whole, to be read."""
+        return replaced_parameters(module, whole)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Gather the weights one by one; only the main rank keeps them, on the CPU."""

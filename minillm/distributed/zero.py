@@ -9,19 +9,20 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minillm.distributed.engine import MOMENTS, Engine, changing_state
+from minillm.distributed.engine import MOMENTS, Engine, changing_state, replaced_parameters
 from minillm.errors import UserError, missing_package
 
 
 class ZeRO(Engine):
     """DeepSpeed's engine around the model and our AdamW; the stage is in the file that ``--deepspeed_config`` names."""
 
-    needs_group = True
+    needs_group = clips_in_update = True
     holds_master_weights = has_whole_gradients = False
 
     def __init__(self, ranks, device: torch.device, dtype: torch.dtype = torch.float32, args=None):
@@ -31,6 +32,12 @@ class ZeRO(Engine):
         self.settings = read_settings(Path(args.deepspeed_config))
         self.is_sharded = self.settings.get("zero_optimization", {}).get("stage", 0) >= 3
         self._applied = False
+        offloads = "offload_optimizer" in self.settings.get("zero_optimization", {})
+        if offloads and getattr(args, "balance_gradients", False):
+            raise UserError(
+                "--balance_gradients with offload_optimizer: DeepSpeed takes the gradients' norm before they can be "
+                "changed, so that clipping would be wrong; use configs/deepspeed/zero2.json"
+            )
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return ``model`` as it is, for the optimizer to be made of its parameters."""
@@ -87,14 +94,55 @@ class ZeRO(Engine):
         An update whose norm is not finite is left out by DeepSpeed too.
         """
         self.wrapped.clip_grad = max_norm
+        loss_scale = self.loss_scale or 1.0  # the step may change it
         self.module.step()
         self._applied = self.module.was_step_applied()
         norm = self.module.get_global_grad_norm()
+        too_long = (float(norm or 0.0) + 1e-6) / max_norm if max_norm else 1.0
+        self.gradient_scale = 1.0 / (max(1.0, too_long) * loss_scale)
         return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float64)
 
     def step(self, is_finite: Tensor | None = None) -> bool:
         """Return whether the update was applied."""
         return self._applied
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return a parameter's whole gradient, before it is clipped; only between ``backward`` and ``clip``."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter).view(whole_shape(parameter))
+
+    def set_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Replace a parameter's gradient with a whole one, before it is clipped."""
+        from deepspeed.utils import safe_set_full_grad
+
+        padding = gradient.new_zeros(self.ranks.world_size)  # stage 3 cuts it into parts of the same length
+        safe_set_full_grad(parameter, torch.cat([gradient.flatten(), padding]))
+
+    def adam_state(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict:
+        """Return the settings and the whole state that ``optimizer`` has for a parameter."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        groups = zip(optimizer.param_groups, self.groups, strict=True)
+        settings = next(settings for settings, parameters in groups if any(p is parameter for p in parameters))
+        moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+        moments = {name: moment.view(whole_shape(parameter)) for name, moment in moments.items()}
+        return {**settings, "step": next(iter(optimizer.state.values()))["step"], **moments}
+
+    @contextlib.contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Return a context in which ``module`` has its master weights and whatever is frozen whole, to be read."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        def whole(parameter: nn.Parameter) -> Tensor:
+            if not parameter.requires_grad or self.optimizer is None:  # DeepSpeed has not taken it yet
+                return parameter
+            return safe_get_full_fp32_param(parameter).view(whole_shape(parameter))
+
+        frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        enabled = self.is_sharded and any(hasattr(parameter, "ds_id") for parameter in frozen)
+        with self.deepspeed.zero.GatheredParameters(frozen, enabled=enabled), replaced_parameters(module, whole):
+            yield
 
     @property
     def loss_scale(self) -> float | None:
@@ -188,6 +236,11 @@ class ZeRO(Engine):
             self.optimizer.state[partition] = {"step": torch.zeros((), device=partition.device), **moments}
         if hasattr(self.wrapped, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link them once
             self.wrapped._lazy_init_hp_params_optimizer_state()
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape, of which stage 3 leaves nothing in the parameter itself."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def build_locks() -> list[Path]:

@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,17 @@ import yaml
 import minillm
 from minillm.checkpoints.lock import writable
 from minillm.model.router_stats import relative_entropy
-from minillm.reports.page import drawing, facts_table, large_picture, no_picture, note, page, pictures, save_and_cut
+from minillm.reports.page import (
+    drawing,
+    facts_table,
+    large_picture,
+    no_picture,
+    note,
+    page,
+    pictures,
+    save_and_cut,
+    wide_table,
+)
 from minillm.reports.tracking import read_metrics
 
 MAX_ANSWER_STEPS = 6  # columns of the table of answers
@@ -43,6 +54,20 @@ WHY_ABOVE = (
 )
 
 
+@dataclass(frozen=True)
+class Section:
+    """A table of a run's page, with a sentence above it and perhaps a picture.
+
+    Attributes:
+        rows: of cells; the first one is the head. picture: left out if there is no such file.
+    """
+
+    title: str
+    text: str
+    rows: list[list[str]]
+    picture: Path | None = None
+
+
 def write_run_file(directory: Path, content: dict) -> None:
     """Write ``run.yaml``: ``content``, the versions of the software, and the git revision."""
     versions = {"minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
@@ -64,6 +89,7 @@ def write_summary(
     usage: str,
     report: Callable[[str], None],
     metrics: Sequence[str] = (),
+    sections: Sequence[Section] = (),
 ) -> None:
     """Write the picture, the page and the model card of a finished run.
 
@@ -74,7 +100,7 @@ def write_summary(
     Args:
         facts: rows of the page's table. samples: pairs (prompt, text). unit: what the loss counts.
         stage, tags, usage: of the model card. report: prints a line. metrics: of the validations; those besides the
-            loss are drawn.
+            loss are drawn. sections: of the page, after the table.
     """
     rows = read_metrics(directory / "metrics.jsonl")
     picture = directory / "summary.png"
@@ -85,7 +111,7 @@ def write_summary(
             picture, panels = None, None
             report("no summary.png: drawing needs matplotlib: pip install matplotlib")
         head = f"---\n{tags}\n---\n\n# {directory.name}\n\nTrained with minillm, stage `{stage}`. {usage}\n\n"
-        text = _page(directory, facts, samples, panels, rows)
+        text = _page(directory, facts, samples, panels, rows, sections)
         (directory / "summary.html").write_text(text, encoding="utf-8")
         (directory / "README.md").write_text(head + _model_card(facts, samples, picture), encoding="utf-8")
 
@@ -233,15 +259,18 @@ def git_revision() -> str | None:
 
 
 def _page(
-    directory: Path, facts: dict[str, str], samples: list[tuple[str, str]], panels: list[bytes] | None, rows: list[dict]
+    directory: Path,
+    facts: dict[str, str],
+    samples: list[tuple[str, str]],
+    panels: list[bytes] | None,
+    rows: list[dict],
+    sections: Sequence[Section],
 ) -> str:
     parts = [no_picture() if panels is None else pictures(panels, alt="curves"), facts_table(facts)]
     last = {row["split"]: row["loss"] for row in rows if row.get("loss") is not None}
     if last.get("train", 0) > last.get("valid", float("inf")):
         parts.insert(1, note(WHY_ABOVE))
-    monitor = directory / "monitor.png"
-    if monitor.is_file():
-        parts += ["<h2>The adapter while it was trained</h2>", large_picture(monitor.read_bytes(), alt="monitor")]
+    parts += map(_section, sections)
     parts += [_answer_table(read_metrics(directory / "samples.jsonl")), "<h2>Samples</h2>", _texts(samples)]
     parts.append(note(f"Next to other runs: python -m minillm.compare {directory} OTHER_RUN"))
     return page(directory.name, *parts)
@@ -275,6 +304,15 @@ def _answer_table(answers: list[dict]) -> str:
         cells.append(last["expected"])
         body += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
     return f'<h2>Answers over time</h2><div class="wide"><table class="answers"><tr>{head}</tr>{body}</table></div>'
+
+
+def _section(section: Section) -> str:
+    has_picture = section.picture is not None and section.picture.is_file()
+    head, *rows = [[html.escape(cell) for cell in row] for row in section.rows]
+    parts = [f"<h2>{html.escape(section.title)}</h2>", note(section.text)]
+    if has_picture:
+        parts.append(large_picture(section.picture.read_bytes(), alt=section.title))
+    return "".join([*parts, wide_table(head, rows)])
 
 
 def _model_card(facts: dict[str, str], samples: list[tuple[str, str]], picture: Path | None) -> str:

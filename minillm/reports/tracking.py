@@ -135,6 +135,10 @@ class NoWatch:
     def finish(self) -> None:
         """Sum up and draw."""
 
+    def sections(self) -> list:
+        """Return what the run's page says of it."""
+        return []
+
     def state(self) -> None:
         """Return what a checkpoint keeps."""
 

@@ -1,4 +1,8 @@
-"""``--monitor``: an adapter's figures go into ``monitor.jsonl`` and ``monitor.png``, what is wrong onto the screen."""
+"""``--monitor``: an adapter's figures go into ``monitor.jsonl`` and ``monitor.png``, what is wrong onto the screen.
+
+The page of the run shows the last look, the state of the optimizer included, and the tokens that are most often a
+target.
+"""
 
 import json
 from collections.abc import Callable
@@ -8,19 +12,29 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
+from minillm.data.report import special_ids, token_text
 from minillm.lora.more.monitor import LARGE_DELTA, LARGE_UPDATE, Monitor
+from minillm.reports.summary import Section
 from minillm.reports.tracking import read_metrics, truncate_metrics
 
 SPECIAL_SHARE, ONE_TOKEN_SHARE = 0.25, 0.30  # of the targets, above which it is reported
+N_TARGETS_SHOWN = 20
+FIGURES = {  # of the page's table: a row's key, and what it is called
+    "grad_norm_A": "‖∇A‖", "grad_norm_B": "‖∇B‖", "grad_ratio": "∇B : ∇A",
+    "adam_mean_A": "m of A", "adam_mean_B": "m of B", "adam_rms_A": "√v of A", "adam_rms_B": "√v of B",
+    "adam_step_A": "step of A", "adam_step_B": "step of B", "update_ratio_A": "ΔA : A", "update_ratio_B": "ΔB : B",
+    "update_ratio": "step : W", "delta_ratio": "ΔW : W", "effective_rank": "rank",
+}  # fmt: skip
 COLORS = ("#2f5fa8", "#c2571a", "#3b7d3b", "#8a5a9e", "#b3402a", "#5f6b73", "#b8901f", "#1f8f8f", "#d16ba5", "#7a5c3e")
 
 
 class Watch:
-    """Watches the adapter of a model while it is trained; ``Run`` calls it on the main rank.
+    """Watches the adapter of a model while it is trained; ``Run`` calls it, on all ranks if they hold parts of it.
 
     Args:
         directory: of the run. rows: training rows with ``target_counts``, looked at once, before the first step.
         interval: steps between looks. replays: whether old data is mixed in already, which some warnings advise.
+        engine: of the run (None: this process holds everything). All ranks see the figures, the main one writes them.
         report: prints a line.
     """
 
@@ -33,12 +47,16 @@ class Watch:
         *,
         interval: int,
         replays: bool = False,
+        engine=None,
         report: Callable[[str], None] = tqdm.write,
     ):
-        self.monitor, self.directory, self.replays = Monitor(model, interval=interval), directory, replays
-        self.report = report
+        is_sharded = engine is not None and not engine.has_whole_gradients
+        self.monitor = Monitor(model, interval=interval, engine=engine if is_sharded else None)
+        self.directory, self.replays, self.report = directory, replays, report
+        self.is_main = engine is None or engine.ranks.is_main
         self.path = directory / "monitor.jsonl"
         self.before_start = target_warnings(rows.target_counts, tokenizer)
+        self.targets = target_table(rows.target_counts, tokenizer)
         self._is_open = False
 
     def before_update(self, step: int) -> None:
@@ -49,7 +67,7 @@ class Watch:
         """See what the update did, and write it down if a look was due."""
         last_look = self.monitor.last_check
         row = self.monitor.after_update(step, optimizer)
-        if row is None:
+        if row is None or not self.is_main:
             return
         if not self._is_open:  # rows past the checkpoint that the run resumed from are written again
             truncate_metrics(self.path, after_step=last_look)
@@ -74,6 +92,29 @@ class Watch:
             draw_monitor(rows, self.path.with_suffix(".png"), title=self.directory.name)
         except ImportError:
             self.report("no monitor.png: drawing needs matplotlib: pip install matplotlib")
+
+    def sections(self) -> list[Section]:
+        """Return what the page of the run shows: the last look, medians by kind of layer, and the targets."""
+        rows = read_metrics(self.path)
+        if not rows:
+            return []
+        layers = rows[-1]["layers"]
+        table = [["layers", *FIGURES.values()]]
+        for kind, names in _kinds(layers).items():
+            table.append([f"{kind} ({len(names)})", *(_median_text(layers, names, key) for key in FIGURES)])
+        about = (
+            "Medians over the layers of each kind. ∇: norms of the gradients, clipped. m and √v: root mean squares of "
+            "AdamW's exp_avg and of the root of exp_avg_sq. Step: mean size of AdamW's step in learning rates (1: all "
+            "gradients agree; near 0: they cancel). ΔA : A and ΔB : B: what the update changed, relative to the "
+            "matrix; step : W: what it changed of the layer's weight; ΔW : W: what all updates have changed of it; "
+            "rank: the effective rank of ΔW."
+        )
+        title = f"Adapter at step {rows[-1]['step']}"
+        special = "Tokens that the loss asks for in the training data; * marks the special ones."
+        return [
+            Section(title, about, table, self.path.with_suffix(".png")),
+            Section(f"The {len(self.targets) - 1} most frequent targets", special, self.targets),
+        ]
 
     def state(self) -> dict:
         """Return what a checkpoint keeps."""
@@ -105,6 +146,26 @@ def target_warnings(counts: np.ndarray, tokenizer) -> list[str]:
         text = tokenizer.decode([most])
         found.append(f"one token, {text!r}, is {counts[most] / total:.0%} of your targets: is the data what you meant?")
     return found
+
+
+def target_table(counts: np.ndarray, tokenizer, *, n: int = N_TARGETS_SHOWN) -> list[list[str]]:
+    """Return the ``n`` most frequent targets of a training set as rows of text, with a head.
+
+    Args:
+        counts: (V,) how often each token is a target.
+    """
+    special, total = special_ids(tokenizer), max(1, int(counts.sum()))
+    order = [int(i) for i in np.argsort(-counts, kind="stable")[:n] if counts[i]]
+    rows = [
+        [f"{i}{'*' if i in special else ''}", token_text(tokenizer, i), f"{counts[i]:,}", f"{counts[i] / total:.1%}"]
+        for i in order
+    ]
+    return [["id", "token", "times", "share"], *rows]
+
+
+def _median_text(layers: dict[str, dict], names: list[str], key: str) -> str:
+    values = [layers[name][key] for name in names if layers[name][key] is not None]
+    return f"{median(values):.3g}" if values else "-"
 
 
 def draw_monitor(rows: list[dict], path, *, title: str) -> None:

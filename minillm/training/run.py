@@ -246,8 +246,9 @@ class Run:
         Args:
             loss: the stage's: an ``Objective``, or a function of the form ``causal_lm_loss``.
             from_scratch: the weights are random, so the first loss is compared with ln V.
-            watch: watches an adapter while it is trained (``minillm.reports.watch.Watch``); the main rank's is used.
             metrics: what a validation measures besides the loss (``minillm.evaluation.ValidationMetrics``).
+            watch: watches an adapter while it is trained (``minillm.reports.watch.Watch``): the main rank's, or that of
+                all ranks if these hold parts of the gradients.
 
         Raises:
             UserError: before anything is written: more than a tenth of the data was rejected; the directory holds
@@ -257,8 +258,6 @@ class Run:
         check_rows(loader.rows, allow=args.allow_rejected, flag="--data_path")
         if valid_loader is not None:
             check_rows(valid_loader.rows, allow=args.allow_rejected, flag="--valid_path")
-        if watch is not None and not self.engine.has_whole_gradients:
-            raise UserError(f"--monitor with --parallel {args.parallel}: no rank has the gradients whole; use ddp")
         self.loader, self.valid_loader, self.tokenizer = loader, valid_loader, tokenizer
         self.objective = Objective.of(loss)
         self.metrics = metrics or LossAlone()
@@ -266,7 +265,8 @@ class Run:
         if args.eval_epochs:
             self.eval_interval = max(1, round(args.eval_epochs * loader.steps_per_epoch))
         self.total_steps = self._n_steps(loader)
-        self.watch = watch if watch is not None and ranks.is_main else NoWatch()
+        sees_gradients = ranks.is_main or not self.engine.has_whole_gradients
+        self.watch = watch if watch is not None and sees_gradients else NoWatch()
         module = self.engine.attach(optimizer)
         self.progress.n_warmup_steps = args.warmup_steps or math.ceil(args.warmup_ratio * self.total_steps)
         self.schedule = Schedule(optimizer, self.learning_rate_factor(self.total_steps))
@@ -398,9 +398,12 @@ class Run:
         it: the optimizer itself leaves out an update that is not finite, and the check comes one step later, while the
         next step computes (``_read_steps``).
         """
+        if self.engine.clips_in_update:
+            self.watch.before_update(step.number)
         grad_norm = self.engine.clip(self.args.grad_clip)
         is_finite = step.close(grad_norm, added=self.balance.collect())
-        self.watch.before_update(step.number)
+        if not self.engine.clips_in_update:
+            self.watch.before_update(step.number)
         if self.engine.reads_late:
             step.is_applied = self.engine.step(is_finite)
         else:
@@ -488,6 +491,7 @@ class Run:
             usage=self.output.usage,
             report=self.log.print,
             metrics=self.metrics.names,
+            sections=self.watch.sections(),
         )
         self.log.tracker.log_samples(texts, self.step)
         self.log.print(describe.footer_of(self).text())

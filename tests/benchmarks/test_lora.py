@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import common, lora_init, lora_sweep, lora_trials, lora_vs_peft
+from benchmarks import common, lora_init, lora_remedies, lora_sweep, lora_trials, lora_vs_peft
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.hub.huggingface import save_model
@@ -86,6 +86,41 @@ def test_initialisations_are_compared_at_their_best_rates(world, capsys):
         assert (first["ratio"] == float("inf")) == (init == "kaiming")
         assert 0 < found["gradients"][0][10]["ratio"] < float("inf")
     assert re.search(r"kaiming +0.03 ", shown)
+    assert (folder / "deep" / "figures.json").is_file()
+
+
+@pytest.mark.parametrize(("best", "tried"), [(0, 3), (2, 5), (-3, 6), (40, 8)])
+def test_the_best_rate_has_a_worse_one_on_either_side(best, tried):
+    calls = []
+
+    def loss_of(rate):
+        power = round(math.log2(rate / 3e-3))
+        calls.append(power)
+        return math.inf if power > 3 and best < 3 else abs(power - best)
+
+    rate, losses = lora_remedies.climb(loss_of, 3e-3)
+    power = min(best, lora_remedies.MAX_STEPS_OF_RATE)  # it does not climb for ever
+    assert rate == pytest.approx(3e-3 * 2.0**power)
+    assert len(calls) == len(set(calls)) == len(losses) == tried  # no rate twice
+    assert list(losses) == sorted(losses)
+
+
+def test_remedies_are_compared_at_their_best_rates(world, capsys):
+    folder, flags = world
+    flags += ["--steps", "10", "--seeds", "1,2", "--learning_rate", "3e-2", "--lora_rank", "4"]
+    result = lora_remedies.main([*flags, "--max_new_tokens", "4"])
+    shown = capsys.readouterr().out
+    assert set(result["remedies"]) == set(lora_remedies.REMEDIES)
+    for name, found in result["remedies"].items():
+        losses = found["tuning"]
+        assert len(losses) >= 3
+        assert found["learning_rate"] == min(losses, key=losses.get)
+        assert len(found["trials"]) == 2
+        assert found["trials"][0]["loss"] == losses[found["learning_rate"]]
+        assert re.search(rf"\n *{name} +{found['learning_rate']:g} ", shown)
+    first = {name: found["trials"][0]["gradients"][1]["ratio"] for name, found in result["remedies"].items()}
+    assert first["orthogonal"] < float("inf")  # the only one whose B is not zero at the start
+    assert {first[name] for name in first.keys() - {"orthogonal"}} == {float("inf")}
     assert (folder / "deep" / "figures.json").is_file()
 
 

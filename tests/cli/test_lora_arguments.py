@@ -30,13 +30,14 @@ def test_every_flag_reaches_the_adapter(file):
         data_path=file, lora_rank=4, lora_alpha=3.5, lora_dropout=0.25, target_modules="q_proj, mlp",
         lora_layers="0, 2", rank_pattern="down_proj=16,layers.0.mlp.up_proj=2", alpha_pattern="down_proj=8.5",
         lora_bias="all", modules_to_save="lm_head, embed_tokens", use_rslora=True, use_dora=True,
-        lora_init="orthogonal",
+        lora_init="orthogonal", lora_init_std=0.01,
     )  # fmt: skip
     args.check()
     assert args.lora_config == LoRAConfig(
         rank=4, alpha=3.5, dropout=0.25, target_modules="q_proj, mlp", layers=(0, 2),
         rank_pattern={"down_proj": 16, "layers.0.mlp.up_proj": 2}, alpha_pattern={"down_proj": 8.5}, bias="all",
         modules_to_save=("lm_head", "embed_tokens"), use_rslora=True, use_dora=True, init="orthogonal",
+        init_std=0.01,
     )  # fmt: skip
 
 
@@ -64,5 +65,9 @@ def test_a_value_out_of_range_is_named(file, name, value, message):
 
 
 def test_settings_that_do_not_go_together_are_refused(file):
+    with pytest.raises(UserError, match="init_std does not work with init 'kaiming': choose gaussian or orthogonal"):
+        LoRAArguments(data_path=file, lora_init_std=0.01).check()
+    with pytest.raises(UserError, match=r"init_std is -0\.1: give a number from 0"):
+        LoRAArguments(data_path=file, lora_init="gaussian", lora_init_std=-0.1).check()
     with pytest.raises(UserError, match="use_dora does not work with init 'pissa'"):
         LoRAArguments(data_path=file, use_dora=True, lora_init="pissa").check()

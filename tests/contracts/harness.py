@@ -86,6 +86,8 @@ class RaggedRows:
                 self.rows[-1]["weights"] = np.where(rng.random(length) < 0.2, 10, 1).astype(np.float32)
         self.lengths = np.array([len(row["targets"]) for row in self.rows])
         self.n_targets = float(sum((row["targets"] != -100).sum() for row in self.rows))
+        targets = np.concatenate([row["targets"] for row in self.rows])
+        self.target_counts = np.bincount(targets[targets >= 0], minlength=CONFIG.vocab_size)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,7 +135,8 @@ def train(
     dropout: float = 0.0,
     n_rows: int = 33,
     config: ModelConfig = CONFIG,
-    lora: bool = False,
+    lora: bool | dict = False,
+    watch: Callable[[Run, Transformer, StepBatches], object] = lambda run, model, loader: None,
     weighted: bool = False,
     loss: Callable = causal_lm_loss,
     prepare: Callable[[Run], None] = lambda run: None,
@@ -145,7 +148,8 @@ def train(
     """Run the loop of the stage scripts; return its ``metrics`` rows, final ``weights`` and ``optimizer`` state.
 
     Args:
-        lora: train an adapter of the settings ``LORA`` alone. weighted: see ``RaggedRows``. loss: of tokens.
+        lora: train an adapter alone, of the settings ``LORA`` or others. watch: returns what watches it.
+        weighted: see ``RaggedRows``. loss: of tokens.
         prepare: called with the run before the loop. before_update: called before every ``run.update(step)``.
         finish: save a checkpoint and the model at the end, as the scripts do. validate: every ``eval_interval`` steps.
         metrics: of the validations.
@@ -153,11 +157,12 @@ def train(
     with Run(args, stage="pretrain", engine=engine, output=TinyAdapter() if lora else None) as run:
         model = tiny_model(double=double, dropout=dropout, config=config)
         if lora:
-            apply_lora(model, generator=torch.Generator().manual_seed(1), **LORA)
+            apply_lora(model, generator=torch.Generator().manual_seed(1), **(LORA if lora is True else lora))
         loader = StepBatches(RaggedRows(n_rows, weighted=weighted), **run.batching())
         optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         valid_loader = StepBatches(RaggedRows(7, seed=1), **run.batching(), shuffle=False) if validate else None
-        model = run.start(optimizer, loader, valid_loader, tokenizer=None, loss=loss, metrics=metrics)
+        watcher = watch(run, model, loader)
+        model = run.start(optimizer, loader, valid_loader, tokenizer=None, loss=loss, metrics=metrics, watch=watcher)
         prepare(run)
         for step in run.steps(loader):
             for batch in step:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.distributed.zero import build_locks, fill_in, read_settings
+from minillm.cli.arguments import LoRAArguments
+from minillm.distributed.ranks import Ranks
+from minillm.distributed.zero import ZeRO, build_locks, fill_in, read_settings
 from minillm.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
@@ -147,6 +149,13 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, content, words):
         read_settings(path)
     assert f"--deepspeed_config {path}: {words}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_balanced_gradients_are_refused_where_the_norm_comes_before_them():
+    pytest.importorskip("deepspeed")
+    args = LoRAArguments(balance_gradients=True, deepspeed_config="configs/deepspeed/zero2_offload.json", device="cpu")
+    with pytest.raises(UserError, match=r"--balance_gradients with offload_optimizer: .* use .*zero2\.json"):
+        ZeRO(Ranks(), torch.device("cpu"), args=args)
 
 
 def test_a_directory_is_no_file(tmp_path):

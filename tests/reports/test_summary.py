@@ -62,10 +62,16 @@ def run(tmp_path, monkeypatch):
     )
 
 
-def write_page(run, samples):
+def write_page(run, samples, sections=()):
     texts = {"tags": run.output.tags, "usage": run.output.usage, "stage": run.stage, "unit": run.objective.unit}
     summary.write_summary(
-        run.directory, facts_of(run), samples, **texts, report=run.log.print, metrics=run.metrics.names
+        run.directory,
+        facts_of(run),
+        samples,
+        **texts,
+        report=run.log.print,
+        metrics=run.metrics.names,
+        sections=sections,
     )
 
 
@@ -345,17 +351,21 @@ def test_each_panel_is_cut_out_of_the_picture(run):
         assert cut[..., :3].min() < 0.5
 
 
-def test_the_page_can_be_read_on_a_phone_and_has_the_picture_of_the_monitor(run):
+def test_the_page_can_be_read_on_a_phone_and_has_the_sections_with_their_pictures(run):
     write_page(run, [])
     page = (run.directory / "summary.html").read_text(encoding="utf-8")
     assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in page
-    assert "The adapter" not in page
     assert page.count("<img ") == 3
-    (run.directory / "monitor.png").write_bytes((run.directory / "summary.png").read_bytes())
-    write_page(run, [])
-    page = (run.directory / "summary.html").read_text(encoding="utf-8")
-    assert "The adapter" in page
-    assert page.count("<img ") == 4
+    monitor = run.directory / "monitor.png"
+    section = summary.Section("The adapter", "Its <last> look.", [["matrix", "norm"], ["A", "0.5"]], monitor)
+    for n_pictures in (3, 4):
+        write_page(run, [], [section])
+        page = (run.directory / "summary.html").read_text(encoding="utf-8")
+        assert "<h2>The adapter</h2>" in page
+        assert "Its &lt;last&gt; look." in page
+        assert "<td>0.5</td>" in page
+        assert page.count("<img ") == n_pictures
+        monitor.write_bytes((run.directory / "summary.png").read_bytes())
 
 
 @pytest.mark.parametrize("train, is_above", [(1.6, True), (1.4, False), (None, False)])

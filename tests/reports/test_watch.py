@@ -12,7 +12,7 @@ from minillm.config import ModelConfig
 from minillm.lora import apply_lora, lora_parameters
 from minillm.model import Transformer
 from minillm.reports.tracking import read_metrics
-from minillm.reports.watch import Watch, target_warnings
+from minillm.reports.watch import FIGURES, Watch, target_table, target_warnings
 from minillm.tokenizer import train_bpe
 
 CONFIG = ModelConfig(vocab_size=290, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
@@ -65,6 +65,35 @@ def test_rows_picture_and_notes(tmp_path, tokenizer):
         assert picture.size == (1600, 800)
         colors = picture.convert("RGB").getcolors(maxcolors=1 << 24)
     assert len(colors) > 50  # curves, not an empty page
+
+
+def test_the_page_shows_the_last_look_and_the_targets(tmp_path, tokenizer):
+    run = FakeRun(tmp_path)
+    counts = np.zeros(290, dtype=np.int64)
+    counts[tokenizer.token_id("<|im_end|>")], counts[100], counts[99] = 30, 60, 10
+    watch = run.watch(tokenizer, SimpleNamespace(target_counts=counts), interval=3)
+    assert watch.sections() == []
+    train(run, watch, range(1, 8))
+    watch.finish()
+    adapter, targets = watch.sections()
+    assert adapter.title == "Adapter at step 6"
+    assert adapter.picture.is_file()
+    head, *rows = adapter.rows
+    assert [row[0] for row in rows] == [f"{kind}_proj (2)" for kind in ("q", "k", "v", "o", "gate", "up", "down")]
+    (last,) = [row for row in read_metrics(tmp_path / "monitor.jsonl") if row["step"] == 6]
+    for kind, *cells in rows:
+        layers = [figures for name, figures in last["layers"].items() if name.endswith(kind.split()[0])]
+        for key, name in FIGURES.items():
+            assert cells[head.index(name) - 1] == f"{np.median([layer[key] for layer in layers]):.3g}", (kind, key)
+    assert [row[2:] for row in targets.rows[1:]] == [["60", "60.0%"], ["30", "30.0%"], ["10", "10.0%"]]
+    assert [row[0].endswith("*") for row in targets.rows[1:]] == [False, True, False]
+    assert targets.rows[2][1] == "'<|im_end|>'"
+
+
+def test_as_many_targets_as_asked_for(tokenizer):
+    rows = target_table(np.arange(200), tokenizer, n=3)
+    assert [row[0].rstrip("*") for row in rows] == ["id", "199", "198", "197"]
+    assert target_table(np.zeros(200, dtype=np.int64), tokenizer) == rows[:1]
 
 
 def test_a_new_run_begins_a_new_file_and_a_resumed_one_goes_on(tmp_path, tokenizer):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from minillm.config import ModelConfig
 from minillm.hub.huggingface import save_model
 from minillm.model import Transformer
+from minillm.reports.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,14 +60,14 @@ def launch_lora(torchrun, world, flags):
     model = Transformer(ModelConfig(vocab_size=world.tokenizer.vocab_size, **shape))
     save_model(model, world.folder / "base", tokenizer=world.tokenizer)
 
-    def launch(n_processes: int, *, batch_size: int) -> Path:
+    def launch(n_processes: int, *more: str, batch_size: int) -> Path:
         out = world.folder / f"out{n_processes}"
         output = torchrun(
             n_processes, str(ROOT / "train_lora.py"), *flags(world), "--save_dir", str(out),
             "--from_weight", str(world.folder / "base"), "--data_path", str(world.chat), "--replay_path",
             str(world.chat_valid), "--max_seq_len", "300", "--batch_size", str(batch_size), "--global_batch_size", "4",
             "--max_steps", "5", "--save_interval", "2", "--log_interval", "1", "--learning_rate", "1e-2",
-            "--lora_init", "gaussian", "--use_dora", "--monitor_interval", "2",
+            "--lora_init", "gaussian", "--use_dora", "--monitor_interval", "2", "--balance_gradients", *more,
         )  # fmt: skip
         assert output.count("saved ") == 1
         return out / "lora" / "lora_32"
@@ -74,9 +75,10 @@ def launch_lora(torchrun, world, flags):
     return launch
 
 
-def test_two_processes_train_the_adapter_of_one(launch_lora):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_the_adapter_of_one(launch_lora, parallel):
     """DDP without a search for unused parameters: what is frozen takes no part, all the rest is used."""
-    two, one = launch_lora(2, batch_size=1), launch_lora(1, batch_size=4)
+    two, one = launch_lora(2, "--parallel", parallel, batch_size=1), launch_lora(1, batch_size=4)
     rows = [
         [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         for directory in (two, one)
@@ -88,6 +90,14 @@ def test_two_processes_train_the_adapter_of_one(launch_lora):
     for name, weight in wanted.items():
         assert ((ours[name] - weight).norm() / weight.norm()).item() < 1e-4, name
     assert any("magnitude" in name for name in wanted)
+    looks = [read_metrics(directory / "monitor.jsonl") for directory in (two, one)]
+    assert [row["step"] for row in looks[0]] == [1, 2, 4]
+    for ours, wanted in zip(*looks, strict=True):
+        for layer, figures in wanted["layers"].items():
+            assert ours["layers"][layer]["grad_norm_B"] == pytest.approx(figures["grad_norm_B"], rel=1e-4), layer
+    page = (two / "summary.html").read_text(encoding="utf-8")
+    assert "Adapter at step 4" in page
+    assert "most frequent targets" in page
 
 
 @pytest.fixture

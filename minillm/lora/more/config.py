@@ -12,7 +12,7 @@ from minillm.errors import UserError
 from minillm.lora import core
 from minillm.lora.core import ALL_LINEAR, LoRA, ends_with
 from minillm.lora.more.experts import ADAPTABLE, EXPERT_PRODUCTS, new_slot
-from minillm.lora.more.init import RESIDUAL_INITS, Init, initialize
+from minillm.lora.more.init import INITS_WITH_STD, RESIDUAL_INITS, Init, initialize
 from minillm.lora.more.layers import DoRA
 
 # Words for target_modules, and the names of layers that they mean.
@@ -49,6 +49,8 @@ class LoRAConfig(core.LoRAConfig):
     """Train the length of every row of the weight too."""
     init: Init = "kaiming"
     """What A and B start with."""
+    init_std: float = 0.0
+    """Standard deviation of A with init gaussian (0: 1/rank) or orthogonal (0: 0.005)."""
 
     words: ClassVar[tuple[str, ...]] = (ALL_LINEAR, *GROUPS)
 
@@ -70,6 +72,11 @@ class LoRAConfig(core.LoRAConfig):
             raise UserError(f"modules_to_save is {self.modules_to_save!r}: give names as a tuple, e.g. ('lm_head',)")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f"bias is {self.bias!r}: choose none, all or lora_only")
+        if not 0 <= self.init_std <= 1:
+            raise UserError(f"init_std is {self.init_std!r}: give a number from 0 (the init's own) to 1")
+        if self.init_std and self.init not in INITS_WITH_STD:
+            inits = " or ".join(INITS_WITH_STD)
+            raise UserError(f"init_std does not work with init {self.init!r}: choose {inits}")
         if self.use_dora and self.init in RESIDUAL_INITS:
             raise UserError(f"use_dora does not work with init {self.init!r}: choose kaiming, gaussian or orthogonal")
 
@@ -91,7 +98,7 @@ class LoRAConfig(core.LoRAConfig):
                         has_residual=self.init in RESIDUAL_INITS)  # fmt: skip
         scaling = self.scaling_of(name)
         lora.scaling.fill_(scaling)
-        initialize(lora, layer, self.init, scaling=scaling, generator=generator)
+        initialize(lora, layer, self.init, scaling=scaling, std=self.init_std, generator=generator)
         if isinstance(lora, DoRA):
             delta = scaling * lora.B.weight @ lora.A.weight
             lora.magnitude.copy_((layer.weight.to(delta) + delta).norm(dim=1))

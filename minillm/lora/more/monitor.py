@@ -3,7 +3,7 @@
 Everything about s·B A is computed from matrices of R x R: with G = Bᵀ B and H = A Aᵀ, ``‖B A‖² = tr(G H)``, and the
 singular values of B A are those of ``G^½ H^½``. The product (out, in) itself is never formed (but for DoRA's length).
 
-Works with any loop:
+Works with any loop, and with any engine of a run, whose ranks may hold parts of each matrix:
 
     monitor = Monitor(model)
     ...
@@ -17,6 +17,7 @@ Works with any loop:
 Legend: R rank, K factors of a product (R, or 2R with what PiSSA subtracted from the weight).
 """
 
+import contextlib
 from math import isfinite
 from statistics import median
 
@@ -33,6 +34,26 @@ LARGE_RATIO = 1000.0  # of B's gradient to A's, for as long as above
 LARGE_DELTA = 0.5  # of the weight in total
 SMALL_DELTA = 1e-4  # at the end
 CONSECUTIVE_CHECKS = 3
+N_DIGITS = 6  # of a figure
+
+
+class OneProcess:
+    """What ``Monitor`` reads where a process holds everything; engines whose ranks hold parts have the same methods."""
+
+    gradient_scale = 1.0  # of the gradients that the update sees, to those that ``gradient`` returns
+
+    def gathered(self, module: nn.Module):
+        """Return a context in which the parameters of ``module`` are whole."""
+        return contextlib.nullcontext()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return a parameter's gradient."""
+        return parameter.grad
+
+    def adam_state(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict:
+        """Return the settings and the state that ``optimizer`` has for a parameter."""
+        groups = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+        return {**next(groups, {}), **optimizer.state.get(parameter, {})}
 
 
 class Monitor:
@@ -40,16 +61,23 @@ class Monitor:
 
     Args:
         interval: steps between checks; the first step is always checked.
+        engine: of a run whose ranks hold parts of the gradients (``minillm.distributed.engine.Engine``); all ranks
+            then make all calls together, before the engine clips, and get the same figures.
 
     Attributes:
         streaks: for each thing that may go wrong, for how many steps (or checks) it has lasted, by layer.
         given: the kinds of warnings already given; each comes once.
     """
 
-    def __init__(self, model: nn.Module, *, interval: int = 5):
+    def __init__(self, model: nn.Module, *, interval: int = 5, engine=None):
         self.layers = adapted_layers(model)
         self.interval = interval
-        self.weight_norms = {name: base_weight(layer).float().norm().item() for name, layer in self.layers.items()}
+        self.engine = OneProcess() if engine is None else engine
+        self.weight_norms, self.ranks = {}, {}
+        for name, layer in self.layers.items():
+            with self.engine.gathered(layer):
+                self.weight_norms[name] = base_weight(layer).float().norm().item()
+                self.ranks[name] = len(layer.lora.A.weight)
         self.streaks: dict[str, dict[str, int]] = {}
         self.given: list[str] = []
         self.last_check = 0
@@ -64,10 +92,12 @@ class Monitor:
         if step != 1 and step % self.interval:
             return
         loras = [layer.lora for layer in self.layers.values()]
-        norms = torch.stack([_grad_norm(matrix.weight) for lora in loras for matrix in (lora.A, lora.B)])
+        norms = torch.stack([self._grad_norm(matrix.weight) for lora in loras for matrix in (lora.A, lora.B)])
         self._gradients = dict(zip(self.layers, norms.view(-1, 2).tolist(), strict=True))
         self._seen_step = step
-        self._before = {n: (x.lora.A.weight.clone(), x.lora.B.weight.clone()) for n, x in self.layers.items()}
+        for name, lora in zip(self.layers, loras, strict=True):
+            with self.engine.gathered(lora):
+                self._before[name] = lora.A.weight.detach().clone(), lora.B.weight.detach().clone()
 
     @torch.no_grad()
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> dict | None:
@@ -86,12 +116,17 @@ class Monitor:
         """
         if self._seen_step != step:  # not due; or the update of the step that was checked has been skipped
             return None
-        products = {name: self._products(name) for name in self.layers}
-        states = {name: (_adam(layer.lora.A.weight, optimizer), _adam(layer.lora.B.weight, optimizer))
-                  for name, layer in self.layers.items()}  # fmt: skip
-        rows = {name: self._row(name, products[name], states[name]) for name in self.layers}
+        rows, still_zero = {}, set()
+        for name, layer in self.layers.items():
+            lora = layer.lora
+            states = [_adam(self.engine.adam_state(matrix.weight, optimizer)) for matrix in (lora.A, lora.B)]
+            # What DoRA changes depends on the layer's own weight, too.
+            with self.engine.gathered(layer if isinstance(lora, DoRA) else lora):
+                rows[name] = self._row(name, self._products(name), states)
+                if not lora.B.weight.any():
+                    still_zero.add(name)
         self._before = {}  # a copy of the adapter, no longer needed
-        row = {"step": step, "layers": rows, "warnings": self._warnings(step, rows)}
+        row = {"step": step, "layers": rows, "warnings": self._warnings(step, rows, still_zero)}
         self.last_check, self.last_row = step, row
         return row
 
@@ -102,9 +137,9 @@ class Monitor:
         rows = self.last_row["layers"]
         if not all(v is None or isfinite(v) for row in rows.values() for v in row.values()):
             return ["the adapter is no longer finite: use a checkpoint from before"]
-        ranks = [rows[name]["effective_rank"] / len(layer.lora.A.weight) for name, layer in self.layers.items()]
+        ranks = [rows[name]["effective_rank"] / rank for name, rank in self.ranks.items()]
         deltas = [row["delta_ratio"] for row in rows.values() if row["delta_ratio"] is not None] or [0.0]
-        width, share = median(len(layer.lora.A.weight) for layer in self.layers.values()), median(ranks)
+        width, share = median(self.ranks.values()), median(ranks)
         notes = [f"median over layers: |dW|/|W| {median(deltas):.2g}, effective rank {share * width:.1f} of {width:g}"]
         if max(deltas) < SMALL_DELTA:
             notes.append(
@@ -126,6 +161,10 @@ class Monitor:
         """Continue from ``state``."""
         self.streaks, self.given, self.last_check = state["streaks"], state["said"], state["last_look"]
 
+    def _grad_norm(self, parameter: nn.Parameter) -> Tensor:
+        gradient = self.engine.gradient(parameter)
+        return torch.zeros((), device=parameter.device) if gradient is None else gradient.norm()
+
     # ---- the figures ---------------------------------------------------------------------------------------------
 
     def _products(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -143,10 +182,11 @@ class Monitor:
         }
         return {key: ((left.mT @ left).cpu(), (right @ right.mT).cpu()) for key, (left, right) in pairs.items()}
 
-    def _row(self, name: str, products: dict, states: tuple) -> dict:
+    def _row(self, name: str, products: dict, states: list) -> dict:
         layer = self.layers[name]
         lora, weight_norm = layer.lora, self.weight_norms[name]
-        (norm_a, norm_b), rank = self._gradients[name], len(lora.A.weight)
+        norm_a, norm_b = (norm * self.engine.gradient_scale for norm in self._gradients[name])
+        rank = self.ranks[name]
         singular = singular_values(*products["delta"])
         delta = lora.delta(layer).norm().item() if isinstance(lora, DoRA) else lora.scaling.item() * _length(singular)
         update = lora.scaling.item() * _length(singular_values(*products["update"]))
@@ -166,14 +206,12 @@ class Monitor:
         row |= {f"update_ratio_{key}": steps[key] / befores[key] if befores[key] else None for key in "AB"}
         for key, state in zip("AB", states, strict=True):
             row |= {f"adam_{what}_{key}": value for what, value in state.items()}
-        return {key: value if value is None else float(f"{value:.6g}") for key, value in row.items()}
+        return {key: value if value is None else float(f"{value:.{N_DIGITS}g}") for key, value in row.items()}
 
     # ---- what is wrong -------------------------------------------------------------------------------------------
 
-    def _warnings(self, step: int, rows: dict[str, dict]) -> list[str]:
+    def _warnings(self, step: int, rows: dict[str, dict], still_zero: set[str]) -> list[str]:
         passed = step - self.last_check
-        layers = {name: layer.lora for name, layer in self.layers.items()}
-        still_zero = {name for name, lora in layers.items() if not lora.B.weight.any()}
         fresh = self._new_warning
         warnings = [
             fresh("finite", {n: any(v is not None and not isfinite(v) for v in r.values()) for n, r in rows.items()},
@@ -248,28 +286,22 @@ def _length(singular: Tensor) -> float:
     return singular.norm().item()
 
 
-def _grad_norm(parameter: Tensor) -> Tensor:
-    return parameter.new_zeros(()) if parameter.grad is None else parameter.grad.norm()
-
-
-def _adam(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, float | None]:
+def _adam(state: dict) -> dict[str, float | None]:
     """Return the statistics of AdamW's state for a parameter."""
-    state = optimizer.state.get(parameter, {})
     if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
         return dict.fromkeys(("mean", "rms", "step", "eps"))
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = state["betas"]
     n = float(state["step"])
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     root = (square / (1 - beta2**n)).sqrt()
     used = square > 0  # rows that an adapter of lower rank leaves unused have no gradient
-    steps = (mean / (1 - beta1**n)).abs() / (root + group["eps"])
+    steps = (mean / (1 - beta1**n)).abs() / (root + state["eps"])
     n_used = used.sum().clamp_min(1)
     statistics = [
         mean.square().mean().sqrt(),
         square.mean().sqrt(),
         steps.sum() / n_used,
-        (used & (root < group["eps"])).sum() / n_used,
+        (used & (root < state["eps"])).sum() / n_used,
     ]
     values = torch.stack([value.float() for value in statistics]).tolist()
     return dict(zip(("mean", "rms", "step", "eps"), values, strict=True))

@@ -11,10 +11,10 @@ from minillm.lora.more.init import ORTHOGONAL_GAIN, ORTHOGONAL_STD, initialize
 LAYERS = {"wide": nn.Linear(300, 70), "tall": nn.Linear(50, 400)}
 
 
-def values(layer, init, rank=6, scaling=0.7, seed=0):
+def values(layer, init, rank=6, scaling=0.7, seed=0, std=0.0):
     """Return A and B of a new adapter."""
     lora = new_slot(layer, rank=rank, dropout=0.0)
-    initialize(lora, layer, init, scaling=scaling, generator=torch.Generator().manual_seed(seed))
+    initialize(lora, layer, init, scaling=scaling, std=std, generator=torch.Generator().manual_seed(seed))
     return lora.A.weight.detach(), lora.B.weight.detach()
 
 
@@ -57,6 +57,15 @@ def test_orthogonal_columns_of_a_small_length(name):
     a, b = values(LAYERS[name], "orthogonal")
     torch.testing.assert_close(b.T @ b, ORTHOGONAL_GAIN**2 * torch.eye(6), rtol=0, atol=1e-9)
     assert a.std().item() == pytest.approx(ORTHOGONAL_STD, rel=0.1)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_a_may_start_smaller(init):
+    (a, b), (smaller, same) = values(LAYERS["wide"], init, rank=64), values(LAYERS["wide"], init, rank=64, std=1e-3)
+    own = {"gaussian": 1 / 64, "orthogonal": ORTHOGONAL_STD}[init]
+    assert smaller.std().item() == pytest.approx(1e-3, rel=0.03)
+    torch.testing.assert_close(smaller / 1e-3, a / own)  # the same numbers, smaller
+    assert torch.equal(b, same)
 
 
 @pytest.mark.parametrize("name", LAYERS)
