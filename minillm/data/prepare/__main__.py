@@ -1,6 +1,6 @@
 """From raw files to training files:
 
-    python -m minillm.data.prepare --data_path raw/ --output data/pretrain.jsonl --near_duplicates drop --valid_ratio 0.01
+    python -m minillm.data.prepare --data_path raw/ --output data/text.jsonl --near_duplicates drop --valid_ratio 0.01
     python -m minillm.data.prepare --data_path zh.jsonl:0.7,en.jsonl:0.3 --output data/mixed.jsonl
     python -m minillm.data.prepare --data_path alpaca.json --output data/sft.jsonl --eval_files eval/
 

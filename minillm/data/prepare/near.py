@@ -1,4 +1,4 @@
-"""Near duplicates by MinHash with locality-sensitive hashing (Broder 1997; Leskovec et al., Mining of Massive Datasets, 3).
+"""Near duplicates by MinHash with locality-sensitive hashing (Broder 1997; Mining of Massive Datasets, chapter 3).
 
 The similarity of two records is the Jaccard index of their shingles (runs of 5 units, ``units.py``):
 
@@ -47,7 +47,7 @@ def shingles(units: list[str]) -> set[str]:
 
 
 def signature(shingle_set: set[str]) -> np.ndarray:
-    """Return the signature, (N_HASHES,) uint32, of a set of shingles; zeros for an empty set, which is never compared."""
+    """Return the signature, (N_HASHES,) uint32, of a set of shingles; zeros for an empty set: it resembles no other."""
     import rensa
 
     if not shingle_set:
@@ -63,7 +63,7 @@ def candidate_probability(similarity: float, n_bands: int, n_rows: int) -> float
 
 
 def choose_bands(threshold: float) -> tuple[int, int]:
-    """Return (bands, rows per band): the most rows with which ``MIN_RECALL`` of the pairs at the threshold are found."""
+    """Return (bands, rows per band): the most rows with which a share ``MIN_RECALL`` of such pairs is found."""
     for n_rows in range(N_HASHES // 2, 0, -1):
         n_bands = N_HASHES // n_rows
         if candidate_probability(threshold, n_bands, n_rows) >= MIN_RECALL:

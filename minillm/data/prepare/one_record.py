@@ -158,6 +158,6 @@ def json_line(value: dict, *, allow_escapes: bool = True) -> bytes:
 def _difference(before, after) -> tuple[str, str]:
     """Return the first places where two values differ, as text."""
     texts = [json.dumps(value, ensure_ascii=True, default=str) for value in (before, after)]
-    same = next((i for i, (a, b) in enumerate(zip(*texts)) if a != b), 0)
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
     start = max(0, same - EXCERPT // 4)
     return texts[0][start : start + EXCERPT], texts[1][start : start + EXCERPT]

@@ -1,8 +1,8 @@
 """Decontamination: does a record contain a question of an evaluation file?
 
 As in GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C), a record is contaminated if it shares a run of 13 units
-with a question; a unit is a word or a Chinese character (``units.py``). A question of 8 to 12 units counts if the record
-holds all of it in a row. Shorter questions are found everywhere, so they are not looked for; the report counts them.
+with a question. A unit is a word or a Chinese character (``units.py``). A question of 8 to 12 units counts if the
+record holds all of it in a row. Shorter questions are found everywhere: they are only counted, not looked for.
 """
 
 from collections.abc import Iterable, Iterator

@@ -24,8 +24,8 @@ _SCRIPTS = {
 _TAG_NAMES = (
     "a abbr article aside b blockquote body br button caption center code col dd div dl dt em embed figcaption figure "
     "font footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input label li link main meta nav noscript ol "
-    "option p path pre script section select small span strong style sub sup svg table tbody td textarea tfoot th thead "
-    "title tr u ul video"
+    "option p path pre script section select small span strong style sub sup svg table tbody td textarea tfoot th "
+    "thead title tr u ul video"
 )
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAG_NAMES.split())})(?:\s[^<>]*)?/?>|<!--.*?-->|<!doctype[^<>]*>", re.I | re.S)
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>", re.I | re.S)

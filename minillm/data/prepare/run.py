@@ -179,7 +179,7 @@ def _why_empty(role: str, settings: PrepareSettings, counts: Counts) -> str:
     if not counts.dropped[most]:
         return f"--valid_ratio {settings.valid_ratio} holds out all records that are left: lower it"
     return (
-        f"no record of {settings.data_path} is left for {settings.output}: the table above counts what each rule dropped, "
+        f"no record of {settings.data_path} is left: the table above counts what each rule dropped, "
         f"most of all {most} ({counts.dropped[most]:,} of {counts.read:,}); loosen that rule"
     )
 

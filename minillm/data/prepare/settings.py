@@ -69,7 +69,7 @@ class PrepareSettings:
     near_threshold: float = 0.8
     """Least similarity (Jaccard index of runs of 5 words or Chinese characters) of a near duplicate."""
     against: str = ""
-    """Files whose records must not be in the output, such as an existing validation file: their duplicates are dropped."""
+    """Files whose records must not be in the output, such as a validation file: duplicates of them are dropped."""
     eval_files: str = ""
     """Evaluation files: records that contain one of their questions are dropped."""
     eval_ngram: int = 13

@@ -100,7 +100,8 @@ def _decided(store: Store, choice: Choice, settings: PrepareSettings, names: lis
     """
     file_of, line_of, first_rule = store.column("file"), store.column("line_number"), store.column("rule")
     row_of = store.column("row")
-    keys = random_keys(store.column("hash"), settings.seed, ORDER)
+    hashes = store.column("hash")
+    keys = random_keys(hashes, settings.seed, ORDER)
     alive = 0
     with store.lines_path.open("rb") as lines:
         for row, line in enumerate(lines):
@@ -115,7 +116,7 @@ def _decided(store: Store, choice: Choice, settings: PrepareSettings, names: lis
                 original_row = int(row_of[original])
                 entry = {
                     "rule": rule,
-                    "reason": f"{'equals' if similarity == 1.0 else 'resembles'} an earlier record",
+                    "reason": f"{'equals' if hashes[alive] == hashes[original] else 'resembles'} an earlier record",
                     "file": names[file_index],
                     "line": int(line_of[row]),
                     "duplicate_of": {"file": names[file_of[original_row]], "line": int(line_of[original_row])},
