@@ -1,4 +1,4 @@
-"""Is the memory of ``python -m minillm.data.prepare`` bounded? Synthetic texts of several sizes, each in a child process.
+"""Is the memory of ``python -m minillm.data.prepare`` bounded? Texts of several sizes, each in a child process.
 
 Most of the texts are new; one in twenty is an exact copy of an earlier one and one in twenty a copy with a few other
 words, so that duplicates of both kinds are found. The peak of a size is the largest resident memory of the process that
@@ -64,9 +64,8 @@ def write_texts(path: Path, n_bytes: int, document_len: int) -> int:
                     words[rng.randrange(len(words))] = "另外" if not space else "other"
             else:
                 words, space = rng.choice([(english, " "), (chinese, "")])
-                words = rng.choices(
-                    words, k=max(1, round(rng.uniform(0.5, 1.5) * document_len / (6.5 if space else 2)))
-                )
+                n_words = round(rng.uniform(0.5, 1.5) * document_len / (6.5 if space else 2))
+                words = rng.choices(words, k=max(1, n_words))
                 recent = [*recent[-99:], (words, space)]
             line = json.dumps({"text": space.join(words)}, ensure_ascii=False) + "\n"
             file.write(line)
@@ -106,9 +105,8 @@ def main(argv: list[str] | None = None) -> dict:
     table = [["text, MB", "records", "exact duplicates", "near duplicates", "peak, MB"]]
     for case in cases:
         dropped = [f"{case['dropped'].get(rule, 0):,}" for rule in ("exact_duplicate", "near_duplicate")]
-        table.append(
-            [f"{case['bytes'] / 1e6:.0f}", f"{case['records']:,}", *dropped, f"{case['peak_bytes'] / 1e6:.0f}"]
-        )
+        size, peak = f"{case['bytes'] / 1e6:.0f}", f"{case['peak_bytes'] / 1e6:.0f}"
+        table.append([size, f"{case['records']:,}", *dropped, peak])
     print(format_table(table))
     small, large = cases[-2:]
     per_record = (large["peak_bytes"] - small["peak_bytes"]) / (large["records"] - small["records"])

@@ -28,14 +28,15 @@ class Choice:
         rule: number of the rule that drops it, 0 if none does.
         copies: how often it is written to the training file.
         is_valid: whether it is held out.
-        duplicate_of: {record: (the record it duplicates, similarity)}.
+        duplicate_of, similarity: the earlier record that it duplicates, or -1, and how similar they are.
         mixture: what the mixture does to each source; empty without shares.
     """
 
     rule: np.ndarray
     copies: np.ndarray
     is_valid: np.ndarray
-    duplicate_of: dict[int, tuple[int, float]]
+    duplicate_of: np.ndarray
+    similarity: np.ndarray
     mixture: list[dict] = field(default_factory=list)
 
 
@@ -49,13 +50,13 @@ def choose(
     """
     is_reference = source_of < 0
     rule = np.zeros(store.n_alive, np.uint8)
-    duplicate_of = _exact(store, settings, is_reference, rule)
+    duplicate_of, similarity = _exact(store, settings, is_reference, rule)
     if settings.near_duplicates == "drop":
-        near = find_near_duplicates(store.signatures, rule == 0, settings.near_threshold, work_dir)
-        for record, (original, similarity) in near.items():
-            if not is_reference[record]:
-                rule[record] = RULES.index("leaked" if is_reference[original] else "near_duplicate")
-                duplicate_of[record] = original, similarity
+        original, share = find_near_duplicates(store.signatures, rule == 0, settings.near_threshold, work_dir)
+        is_near = (original >= 0) & ~is_reference
+        rule[is_near] = RULES.index("near_duplicate")
+        rule[is_near & is_reference[original]] = RULES.index("leaked")
+        duplicate_of[is_near], similarity[is_near] = original[is_near], share[is_near]
     is_usable = (rule == 0) & ~is_reference
     copies = is_usable.astype(np.uint16)
     keys = random_keys(store.column("hash"), settings.seed, SAMPLE)
@@ -70,18 +71,20 @@ def choose(
     rule[is_usable & (copies == 0)] = RULES.index("not_sampled")
     is_valid = np.asarray(store.column("is_valid")) & (copies > 0)
     copies[is_valid] = 0
-    return Choice(rule, copies, is_valid, duplicate_of, mixture)
+    return Choice(rule, copies, is_valid, duplicate_of, similarity, mixture)
 
 
-def _exact(store: Store, settings: PrepareSettings, is_reference: np.ndarray, rule: np.ndarray) -> dict:
-    """Set ``rule`` of the exact duplicates; return {record: (the first equal record, 1.0)}."""
+def _exact(
+    store: Store, settings: PrepareSettings, is_reference: np.ndarray, rule: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Set ``rule`` of the exact duplicates; return the first equal record of each, or -1, and the similarity."""
     first = first_equal(np.asarray(store.column("hash")))
     is_repeated = (first != np.arange(len(first))) & ~is_reference
     is_leaked = is_repeated & is_reference[first]  # the records of --against come first
     is_dropped = is_leaked | (is_repeated & (settings.exact_duplicates == "drop"))
     rule[is_dropped] = RULES.index("exact_duplicate")
     rule[is_leaked] = RULES.index("leaked")
-    return {int(record): (int(first[record]), 1.0) for record in np.flatnonzero(is_dropped)}
+    return np.where(is_dropped, first, -1), is_dropped.astype(np.float32)
 
 
 def random_keys(hashes: np.ndarray, seed: int, purpose: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The first pass: reads all files, in this process or with several, and stores the outcome of each record in order."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from minillm.errors import UserError
 
 CHUNK_RECORDS = 512
 CHUNK_CHARS = 1 << 20  # of the raw records of a chunk, estimated
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AHEAD = 4  # chunks per process that are read before the first one is done
 
 
@@ -66,7 +68,8 @@ def clean_all(
     pending: deque = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_clean, chunk))
+            with contextlib.nullcontext() if pending else _signals_wait():
+                pending.append(pool.submit(_clean, chunk))
             if len(pending) >= AHEAD * n_workers:
                 yield pending.popleft().result()
         while pending:
@@ -95,6 +98,23 @@ def _length(value) -> int:
     if isinstance(value, dict):
         return sum(map(_length, value.values()))
     return sum(map(_length, value)) if isinstance(value, list) else 1
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals wait while worker processes start: Python loses an exception that is raised within a fork."""
+    if threading.current_thread() is not threading.main_thread():  # which handles no signals
+        yield
+        return
+    caught: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in caught:
+            signal.raise_signal(number)
 
 
 _cleaner: Cleaner | None = None  # of a worker process

@@ -16,11 +16,12 @@ dropped record is itself similar to a kept one; there are no chains.
 In memory are two numbers per record; signatures and bands lie on disk.
 """
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from minillm.data.prepare.arrays import new_array, release_memory
 from minillm.errors import missing_package
 
 N_HASHES = 128  # numbers of a signature
@@ -71,57 +72,53 @@ def choose_bands(threshold: float) -> tuple[int, int]:
     return N_HASHES, 1
 
 
-def find_near_duplicates(signatures: np.ndarray, is_alive: np.ndarray, threshold: float, work_dir: Path) -> dict:
-    """Return {record: (the kept record that it resembles, estimated similarity)} of the near duplicates.
+def find_near_duplicates(
+    signatures: np.ndarray, is_alive: np.ndarray, threshold: float, work_dir: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the kept record that each record resembles, (n,) int64, or -1; and their similarity, (n,) float32.
 
     Args:
         signatures: (n, N_HASHES) uint32, usually a memory map.
         is_alive: (n,) bool; other records are left out.
-        work_dir: takes three arrays of 4 bytes per record and band.
+        work_dir: takes 20 bytes per record and band.
     """
     n = len(signatures)
     n_bands, n_rows = choose_bands(threshold)
+    original, similarity = np.full(n, -1, np.int64), np.zeros(n, np.float32)
     if n < 2:
-        return {}
+        return original, similarity
     starts = range(0, n, CHUNK)
     is_alive = is_alive & np.concatenate([signatures[start : start + CHUNK].any(axis=1) for start in starts])
+    release_memory(signatures)
     # For each band: the records sorted by their band's hash, so that equal ones lie together ("a bucket"), and for each
     # record where its bucket begins.
-    members = _array_on_disk(work_dir / "members.bin", (n_bands, n))
-    buckets = _array_on_disk(work_dir / "buckets.bin", (n_bands, n))
+    members = new_array(work_dir / "members.bin", (n_bands, n), np.uint32)
+    buckets = new_array(work_dir / "buckets.bin", (n_bands, n), np.uint32)
+    n_kept = new_array(work_dir / "n_kept.bin", (n_bands, n), np.uint32)
+    hashes = new_array(work_dir / "band_hashes.bin", (n_bands, n), np.uint64)
+    _hash_bands(signatures, hashes, n_rows)
     has_bucket = np.zeros(n, bool)
     for band in range(n_bands):
-        hashes = _band_hashes(signatures, band * n_rows, n_rows)
-        members[band], buckets[band] = _sort_into_buckets(hashes, is_alive)
+        members[band], buckets[band] = _sort_into_buckets(hashes[band], is_alive)
         has_bucket |= buckets[band] != ALONE
-    n_kept = _array_on_disk(work_dir / "n_kept.bin", (n_bands, n))
-    return _drop_in_order(signatures, members, buckets, n_kept, np.flatnonzero(has_bucket), threshold)
+        release_memory(hashes, members, buckets)
+    for record, other, share in _drop_in_order(
+        signatures, members, buckets, n_kept, np.flatnonzero(has_bucket), threshold
+    ):
+        original[record], similarity[record] = other, share
+    return original, similarity
 
 
-def _array_on_disk(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Return a new array of uint32 zeros in a file, whose place on the disk is taken at once.
-
-    Otherwise a full disk would kill the process at a later write, without an error.
-    """
-    with path.open("wb") as file:
-        n_bytes = 4 * shape[0] * shape[1]
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-        else:
-            file.truncate(n_bytes)
-    return np.memmap(path, np.uint32, "r+", shape=shape)
-
-
-def _band_hashes(signatures: np.ndarray, first_row: int, n_rows: int) -> np.ndarray:
-    """Return a hash, (n,) uint64, of some rows of each signature."""
-    hashes = np.zeros(len(signatures), np.uint64)
+def _hash_bands(signatures: np.ndarray, hashes: np.ndarray, n_rows: int) -> None:
+    """Write the hash of each band of each signature into ``hashes``, (bands, n) uint64."""
     for start in range(0, len(signatures), CHUNK):
-        rows = np.asarray(signatures[start : start + CHUNK, first_row : first_row + n_rows], np.uint64)
-        mixed = np.zeros(len(rows), np.uint64)
-        for column in rows.T:
-            mixed = mix_bits(mixed ^ column)
-        hashes[start : start + CHUNK] = mixed
-    return hashes
+        chunk = np.asarray(signatures[start : start + CHUNK], np.uint64)
+        for band in range(len(hashes)):
+            mixed = np.zeros(len(chunk), np.uint64)
+            for column in chunk[:, band * n_rows : (band + 1) * n_rows].T:
+                mixed = mix_bits(mixed ^ column)
+            hashes[band, start : start + CHUNK] = mixed
+        release_memory(signatures, hashes)
 
 
 def mix_bits(numbers: np.ndarray) -> np.ndarray:
@@ -154,12 +151,13 @@ def _drop_in_order(
     n_kept: np.ndarray,
     records: np.ndarray,
     threshold: float,
-) -> dict[int, tuple[int, float]]:
-    """Go through ``records`` in order; a kept one is written to the front of its buckets, where later ones meet it.
+) -> Iterator[tuple[int, int, float]]:
+    """Yield (record, the kept record that it resembles, similarity) of the near duplicates among ``records``, in order.
+
+    A kept record is written to the front of its buckets, where later ones meet it.
 
     ``n_kept`` (bands, n) counts the kept records of each bucket, at the place where the bucket begins.
     """
-    duplicates: dict[int, tuple[int, float]] = {}
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
         for record, bucket_starts in zip(chunk.tolist(), np.asarray(buckets[:, chunk]).T.tolist(), strict=True):
@@ -170,9 +168,9 @@ def _drop_in_order(
                 shares = (signatures[candidates] == signatures[record]).mean(axis=1)
                 best = int(shares.argmax())  # the earliest one of the most similar
                 if shares[best] >= threshold:
-                    duplicates[record] = (int(candidates[best]), float(shares[best]))
+                    yield record, int(candidates[best]), float(shares[best])
                     continue
             for band, place in places:
                 members[band, place + n_kept[band, place]] = record
                 n_kept[band, place] += 1
-    return duplicates
+        release_memory(signatures, members, buckets, n_kept)

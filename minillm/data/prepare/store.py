@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm.data.prepare.arrays import open_array
 from minillm.data.prepare.exact import HASH
 from minillm.data.prepare.near import N_HASHES
 from minillm.data.prepare.one_record import Outcome
@@ -70,13 +71,12 @@ class Store:
         """Return a column as a memory map: of all records, or of those that go on."""
         dtype = (_OF_ALL | _OF_ALIVE)[name]
         n = self.n_records if name in _OF_ALL else self.n_alive
-        return np.memmap(self._path(name), dtype, "r", shape=(n,)) if n else np.zeros(0, dtype)
+        return open_array(self._path(name), (n,), dtype)
 
     @property
     def signatures(self) -> np.ndarray:
         """The signatures, (n_alive, N_HASHES) uint32."""
-        shape = (self.n_alive, N_HASHES)
-        return np.memmap(self._path("signature"), np.uint32, "r", shape=shape) if self.n_alive else np.zeros(shape)
+        return open_array(self._path("signature"), (self.n_alive, N_HASHES), np.uint32)
 
     @property
     def lines_path(self) -> Path:

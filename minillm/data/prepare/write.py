@@ -21,7 +21,7 @@ from minillm.data.prepare.one_record import json_line
 from minillm.data.prepare.settings import PrepareSettings
 from minillm.data.prepare.store import RULES, Store
 
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 16 << 20  # if no more than MAX_BUCKETS are needed
 MAX_BUCKETS = 256  # open files
 _HEAD = struct.Struct("<QI")  # key, length of the line
 
@@ -112,7 +112,7 @@ def _decided(store: Store, choice: Choice, settings: PrepareSettings, names: lis
                 continue
             rule = RULES[choice.rule[alive]]
             if rule and rule != "not_sampled":
-                original, similarity = choice.duplicate_of[alive]
+                original = choice.duplicate_of[alive]
                 original_row = int(row_of[original])
                 entry = {
                     "rule": rule,
@@ -120,7 +120,7 @@ def _decided(store: Store, choice: Choice, settings: PrepareSettings, names: lis
                     "file": names[file_index],
                     "line": int(line_of[row]),
                     "duplicate_of": {"file": names[file_of[original_row]], "line": int(line_of[original_row])},
-                    "similarity": round(similarity, 4),
+                    "similarity": round(float(choice.similarity[alive]), 4),
                     "record": json.loads(line),
                 }
                 on_drop(file_index, entry)

@@ -59,9 +59,15 @@ def test_recall_and_precision_at_known_similarities(tmp_path, similarity, least,
     n_pairs = 150
     sides = [side for number in range(n_pairs) for side in pair(number, similarity)[:2]]
     signatures = np.stack([signature(side) for side in sides])
-    found = find_near_duplicates(signatures, np.ones(len(sides), bool), 0.8, tmp_path)
+    found = find(signatures, np.ones(len(sides), bool), 0.8, tmp_path)
     assert least <= len(found) / n_pairs <= most
     assert all(record == original + 1 and record % 2 for record, (original, _) in found.items())
+
+
+def find(*arguments) -> dict[int, tuple[int, float]]:
+    """Return {record: (the kept record that it resembles, similarity)}."""
+    originals, similarities = find_near_duplicates(*arguments)
+    return {int(i): (int(originals[i]), float(similarities[i])) for i in np.flatnonzero(originals >= 0)}
 
 
 def slow_greedy(signatures: np.ndarray, is_alive: np.ndarray, threshold: float) -> set[int]:
@@ -94,7 +100,7 @@ def test_the_kept_records_are_those_of_the_slow_loop(tmp_path, monkeypatch, thre
     rng.shuffle(texts)
     signatures = np.stack([signature(shingles(words)) for words in texts] + [signature(set())] * 3)
     is_alive = np.array([rng.random() < 0.9 for _ in signatures])
-    found = find_near_duplicates(signatures, is_alive, threshold, tmp_path)
+    found = find(signatures, is_alive, threshold, tmp_path)
     assert set(found) == slow_greedy(signatures, is_alive, threshold)
     assert 20 < len(found) < 130
     for record, (original, similarity) in found.items():
@@ -113,6 +119,6 @@ def test_shingles_of_short_texts():
 
 def test_few_records(tmp_path):
     one = np.stack([signature({"a"})])
-    assert find_near_duplicates(one[:0], np.ones(0, bool), 0.8, tmp_path) == {}
-    assert find_near_duplicates(one, np.ones(1, bool), 0.8, tmp_path) == {}
-    assert find_near_duplicates(one[[0, 0, 0]], np.array([1, 0, 1], bool), 0.8, tmp_path) == {2: (0, 1.0)}
+    assert find(one[:0], np.ones(0, bool), 0.8, tmp_path) == {}
+    assert find(one, np.ones(1, bool), 0.8, tmp_path) == {}
+    assert find(one[[0, 0, 0]], np.array([1, 0, 1], bool), 0.8, tmp_path) == {2: (0, 1.0)}
