@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> dict:
     n_records = args.extrapolate_gb * 1e9 * large["records"] / large["bytes"]
     expected = large["peak_bytes"] + per_record * (n_records - large["records"])
     print(
-        f"{per_record:.0f} bytes per record more; {args.extrapolate_gb:g} GB would be {n_records:,.0f} records and take "
-        f"{expected / 1e9:.1f} GB"
+        f"{per_record:.0f} bytes per record more; {args.extrapolate_gb:g} GB would be {n_records:,.0f} records and "
+        f"take {expected / 1e9:.1f} GB"
     )
     figures = {"arguments": vars(args), "cases": cases, "bytes_per_record": per_record, "expected_bytes": expected}
     write_json(args.output, figures)
