@@ -29,6 +29,7 @@ SHINGLE = 5  # units
 SEED = 1
 MIN_RECALL = 0.98  # of the banding, at the threshold
 CHUNK = 1 << 14  # records read at once
+RANDOM_CHUNK = 1 << 7  # the same, where each touches pages of the arrays at random
 ALONE = 2**32 - 1  # in place of a bucket: no other record has the same band
 
 
@@ -87,9 +88,7 @@ def find_near_duplicates(
     original, similarity = np.full(n, -1, np.int64), np.zeros(n, np.float32)
     if n < 2:
         return original, similarity
-    starts = range(0, n, CHUNK)
-    is_alive = is_alive & np.concatenate([signatures[start : start + CHUNK].any(axis=1) for start in starts])
-    release_memory(signatures)
+    is_alive = is_alive & _has_shingles(signatures)
     # For each band: the records sorted by their band's hash, so that equal ones lie together ("a bucket"), and for each
     # record where its bucket begins.
     members = new_array(work_dir / "members.bin", (n_bands, n), np.uint32)
@@ -107,6 +106,15 @@ def find_near_duplicates(
     ):
         original[record], similarity[record] = other, share
     return original, similarity
+
+
+def _has_shingles(signatures: np.ndarray) -> np.ndarray:
+    """Return whether each record, (n,) bool, has any shingle."""
+    has_shingles = np.zeros(len(signatures), bool)
+    for start in range(0, len(signatures), CHUNK):
+        has_shingles[start : start + CHUNK] = signatures[start : start + CHUNK].any(axis=1)
+        release_memory(signatures)
+    return has_shingles
 
 
 def _hash_bands(signatures: np.ndarray, hashes: np.ndarray, n_rows: int) -> None:
@@ -158,8 +166,8 @@ def _drop_in_order(
 
     ``n_kept`` (bands, n) counts the kept records of each bucket, at the place where the bucket begins.
     """
-    for start in range(0, len(records), CHUNK):
-        chunk = records[start : start + CHUNK]
+    for start in range(0, len(records), RANDOM_CHUNK):
+        chunk = records[start : start + RANDOM_CHUNK]
         for record, bucket_starts in zip(chunk.tolist(), np.asarray(buckets[:, chunk]).T.tolist(), strict=True):
             places = [(band, place) for band, place in enumerate(bucket_starts) if place != ALONE]
             met = [members[band, place : place + n_kept[band, place]] for band, place in places]

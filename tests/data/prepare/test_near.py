@@ -90,6 +90,7 @@ def slow_greedy(signatures: np.ndarray, is_alive: np.ndarray, threshold: float) 
 def test_the_kept_records_are_those_of_the_slow_loop(tmp_path, monkeypatch, threshold):
     """Families of texts that drift word by word: many are similar, in chains."""
     monkeypatch.setattr("minillm.data.prepare.near.CHUNK", 7)
+    monkeypatch.setattr("minillm.data.prepare.near.RANDOM_CHUNK", 5)
     rng, texts = random.Random(3), []
     for _ in range(12):
         words = [str(rng.randrange(10**6)) for _ in range(80)]
