@@ -67,7 +67,7 @@ def read_questions(path: str | Path, *, columns: str = "") -> list[tuple[str | l
             continue
         for line, _, value in read_raw(check_file(file)):
             try:
-                value = _with_our_names(value, file_names, data_suffix(file) in TABLES)
+                value = with_our_names(value, file_names, data_suffix(file) in TABLES)
                 questions.append((parse_prompt(value), _expected_answer(value, line)))
             except UserError as error:
                 raise UserError(f"{file}, line {line}: {error}") from None
@@ -108,7 +108,7 @@ def _read(path: Path, strict: bool, on_reject: Callable, columns: dict[str, str]
     is_table = data_suffix(path) in TABLES
     for line, raw, value in read_raw(path):
         try:
-            record = parse_record(_with_our_names(value, columns, is_table), line)
+            record = parse_record(with_our_names(value, columns, is_table), line)
         except UserError as error:
             if strict:
                 raise UserError(f"{path}, line {line}: {error}") from None
@@ -125,8 +125,12 @@ def _read(path: Path, strict: bool, on_reject: Callable, columns: dict[str, str]
         raise UserError(f"{path} is empty: give a file with at least one record")
 
 
-def _with_our_names(value: object, columns: dict[str, str], is_table: bool) -> object:
-    """Return a raw record under our names, with the cells of a table converted to values. Raises a broken record."""
+def with_our_names(value: object, columns: dict[str, str], is_table: bool) -> object:
+    """Return a raw record under our names, with the cells of a table converted to values.
+
+    Raises:
+        UserError: ``value`` itself, if it is one: the record is broken.
+    """
     if isinstance(value, UserError):
         raise value
     if isinstance(value, dict):

@@ -15,6 +15,7 @@ import numpy as np
 
 from minillm.data.chat import ChatRows
 from minillm.data.packing import IGNORE_INDEX, PackedRows
+from minillm.data.prepare.exact import HASH, content_hash, first_equal
 from minillm.data.records import read_records
 from minillm.data.sources.known_names import DEMO_DATA, find_known_data
 from minillm.data.sources.rejects import MAX_REJECTED_SHARE
@@ -72,6 +73,39 @@ def _control_texts(rows: TextRows, tokenizer) -> dict[str, int]:
             for name in set(pattern.findall(record.text or "")):
                 counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def count_duplicates(source: DataFiles, valid: DataFiles | None = None) -> dict:
+    """Return {"duplicates", "leaked"}: the records of ``source`` that equal an earlier one, and one of ``valid``.
+
+    Upper case and white space do not count (``prepare/exact.py``). ``leaked`` is None without ``valid``.
+    """
+    hashes = _content_hashes(source)
+    n_duplicates = int((first_equal(hashes) != np.arange(len(hashes))).sum())
+    n_leaked = None
+    if valid is not None:
+        n_valid = len(held_out := _content_hashes(valid))
+        n_leaked = int((first_equal(np.concatenate([held_out, hashes]))[n_valid:] < n_valid).sum())
+    return {"duplicates": n_duplicates, "leaked": n_leaked}
+
+
+def _content_hashes(source: DataFiles) -> np.ndarray:
+    """Return the hash, dtype ``HASH``, of each usable record."""
+    records = read_records(source.files, on_reject=lambda *bad: None, columns=source.columns)
+    return np.fromiter((np.frombuffer(content_hash(record), HASH)[0] for record in records), HASH)
+
+
+def _duplicate_lines(report: dict) -> list[str]:
+    """Return what the report says about duplicates, and their warnings."""
+    n_duplicates, n_leaked = report.get("duplicates"), report.get("leaked")
+    if n_duplicates is None:
+        return []
+    lines = [f"duplicates {n_duplicates:,} records equal an earlier one"]
+    if n_leaked is not None:
+        lines[0] += f", {n_leaked:,} equal one of --valid_path"
+    if n_leaked:
+        lines.append("WARNING: validation measures what was learned by heart; drop these records: --against of prepare")
+    return lines
 
 
 def _warnings(report: dict, n_targets: int) -> list[str]:
@@ -172,6 +206,7 @@ def format_report(report: dict) -> str:
         lines.append(f"  {low:>9,} - {high:<9,} {n:>9,} " + "#" * round(40 * n / largest_bin))
     lines.append("most frequent targets")
     lines += [f"  {share:>7.2%}  {text}  ({token_id})" for token_id, text, share in report["frequent_targets"]]
+    lines += _duplicate_lines(report)
     lines += [f"WARNING: {warning}" for warning in report["warnings"]]
     return "\n".join(lines)
 
@@ -234,6 +269,8 @@ class ReportArguments:
     data_path: str = ""
     """Data files, separated by commas; also directories and patterns such as data/*.jsonl (default: the first known
     name in dataset/, else the data of the demo)."""
+    valid_path: str = ""
+    """Validation files: also count the records that are in them too."""
     columns: str = ""
     """The files' names for our keys: prompt=question,completion=answer."""
     tokenizer_path: str = ""
@@ -263,6 +300,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"max_seq_len": args.max_seq_len, "cache_dir": args.cache_dir, "strict": args.strict}
     source = DataFiles(data_path, columns=args.columns)
     report = data_report(open_rows(source, tokenizer, kind=args.kind, **settings), tokenizer)
+    valid = DataFiles(args.valid_path, columns=args.columns) if args.valid_path else None
+    report |= count_duplicates(source, valid)
     if args.json_path:
         text = json.dumps(report, ensure_ascii=False, indent=1)
         try:

@@ -129,6 +129,6 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkey
         monkeypatch.setattr(atomic_directory.os, "name", "nt")
         old = time.time() - 2 * atomic_directory.ORPHAN_AGE_S
         os.utime(tmp_path / names["dead"], (old, old))
-    atomic_directory._remove_orphans(tmp_path / "key")
+    atomic_directory.remove_orphans(tmp_path / "key")
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == set(names.values()) - {names["dead"]}

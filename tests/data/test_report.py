@@ -10,11 +10,13 @@ from minillm.data.report import (
     RESET,
     TARGET,
     colour_targets,
+    count_duplicates,
     data_lines,
     data_report,
     format_report,
     main,
 )
+from minillm.data.sources.split import DataFiles
 from minillm.data.text import TextRows
 from minillm.tokenizer.chat import encode_chat
 
@@ -166,6 +168,22 @@ def test_command_line(write, texts, talks, tokenizer, tmp_path, capsys):
         assert captured.err.startswith("error: ")
         assert captured.err.count("\n") == 1
         assert captured.out == ""
+
+
+def test_duplicates_and_leaks_are_counted(write, tokenizer, tmp_path, capsys):
+    texts = ["a fox", "A  FOX ", "dog", "dog", "猫", "only here"]
+    train = write("train.jsonl", [{"text": text} for text in texts] + ["{broken"])
+    valid = write("valid.jsonl", [{"text": text} for text in ("dog\n", "猫", "only there")])
+    assert count_duplicates(DataFiles(train)) == {"duplicates": 2, "leaked": None}
+    assert count_duplicates(DataFiles(train), DataFiles(valid)) == {"duplicates": 2, "leaked": 3}
+    tokenizer.save(tmp_path / "tok")
+    flags = ["--tokenizer_path", str(tmp_path / "tok"), "--cache_dir", str(tmp_path / "c"), "--data_path", str(train)]
+    main(flags)
+    assert "duplicates 2 records equal an earlier one\n" in capsys.readouterr().out
+    main([*flags, "--valid_path", str(valid)])
+    printed = capsys.readouterr().out
+    assert "duplicates 2 records equal an earlier one, 3 equal one of --valid_path\n" in printed
+    assert "WARNING: validation measures what was learned by heart" in printed
 
 
 def test_names_of_control_tokens_in_texts_are_counted(write, tokenizer, tmp_path):

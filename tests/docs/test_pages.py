@@ -95,7 +95,7 @@ def numbers_of_rows(page: Path) -> list[list[str]]:
     return [sorted(re.findall(r"\d[\d.,]*\d|\d", line)) for line in text_of(page).splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("page", ["README", "docs/guide", "docs/tour"])
+@pytest.mark.parametrize("page", ["README", "docs/guide", "docs/tour", "docs/data"])
 def test_both_languages_have_the_same_commands_and_tables(page):
     english, chinese = ROOT / f"{page}.md", ROOT / f"{page}_zh.md"
     assert commands(english) == commands(chinese)

@@ -27,8 +27,8 @@ def build_directory(final: Path, *, write: Callable[[Path], None], is_complete: 
         OSError: the disk is full or not writable. Also whatever ``write`` raises. Nothing is left behind then.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(final)
-    partial = _temporary(final)
+    remove_orphans(final)
+    partial = temporary_path(final)
     try:
         partial.mkdir()
         write(partial)
@@ -40,7 +40,8 @@ def build_directory(final: Path, *, write: Callable[[Path], None], is_complete: 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _temporary(final: Path) -> Path:
+def temporary_path(final: Path) -> Path:
+    """Return a name next to ``final`` for this process to write to; ``remove_orphans`` knows such names."""
     return final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
@@ -57,7 +58,7 @@ def _rename(source: Path, target: Path) -> bool:
 
 def _remove_damaged(final: Path, is_complete: Callable[[Path], bool]) -> None:
     """Move a damaged directory away and delete it; move it back if another process has completed it meanwhile."""
-    moved = _temporary(final)
+    moved = temporary_path(final)
     try:
         final.rename(moved)
     except FileNotFoundError:
@@ -68,7 +69,8 @@ def _remove_damaged(final: Path, is_complete: Callable[[Path], bool]) -> None:
     shutil.rmtree(moved, ignore_errors=True)
 
 
-def _remove_orphans(final: Path) -> None:
+def remove_orphans(final: Path) -> None:
+    """Delete the directories that killed processes of this machine have left behind for ``final``."""
     prefix = f".{final.name}.{socket.gethostname()}."
     for orphan in final.parent.glob(f"{prefix}*.tmp"):
         pid = orphan.name.removeprefix(prefix).partition(".")[0]

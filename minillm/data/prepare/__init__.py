@@ -1,0 +1,1 @@
+"""Prepares data files for training: clean, deduplicate, mix, split (``python -m minillm.data.prepare``)."""
