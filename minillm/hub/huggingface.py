@@ -58,6 +58,37 @@ def load_model(
             gives the first three names, with both shapes).
     """
     path = Path(path)
+    weights = open_weights(path, config=config)
+    with torch.device("meta"):
+        model = Transformer(weights.config)
+    buffers = dict(model.named_buffers())
+    state = {}
+    for name in weights.shapes:
+        tensor_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
+        state[name] = weights.read(name, dtype=tensor_dtype, device=device)
+    # _check_fit was strict; here a tied matrix has only one of its names.
+    model.load_state_dict(state, assign=True, strict=False)
+    model.generation_config = _read_generation(path)
+    model.tie_weights()
+    return model.requires_grad_(True)
+
+
+class Weights(NamedTuple):
+    """The weights of a model on disk, not yet read. Names and shapes are those of our ``Transformer``."""
+
+    config: ModelConfig
+    shapes: dict[str, torch.Size]  # of parameters (a tied one once) and buffers
+    pieces: dict[str, list[Piece]]  # the stored tensors that each consists of
+    stored: Mapping[str, Any]
+
+    def read(self, name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        """Return one parameter or buffer; nothing else is read."""
+        return _read(self.pieces[name], self.stored, self.shapes[name], dtype, device)
+
+
+def open_weights(path: str | Path, *, config: ModelConfig | None = None) -> Weights:
+    """Return the weights in a directory or ``.pth``, not yet read; arguments and errors are those of ``load_model``."""
+    path = Path(path)
     if path.is_dir():
         config = ModelConfig.from_hf(path)
         stored = _open_directory(path, config)
@@ -71,11 +102,11 @@ def load_model(
     ignored |= {name for name in stored if name.endswith(IGNORED) or (config.tie_word_embeddings and name == TIED)}
     stored = {name: source for name, source in stored.items() if name not in ignored}
     with torch.device("meta"):
-        model = Transformer(config)
-    state = _state(model)
+        shapes = {name: tensor.shape for name, tensor in _state(Transformer(config)).items()}
     has_gates = any(name.endswith(SHARED_GATE) for name in stored)
-    pieces = {name: _pieces(name, config, stored, has_gates) for name in state}
-    expected = {piece.name: state[name][piece.index].shape for name in state for piece in pieces[name]}
+    pieces = {name: _pieces(name, config, stored, has_gates) for name in shapes}
+    whole = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    expected = {piece.name: whole[name][piece.index].shape for name in shapes for piece in pieces[name]}
     is_of_family = has_gates or (path.is_dir() and any(SHARED in name for name in stored))
     gates = zero_gates(config) if is_of_family else []
     expected |= dict.fromkeys(gates, torch.Size((1, config.hidden_size)))
@@ -86,15 +117,7 @@ def load_model(
                 f"{path}: {name} is not zero, but the configuration has shared_expert_gate false: the gate has been "
                 f"trained, set it to true"
             )
-    buffers = dict(model.named_buffers())
-    for name, tensor in state.items():
-        tensor_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
-        state[name] = _read(pieces[name], stored, tensor.shape, tensor_dtype, device)
-    # _check_fit was strict; here a tied matrix has only one of its names.
-    model.load_state_dict(state, assign=True, strict=False)
-    model.generation_config = _read_generation(path)
-    model.tie_weights()
-    return model.requires_grad_(True)
+    return Weights(config, shapes, pieces, stored)
 
 
 def save_model(
