@@ -91,9 +91,9 @@ BLANKS = KnownDifference(
     _contains(r"[^\S\n]{2,}(?=[\p{N}\p{Han}])"),
 )
 CONTRACTIONS = KnownDifference(
-    "a contraction with a capital letter directly behind it ('sA), or a quote directly behind a combining mark, is cut "
-    "in another place",
-    _contains(r"['’](?:[sStTmMdD]|[lL][lL]|[vV][eE]|[rR][eE])(?=[A-Z])|\p{M}['’]"),
+    "a contraction with a capital letter directly behind it ('sA), half of one ('v alone), or a quote directly behind a "
+    "combining mark is cut in another place",
+    _contains(r"['’](?:[sStTmMdD]|[lL][lL]|[vV][eE]|[rR][eE])(?=[A-Z])|['’][lLvVrR](?!\p{L})|\p{M}['’]"),
 )
 NOT_NORMAL = KnownDifference(
     "llama.cpp does not bring characters into Unicode's normal form NFC",
@@ -112,6 +112,8 @@ NO_FIRST_BLANK = KnownDifference(
     "llama.cpp puts no blank before a text that does not follow a control token; a chat follows one",
     lambda text: False,
 )
+
+KNOWN_DIFFERENCES = (BLANKS, CONTRACTIONS, NOT_NORMAL, SPACE_SIGN, FIRST_BLANK, NO_FIRST_BLANK)
 
 
 def tokenizer_settings(
