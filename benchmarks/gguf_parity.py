@@ -49,7 +49,7 @@ CASES = {
             "original_max_position_embeddings": 32,
         }
     },
-    "mistral": {"sliding_window": 80},
+    "mistral": {"sliding_window": 110},
     "mixtral": {"num_experts": 5, "num_experts_per_tok": 2},
     "qwen2": {"attention_bias": True},
     "qwen3": {"use_qk_norm": True, "head_dim": 10, "num_attention_heads": 4, "num_key_value_heads": 1},

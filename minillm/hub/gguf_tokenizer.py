@@ -225,6 +225,12 @@ def _sentencepiece_candidates(tokenizer: Tokenizer, spec: dict, names: list[str]
         raise UserError(
             f"{tokenizer.origin}: tokens that differ only in a space and {BLANK} (U+2581), or twice the same"
         )
+    # A token with a character that is no token by itself is never made here, as this character becomes bytes first.
+    # llama.cpp would make it. Under another name it does not.
+    characters = set(spelled)
+    for token_id, name in enumerate(spelled):
+        if types[token_id] == NORMAL and len(name) > 1 and not characters.issuperset(name):
+            spelled[token_id], types[token_id] = f"[UNREACHABLE{token_id}]", UNUSED
     # The earlier a union is learned, the better its score; what no merge makes comes last.
     first_rank: dict[str, int] = {}
     for left, right in spec["model"]["merges"]:

@@ -235,7 +235,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(case, changes, reason):
 def test_a_window_limits_the_context(models):
     notes = []
     config = ModelConfig.from_hf(models("mistral"))
-    assert model_settings(config, notes, name="x")["llama.context_length"] == 80
+    assert model_settings(config, notes, name="x")["llama.context_length"] == 110
     assert "no sliding window" in notes[0]
     notes.clear()
     model_settings(dataclasses.replace(config, sliding_window=None), notes, name="x")
@@ -346,6 +346,15 @@ def test_other_merges_are_noticed(directories, tmp_path, monkeypatch):
     settings, notes = settings_of(directories["ours, bpe"], allow_differences=True)
     assert settings["tokenizer.ggml.tokens"]
     assert "hard texts get other ids" in notes[0]
+
+
+def test_tokens_that_are_never_encoded_get_another_name(directories):
+    """The newline is a byte in this layout, so " \\n", which its vocabulary has, is never made."""
+    tokenizer = load_tokenizer(directories["llama2"])
+    settings, _ = settings_of(directories["llama2"])
+    token_id = tokenizer.token_id("\u2581\n")
+    assert settings["tokenizer.ggml.tokens"][token_id] == f"[UNREACHABLE{token_id}]"
+    assert settings["tokenizer.ggml.token_type"][token_id] == 5
 
 
 def test_other_kinds_are_refused(tmp_path):
