@@ -91,8 +91,8 @@ BLANKS = KnownDifference(
     _contains(r"[^\S\n]{2,}(?=[\p{N}\p{Han}])"),
 )
 CONTRACTIONS = KnownDifference(
-    "a contraction with a capital letter directly behind it ('sA), half of one ('v alone), or a quote directly behind a "
-    "combining mark is cut in another place",
+    "a contraction with a capital letter directly behind it ('sA), half of one ('v alone), or a quote directly behind "
+    "a combining mark is cut in another place",
     _contains(r"['’](?:[sStTmMdD]|[lL][lL]|[vV][eE]|[rR][eE])(?=[A-Z])|['’][lLvVrR](?!\p{L})|\p{M}['’]"),
 )
 NOT_NORMAL = KnownDifference(
@@ -147,7 +147,7 @@ def tokenizer_settings(
         "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
         "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
         **_ends(tokenizer, notes),
-        **_around_a_text(tokenizer, full, notes),
+        **around_a_text(tokenizer, notes),
     }
     if unknown := [token_id for token_id, kind in enumerate(types) if kind == UNKNOWN]:
         settings["tokenizer.ggml.unknown_token_id"] = unknown[0]
@@ -367,8 +367,9 @@ def _ends(tokenizer: Tokenizer, notes: list[str]) -> dict[str, Value]:
     return {f"tokenizer.ggml.{name}_token_id": token_id for name, token_id in ends.items()}
 
 
-def _around_a_text(tokenizer: Tokenizer, full: tokenizers.Tokenizer, notes: list[str]) -> dict[str, Value]:
+def around_a_text(tokenizer: Tokenizer, notes: list[str]) -> dict[str, Value]:
     """Return whether a text begins with bos and ends with eos, as tokenizer.json's post-processor says."""
+    full = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"])
     alone, within = (full.encode("a", add_special_tokens=adds).ids for adds in (False, True))
     adds_bos = len(within) > len(alone) and within[0] == tokenizer.bos_token_id
     adds_eos = len(within) > len(alone) + adds_bos and within[-1] in tokenizer.end_ids

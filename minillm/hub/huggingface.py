@@ -68,7 +68,7 @@ def load_model(
         state[name] = weights.read(name, dtype=tensor_dtype, device=device)
     # _check_fit was strict; here a tied matrix has only one of its names.
     model.load_state_dict(state, assign=True, strict=False)
-    model.generation_config = _read_generation(path)
+    model.generation_config = read_generation(path)
     model.tie_weights()
     return model.requires_grad_(True)
 
@@ -160,6 +160,26 @@ def save_model(
     _write_json(path / GENERATION, _generation_config(model, tokenizer))
 
 
+def save_pth(model: Transformer, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write ``model`` as one state dict with Hugging Face's names, atomically; ``load_model`` and MiniMind read it.
+
+    A tied matrix has both of its names, which share its numbers. Arguments and errors are those of ``save_model``.
+    """
+    path = Path(path)
+    weights = _pieces_to_write(model, dtype or next(model.parameters()).dtype)
+    _check_finite(weights)
+    tensors = {name: _as_stored(*piece) for name, piece in weights.items()}
+    if model.config.tie_word_embeddings:
+        tensors[TIED] = tensors["model.embed_tokens.weight"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(tensors, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _generation_config(model: Transformer, tokenizer) -> dict:
     """Return the loaded model's settings (such as its temperature), with the tokens that end its answers now."""
     loaded = model.generation_config
@@ -175,7 +195,7 @@ def _generation_config(model: Transformer, tokenizer) -> dict:
     return {key: value for key, value in (ids | loaded).items() if value is not None}
 
 
-def _read_generation(path: Path) -> dict:
+def read_generation(path: Path) -> dict:
     """Return the content of a directory's generation_config.json; empty if it is missing or broken."""
     try:
         content = json.loads((path / GENERATION).read_text(encoding="utf-8"))
