@@ -18,6 +18,7 @@ import torch
 from minillm.cli.command_line import parse, script
 from minillm.cli.eval_arguments import OpenArguments
 from minillm.cli.export_arguments import SUFFIXES, ExportArguments
+from minillm.config import PRESETS
 from minillm.errors import UserError
 from minillm.export.modelfile import modelfile
 from minillm.hub.gguf import export_gguf
@@ -25,7 +26,6 @@ from minillm.hub.huggingface import save_model, save_pth
 from minillm.hub.names import find_weights
 from minillm.hub.onnx import export_onnx
 from minillm.hub.open import open_from_arguments
-from minillm.hub.weights import preset_config
 from minillm.tokenizer import load_tokenizer
 
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -35,8 +35,9 @@ TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat
 def main(argv: list[str] | None = None) -> Path:
     """Write the model; return the path."""
     args = parse(ExportArguments, argv)
+    width = args.hidden_size or PRESETS[args.preset]["hidden_size"]
     source = find_weights(
-        args.from_weight, save_dir=args.save_dir, hidden_size=preset_config(args).hidden_size, any_width=True
+        args.from_weight, save_dir=args.save_dir, hidden_size=width, any_width=args.hidden_size is None
     )
     output = Path(args.output) if args.output else _default_output(args, source)
     _check_output(output, args)
@@ -118,14 +119,16 @@ def _write_pth(args: ExportArguments, source: Path, output: Path) -> list[str]:
     model, _ = _open(args)
     save_pth(model, output, dtype=TORCH_DTYPES[args.chosen_dtype])
     config = model.config
-    flags = {"num_attention_heads": config.num_attention_heads, "rope_theta": config.rope_theta}
+    flags = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "rope_theta": config.rope_theta,
+    }
     if config.num_experts:
         flags |= {"num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": int(config.norm_topk_prob)}
     text = " ".join(f"--{name} {value:g}" for name, value in flags.items())
     use_moe = "--use_moe " if config.num_experts else ""
-    return [
-        f"it holds weights alone; open it with --from_weight {output} {use_moe}{text}, or with a config.json next to it"
-    ]
+    return [f"it holds weights alone; open it with --from_weight {output} {use_moe}{text}"]
 
 
 def _write_hf(args: ExportArguments, source: Path, output: Path) -> list[str]:

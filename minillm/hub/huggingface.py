@@ -7,6 +7,7 @@ Our parameter names are Hugging Face's, except for the experts, which their file
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.config.experts_on_disk import (
+    MATRIX_NAMES,
     SHARED,
     SHARED_GATE,
+    USUAL_MATRIX_NAMES,
     Piece,
     pieces_of,
     pieces_of_minimind,
@@ -161,14 +164,15 @@ def save_model(
 
 
 def save_pth(model: Transformer, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write ``model`` as one state dict with Hugging Face's names, atomically; ``load_model`` and MiniMind read it.
+    """Write ``model`` as one state dict, atomically: ``load_model`` reads it, and so does MiniMind if it has the shape.
 
-    A tied matrix has both of its names, which share its numbers. Arguments and errors are those of ``save_model``.
+    The names are Hugging Face's, for experts those of most families (``mlp.experts.0.gate_proj.weight``). A tied matrix
+    has both of its names, which share its numbers. Arguments and errors are those of ``save_model``.
     """
     path = Path(path)
     weights = _pieces_to_write(model, dtype or next(model.parameters()).dtype)
     _check_finite(weights)
-    tensors = {name: _as_stored(*piece) for name, piece in weights.items()}
+    tensors = {_usual_name(name): _as_stored(*piece) for name, piece in weights.items()}
     if model.config.tie_word_embeddings:
         tensors[TIED] = tensors["model.embed_tokens.weight"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +182,13 @@ def save_pth(model: Transformer, path: str | Path, *, dtype: torch.dtype | None 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _usual_name(name: str) -> str:
+    """Return a name as a ``.pth`` has it: Mixtral's own names of experts are in its directories only."""
+    for theirs, usual in zip(MATRIX_NAMES["mixtral"], USUAL_MATRIX_NAMES, strict=True):
+        name = re.sub(rf"\.block_sparse_moe\.(experts\.\d+)\.{theirs}\.", rf".mlp.\1.{usual}.", name)
+    return name.replace(".block_sparse_moe.", ".mlp.")
 
 
 def _generation_config(model: Transformer, tokenizer) -> dict:
