@@ -7,6 +7,7 @@ Our parameter names are Hugging Face's, except for the experts, which their file
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.config.experts_on_disk import (
+    MATRIX_NAMES,
     SHARED,
     SHARED_GATE,
+    USUAL_MATRIX_NAMES,
     Piece,
     pieces_of,
     pieces_of_minimind,
@@ -58,6 +61,37 @@ def load_model(
             gives the first three names, with both shapes).
     """
     path = Path(path)
+    weights = open_weights(path, config=config)
+    with torch.device("meta"):
+        model = Transformer(weights.config)
+    buffers = dict(model.named_buffers())
+    state = {}
+    for name in weights.shapes:
+        tensor_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
+        state[name] = weights.read(name, dtype=tensor_dtype, device=device)
+    # _check_fit was strict; here a tied matrix has only one of its names.
+    model.load_state_dict(state, assign=True, strict=False)
+    model.generation_config = read_generation(path)
+    model.tie_weights()
+    return model.requires_grad_(True)
+
+
+class Weights(NamedTuple):
+    """The weights of a model on disk, not yet read. Names and shapes are those of our ``Transformer``."""
+
+    config: ModelConfig
+    shapes: dict[str, torch.Size]  # of parameters (a tied one once) and buffers
+    pieces: dict[str, list[Piece]]  # the stored tensors that each consists of
+    stored: Mapping[str, Any]
+
+    def read(self, name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        """Return one parameter or buffer; nothing else is read."""
+        return _read(self.pieces[name], self.stored, self.shapes[name], dtype, device)
+
+
+def open_weights(path: str | Path, *, config: ModelConfig | None = None) -> Weights:
+    """Return the weights in a directory or ``.pth``, not yet read; arguments and errors are those of ``load_model``."""
+    path = Path(path)
     if path.is_dir():
         config = ModelConfig.from_hf(path)
         stored = _open_directory(path, config)
@@ -71,11 +105,11 @@ def load_model(
     ignored |= {name for name in stored if name.endswith(IGNORED) or (config.tie_word_embeddings and name == TIED)}
     stored = {name: source for name, source in stored.items() if name not in ignored}
     with torch.device("meta"):
-        model = Transformer(config)
-    state = _state(model)
+        shapes = {name: tensor.shape for name, tensor in _state(Transformer(config)).items()}
     has_gates = any(name.endswith(SHARED_GATE) for name in stored)
-    pieces = {name: _pieces(name, config, stored, has_gates) for name in state}
-    expected = {piece.name: state[name][piece.index].shape for name in state for piece in pieces[name]}
+    pieces = {name: _pieces(name, config, stored, has_gates) for name in shapes}
+    whole = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    expected = {piece.name: whole[name][piece.index].shape for name in shapes for piece in pieces[name]}
     is_of_family = has_gates or (path.is_dir() and any(SHARED in name for name in stored))
     gates = zero_gates(config) if is_of_family else []
     expected |= dict.fromkeys(gates, torch.Size((1, config.hidden_size)))
@@ -86,15 +120,7 @@ def load_model(
                 f"{path}: {name} is not zero, but the configuration has shared_expert_gate false: the gate has been "
                 f"trained, set it to true"
             )
-    buffers = dict(model.named_buffers())
-    for name, tensor in state.items():
-        tensor_dtype = torch.promote_types(dtype, torch.float32) if name in buffers else dtype
-        state[name] = _read(pieces[name], stored, tensor.shape, tensor_dtype, device)
-    # _check_fit was strict; here a tied matrix has only one of its names.
-    model.load_state_dict(state, assign=True, strict=False)
-    model.generation_config = _read_generation(path)
-    model.tie_weights()
-    return model.requires_grad_(True)
+    return Weights(config, shapes, pieces, stored)
 
 
 def save_model(
@@ -137,6 +163,34 @@ def save_model(
     _write_json(path / GENERATION, _generation_config(model, tokenizer))
 
 
+def save_pth(model: Transformer, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write ``model`` as one state dict, atomically: ``load_model`` reads it, and so does MiniMind if it has the shape.
+
+    The names are Hugging Face's, for experts those of most families (``mlp.experts.0.gate_proj.weight``). A tied matrix
+    has both of its names, which share its numbers. Arguments and errors are those of ``save_model``.
+    """
+    path = Path(path)
+    weights = _pieces_to_write(model, dtype or next(model.parameters()).dtype)
+    _check_finite(weights)
+    tensors = {_usual_name(name): _as_stored(*piece) for name, piece in weights.items()}
+    if model.config.tie_word_embeddings:
+        tensors[TIED] = tensors["model.embed_tokens.weight"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(tensors, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _usual_name(name: str) -> str:
+    """Return a name as a ``.pth`` has it: Mixtral's own names of experts are in its directories only."""
+    for theirs, usual in zip(MATRIX_NAMES["mixtral"], USUAL_MATRIX_NAMES, strict=True):
+        name = re.sub(rf"\.block_sparse_moe\.(experts\.\d+)\.{theirs}\.", rf".mlp.\1.{usual}.", name)
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
 def _generation_config(model: Transformer, tokenizer) -> dict:
     """Return the loaded model's settings (such as its temperature), with the tokens that end its answers now."""
     loaded = model.generation_config
@@ -152,7 +206,7 @@ def _generation_config(model: Transformer, tokenizer) -> dict:
     return {key: value for key, value in (ids | loaded).items() if value is not None}
 
 
-def _read_generation(path: Path) -> dict:
+def read_generation(path: Path) -> dict:
     """Return the content of a directory's generation_config.json; empty if it is missing or broken."""
     try:
         content = json.loads((path / GENERATION).read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from minillm.config import ModelConfig
 from minillm.data import read_records
 from minillm.evaluation import exact_match, perplexity
-from minillm.hub import load_model, open_model, save_model
+from minillm.hub import export_gguf, load_model, open_model, save_model
 from minillm.inference import generate, stream
 from minillm.lora import (
     apply_lora,
@@ -101,3 +101,7 @@ def answers(model: nn.Module, tokenizer: Tokenizer, path: Path) -> None:
         print(token)
     scores = perplexity(model, ["text"], tokenizer)
     print(replies, scores, exact_match)
+
+
+def export(path: Path) -> list[str]:
+    return export_gguf(path, path / "model.gguf", dtype="q8_0", overwrite=True)

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "objectives": {"kernels", "losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints", "reports"},
     "training": {"kernels", "model", "losses", "data", "distributed", "checkpoints", "objectives", "reports"},
     "cli": {"config", "losses", "lora", "data", "distributed", "hub", "checkpoints"},
+    "export": {"tokenizer", "hub"},
     "evaluation": {"losses", "tokenizer", "data", "inference", "hub", "cli"},
     "compare": {"reports"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},
