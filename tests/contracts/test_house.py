@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "objectives": {"kernels", "losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints", "reports"},
     "training": {"kernels", "model", "data", "distributed", "checkpoints", "objectives", "reports"},
     "cli": {"config", "losses", "lora", "data", "distributed", "hub", "checkpoints"},
-    "evaluation": {"losses", "tokenizer", "data", "inference", "hub", "cli"},
+    "evaluation": {"model", "losses", "tokenizer", "data", "inference", "hub", "cli"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},
 }
 MODULES = sorted((ROOT / "minillm").rglob("*.py"))
