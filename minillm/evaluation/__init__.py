@@ -6,10 +6,11 @@ from minillm.evaluation.multiple_choice import Score, multiple_choice
 from minillm.evaluation.perplexity import Perplexity, perplexity
 from minillm.evaluation.preference import PreferenceScore, like_chosen, preference_accuracy
 from minillm.evaluation.reasoning import ReasoningScore, evaluate_reasoning, pass_at_k, read_answer
+from minillm.evaluation.suites import run_suite
 from minillm.evaluation.text_metrics import Bleu, Rouge, bleu, rouge
 
 __all__ = [
     "AnswerLoss", "Bleu", "ExactMatch", "Perplexity", "PreferenceScore", "ReasoningScore", "Rouge", "Score",
     "answer_loss", "bleu", "evaluate_reasoning", "exact_match", "like_chosen", "multiple_choice", "pass_at_k",
-    "perplexity", "preference_accuracy", "read_answer", "rouge",
+    "perplexity", "preference_accuracy", "read_answer", "rouge", "run_suite",
 ]  # fmt: skip

@@ -170,8 +170,12 @@ def _score(model, groups: list[list[AnswerIds]]) -> list[list[Likelihood]]:
     def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
         return linear_log_probs(hidden[row_of, position_of], output_weight, targets)  # (N,) from (N, D) or (N, V)
 
-    # On the CPU, because not every device has float64.
-    log_probs = model(**_padded(rests, device), cache=cache, head=head).cpu().double()
+    batch = _padded(rests, device)
+    if cache is None:
+        # Without a cache no token sees the padding on its right, and plain causal attention is the fastest.
+        batch.pop("document_ids")
+    # Summed on the CPU, because not every device has float64.
+    log_probs = model(**batch, cache=cache, head=head).cpu().double()
     if log_probs.isnan().any():
         raise UserError("the model's log-probabilities are NaN: its weights are broken, or float16 overflows")
     lengths = [len(answer.ids) - answer.first for group in groups for answer in group]

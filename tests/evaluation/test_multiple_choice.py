@@ -196,7 +196,7 @@ def test_other_models(tokenizer, kind):
     elif kind == "window":
         model = tiny_model(sliding_window=5)
     else:
-        model = tiny_model(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+        model = tiny_model(num_experts=4, num_experts_per_tok=2)
     score = multiple_choice(model, tokenizer, RECORDS, style="texts")
     expected = [
         [slow(model, tokenizer, prompt_of(item, "texts", False), f" {choice}") for choice in item["choices"]]
