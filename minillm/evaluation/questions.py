@@ -142,7 +142,9 @@ def unique_questions(records: Iterable[dict | Question], *, what: str = "record"
 def choose_examples(
     question: Question, pool: list[Question], *, n_shot: int, same_subject: bool = True
 ) -> list[Question]:
-    """Return the first ``n_shot`` questions of the pool for a prompt, never ``question`` itself or one with its text.
+    """Return the first ``n_shot`` questions of the pool for a prompt, never one with the text and choices of ``question``.
+
+    Ids are not compared: two files of one release may both count from 0.
 
     Raises:
         UserError: the pool has fewer.
@@ -154,7 +156,6 @@ def choose_examples(
         example
         for example in pool
         if (not same_subject or example.subject == question.subject)
-        and example.id != question.id
         and (example.question.strip(), example.choices) != asked
     ]
     if len(others) < n_shot:

@@ -6,6 +6,7 @@ Each reader takes a path and yields ``Question``s; ``.jsonl`` may also be ``.jso
 
 import csv
 import gzip
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -37,29 +38,27 @@ def read_ours(path: Path) -> Iterator[Question]:
 def read_subject_csv(path: Path) -> Iterator[Question]:
     """Yield C-Eval's and CMMLU's rows: a header with question, A, B, C, D, answer; the file's name is the subject."""
     subject = re.sub(r"_(dev|val)$", "", path.stem)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        missing = {"question", "a", "b", "c", "d", "answer"} - {name.lower() for name in rows.fieldnames or ()}
-        if missing:
-            raise UserError(f"{path}: the header has no {', '.join(sorted(missing))}: is it a file of the release?")
-        for number, cells in enumerate(_csv_rows(rows, path)):
-            row = {(name or "id").lower(): text for name, text in cells.items() if isinstance(text, str)}
-            record = {"id": f"{subject}-{row.get('id') or number}", "question": row.get("question"), "subject": subject}
-            where = f"{path}, line {rows.line_num}"
-            yield _lettered(record, [row.get(letter) for letter in "abcd"], row.get("answer"), where)
+    rows = csv.DictReader(_open_csv(path))
+    missing = {"question", "a", "b", "c", "d", "answer"} - {name.lower() for name in rows.fieldnames or ()}
+    if missing:
+        raise UserError(f"{path}: the header has no {', '.join(sorted(missing))}: is it a file of the release?")
+    for number, cells in enumerate(rows):
+        row = {(name or "id").lower(): text for name, text in cells.items() if isinstance(text, str)}
+        record = {"id": f"{subject}-{row.get('id') or number}", "question": row.get("question"), "subject": subject}
+        where = f"{path}, line {rows.line_num}"
+        yield _lettered(record, [row.get(letter) for letter in "abcd"], row.get("answer"), where)
 
 
 def read_mmlu_csv(path: Path) -> Iterator[Question]:
     """Yield MMLU's rows: question, four choices and a letter, without a header; the file's name is the subject."""
     subject = re.sub(r"_(dev|val|test)$", "", path.stem)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        for number, row in enumerate(_csv_rows(rows, path)):
-            where = f"{path}, line {rows.line_num}"
-            if len(row) != 6:
-                raise UserError(f"{where}: {len(row)} columns; MMLU has 6: question, four choices, letter")
-            record = {"id": f"{subject}-{number}", "question": row[0], "subject": subject}
-            yield _lettered(record, row[1:5], row[5], where)
+    rows = csv.reader(_open_csv(path))
+    for number, row in enumerate(rows):
+        where = f"{path}, line {rows.line_num}"
+        if len(row) != 6:
+            raise UserError(f"{where}: {len(row)} columns; MMLU has 6: question, four choices, letter")
+        record = {"id": f"{subject}-{number}", "question": row[0], "subject": subject}
+        yield _lettered(record, row[1:5], row[5], where)
 
 
 def read_arc(path: Path) -> Iterator[Question]:
@@ -154,11 +153,12 @@ def _lettered(record: dict, choices: list, letter: str | None, where: str) -> Qu
     return parse_question(record | {"choices": choices, "answer": answer}, where)
 
 
-def _csv_rows(rows, path: Path) -> Iterator:
+def _open_csv(path: Path) -> io.StringIO:
+    """Return the text of a table, to be read by ``csv``; line ends within cells stay as they are."""
     try:
-        yield from rows
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, line {rows.line_num + 1}: not CSV in UTF-8 ({error})") from None
+        return io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); convert it, or download it again") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:

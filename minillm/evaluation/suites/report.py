@@ -82,8 +82,10 @@ def draw_radar(path: Path, scores_of: dict[str, dict[str, dict]]) -> None:
             axes.plot([*angles, 0], [*values, values[0]], label=label, **style)
         else:
             width = 0.8 / len(lines)
-            axes.bar([n + number * width for n in range(len(names))], values, width, label=label)
-    ticks = [2 * math.pi * n / len(names) if is_radar else n + 0.4 for n in range(len(names))]
+            axes.bar(
+                [n + number * width for n in range(len(names))], values, width, label=label, color=style.get("color")
+            )
+    ticks = [2 * math.pi * n / len(names) if is_radar else n + 0.4 - 0.4 / len(lines) for n in range(len(names))]
     axes.set_xticks(ticks, names)
     axes.set_ylim(0, max(0.5, *(value for shares in lines.values() for value in shares.values())))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")

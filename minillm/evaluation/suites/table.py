@@ -263,9 +263,9 @@ def read_suite(
         unique_questions(question for path in paths for question in files.layout.read(path))
         for paths in (files.questions, files.examples if with_examples else [])
     )
-    names = ", ".join(path.name for path in files.questions)
     if not questions:
-        raise UserError(f"{names}: no questions in the files of {suite.name}; copy or download them again")
+        names = ", ".join(map(str, files.questions))
+        raise UserError(f"{names}: no questions of {suite.name} in there; copy or download it again")
     if wrong := next((q for q in [*questions, *examples] if bool(q.choices) == (suite.style == "number")), None):
         raise UserError(f"{wrong.where}: the suite {suite.name} needs " + ("final" if wrong.choices else "choices"))
     return questions, examples, files
