@@ -137,7 +137,8 @@ def measure_suites(args: EvalArguments, model, tokenizer, suites: list[Suite], r
     print(f"\n{line()}")
     for suite in suites:
         files = find_files(suite, args.suite_dir)
-        settings = identity | {"files": {path.name: sha256(path) for path in [*files.questions, *files.examples]}}
+        paths = [*files.questions, *files.examples]
+        settings = identity | {"files": {str(path.relative_to(args.suite_dir)): sha256(path) for path in paths}}
         if finished.get(suite.name, {}).get("settings") == settings:
             scores[suite.name] = finished[suite.name]
         else:

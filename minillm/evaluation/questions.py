@@ -142,7 +142,7 @@ def unique_questions(records: Iterable[dict | Question], *, what: str = "record"
 def choose_examples(
     question: Question, pool: list[Question], *, n_shot: int, same_subject: bool = True
 ) -> list[Question]:
-    """Return the first ``n_shot`` questions of the pool for a prompt, never one with the text and choices of ``question``.
+    """Return the first ``n_shot`` questions of the pool for a prompt, but not one with the text of ``question`` itself.
 
     Ids are not compared: two files of one release may both count from 0.
 
