@@ -43,6 +43,8 @@ class Likelihood(NamedTuple):
 
     log_likelihood: float
     n_tokens: int
+    is_greedy: bool | None = None
+    """Whether each of its tokens is the most probable one; None if that was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,26 +69,38 @@ def answer_likelihoods(
     Raises:
         UserError: an answer that is empty or longer than the model's positions; a model whose log-likelihoods are NaN.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: must be at least 1")
     limit = model.config.max_position_embeddings
     encoded, n_truncated = [], 0
     for answers in encode_answers(tokenizer, groups):
         kept, was_cut = truncate_prompt(answers, limit=limit)
         encoded.append(kept)
         n_truncated += was_cut
-    order = sorted(range(len(encoded)), key=lambda n: -max(len(answer.ids) for answer in encoded[n]))
-    results: list[list[Likelihood]] = [[] for _ in encoded]
+    return Likelihoods(groups=score_answers(model, encoded, batch_size=batch_size), n_truncated=n_truncated)
+
+
+def score_answers(
+    model, groups: Sequence[Sequence[AnswerIds]], *, batch_size: int, with_greedy: bool = False
+) -> list[list[Likelihood]]:
+    """Return the log-likelihood of each answer, in groups as given, from ids that fit into the model's positions.
+
+    Args:
+        with_greedy: also find out whether greedy decoding would give the answer (``is_greedy``).
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be at least 1")
+    order = sorted(range(len(groups)), key=lambda n: -max(len(answer.ids) for answer in groups[n]))
+    results: list[list[Likelihood]] = [[] for _ in groups]
     was_training = model.training
     model.eval()
     try:
         for start in progress(range(0, len(order), batch_size), desc="measuring", unit="batch"):
             numbers = order[start : start + batch_size]  # the largest batch first: it must fit
-            for number, likelihoods in zip(numbers, _score(model, [encoded[n] for n in numbers]), strict=True):
+            scored = _score(model, [groups[n] for n in numbers], with_greedy=with_greedy)
+            for number, likelihoods in zip(numbers, scored, strict=True):
                 results[number] = likelihoods
     finally:
         model.train(was_training)
-    return Likelihoods(groups=results, n_truncated=n_truncated)
+    return results
 
 
 def encode_answers(tokenizer, groups: Sequence[Sequence[tuple[str, str]]]) -> list[list[AnswerIds]]:
@@ -136,7 +150,7 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
 
 
 @torch.inference_mode()
-def _score(model, groups: list[list[AnswerIds]]) -> list[list[Likelihood]]:
+def _score(model, groups: list[Sequence[AnswerIds]], *, with_greedy: bool) -> list[list[Likelihood]]:
     """Return the likelihoods of a batch of groups; what the answers of a group have in common is computed once.
 
     First the common inputs of each group fill a cache. Then each different rest is a row on a copy of its group's
@@ -167,20 +181,35 @@ def _score(model, groups: list[list[AnswerIds]]) -> list[list[Likelihood]]:
             places += [(row, index - 1 - n, ids[index]) for index in range(first, len(ids))]
     row_of, position_of, targets = torch.tensor(places, device=device).T  # (N,) each
 
-    def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
-        return linear_log_probs(hidden[row_of, position_of], output_weight, targets)  # (N,) from (N, D) or (N, V)
+    def head(hidden: Tensor, output_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        used = hidden[row_of, position_of]  # (N, D), or (N, V): logits
+        is_top = _are_most_probable(used, output_weight, targets) if with_greedy else None
+        return linear_log_probs(used, output_weight, targets), is_top  # (N,) each
 
     batch = _padded(rests, device)
     if cache is None:
         # Without a cache no token sees the padding on its right, and plain causal attention is the fastest.
         batch.pop("document_ids")
-    # Summed on the CPU, because not every device has float64.
-    log_probs = model(**batch, cache=cache, head=head).cpu().double()
+    log_probs, is_top = model(**batch, cache=cache, head=head)
+    log_probs = log_probs.cpu().double()  # on the CPU, because not every device has float64
     if log_probs.isnan().any():
         raise UserError("the model's log-probabilities are NaN: its weights are broken, or float16 overflows")
-    lengths = [len(answer.ids) - answer.first for group in groups for answer in group]
-    sums = iter([part.sum().item() for part in log_probs.split(lengths)])
-    return [[Likelihood(next(sums), len(answer.ids) - answer.first) for answer in group] for group in groups]
+    likelihoods, start = [], 0
+    for group in groups:
+        likelihoods.append([])
+        for answer in group:
+            end = start + len(answer.ids) - answer.first
+            is_greedy = None if is_top is None else bool(is_top[start:end].all())
+            likelihoods[-1].append(Likelihood(log_probs[start:end].sum().item(), end - start, is_greedy))
+            start = end
+    return likelihoods
+
+
+def _are_most_probable(hidden: Tensor, weight: Tensor | None, targets: Tensor) -> Tensor:
+    """Return whether each target is the most probable token, (N,), from at most 256 rows of logits at a time."""
+    logits = (part if weight is None else part @ weight.T for part in hidden.split(256))  # (n, V) each
+    tops = [part.argmax(dim=-1) for part in logits]
+    return torch.cat(tops) == targets
 
 
 def _padded(rows: Sequence[Sequence[int]], device) -> dict[str, Tensor]:

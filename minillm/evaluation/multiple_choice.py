@@ -46,7 +46,11 @@ class PromptFormat:
 
     def describe(self, subject: str) -> str:
         """Return the description for a subject."""
-        return self.description.replace("{subject}", dict(self.subject_names).get(subject, subject.replace("_", " ")))
+        return self.description.replace("{subject}", self.name_of(subject))
+
+    def name_of(self, subject: str) -> str:
+        """Return the name of a subject in the description."""
+        return dict(self.subject_names).get(subject, subject.replace("_", " "))
 
 
 EN = PromptFormat()
