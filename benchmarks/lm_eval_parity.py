@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             line = f"{name:<16} {result['n']:>9,} {result['accuracy']:>9.1%} {label:>9}"
             print(f"{line} {values['largest_difference']:>19.2e} {values['other_choices']:>9}")
     if args.output:
-        write_json(args.output, args, results)
+        write_json(args.output, {"arguments": asdict(args), "suites": results})
     if broken:
         raise SystemExit(1)
 

@@ -8,8 +8,8 @@ from minillm.errors import UserError
 class TextDecoder:
     """Turn ids into text one at a time. A character of several tokens appears with its last byte.
 
-    Special tokens give no text, and bytes that can never become a character give U+FFFD, as in
-    ``tokenizer.decode(..., skip_special_tokens=True)``. A character that is incomplete at the end gives no text.
+    Special tokens and ids beyond the vocabulary give no text, and bytes that can never become a character give U+FFFD,
+    as in ``tokenizer.decode(..., skip_special_tokens=True)``. A character that is incomplete at the end gives no text.
     """
 
     def __init__(self, tokenizer):
@@ -18,7 +18,8 @@ class TextDecoder:
 
     def push(self, token: int) -> str:
         """Return the characters that ``token`` completes; there may be none."""
-        piece = b"" if token in self.tokenizer.special_ids else self.tokenizer.token_bytes(token)
+        has_text = token < self.tokenizer.vocab_size and token not in self.tokenizer.special_ids
+        piece = self.tokenizer.token_bytes(token) if has_text else b""
         return self._utf8.decode(piece)
 
 
