@@ -150,7 +150,7 @@ _SUITES = (
         prompt=BARE,
         layouts=(
             _ours("openbookqa"),
-            Layout("OpenBookQA*/Data/Main/test.jsonl", "OpenBookQA*/Data/Main/train.jsonl", readers.read_arc),
+            Layout("**/Data/Main/test.jsonl", "**/Data/Main/train.jsonl", readers.read_arc),
             Layout("openbookqa/test.jsonl", "openbookqa/train.jsonl", readers.read_arc),
         ),
     ),
@@ -163,7 +163,7 @@ _SUITES = (
         layouts=(
             _ours("piqa"),
             Layout("piqa/valid.jsonl", "piqa/train.jsonl", readers.read_piqa),
-            Layout("physicaliqa*/dev.jsonl", "physicaliqa*/train.jsonl", readers.read_piqa),
+            Layout("**/physicaliqa*/dev.jsonl", "**/physicaliqa*/train.jsonl", readers.read_piqa),
         ),
     ),
     Suite(
@@ -174,7 +174,7 @@ _SUITES = (
         prompt=EN,
         layouts=(
             _ours("winogrande"),
-            Layout("winogrande*/dev.jsonl", "winogrande*/train_xl.jsonl", readers.read_winogrande),
+            Layout("**/winogrande*/dev.jsonl", "**/winogrande*/train_xl.jsonl", readers.read_winogrande),
         ),
     ),
     Suite(
@@ -244,10 +244,8 @@ def find_files(suite: Suite, data_dir: str | Path) -> SuiteFiles:
                 return SuiteFiles(questions, _matching(data_dir / folder, layout.examples), layout)
     names = ", ".join(layout.questions for layout in suite.layouts)
     folders = " and ".join(str(data_dir / folder) for folder in FOLDERS)
-    raise UserError(
-        f"no files of the suite {suite.name}: looked for {names} in {folders}; give the directory, or try "
-        f"python dataset/download.py {suite.name}"
-    )
+    how = f", or try python dataset/download.py {suite.name}" if len(suite.layouts) > 1 else ""
+    raise UserError(f"no files of the suite {suite.name}: looked for {names} in {folders}; give their directory{how}")
 
 
 def read_suite(
