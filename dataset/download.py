@@ -268,8 +268,8 @@ def _fetch(url: str, part: Path, *, retries: int, timeout: float, wait) -> None:
             wait(min(MAX_WAIT, 2**attempt))
     n_bytes = f", {part.stat().st_size:,} bytes are kept" if part.is_file() else ""
     raise UserError(
-        f"{url}: no success after {retries + 1} attempts ({reason}){n_bytes}. Check the network and repeat the command: "
-        f"it resumes; or try --source hf-mirror or modelscope; or copy the file to {part.with_suffix('')} by hand"
+        f"{url}: no success after {retries + 1} attempts ({reason}){n_bytes}. Check the network, repeat the command "
+        f"(it resumes); or try --source hf-mirror or modelscope; or copy the file to {part.with_suffix('')} by hand"
     )
 
 

@@ -40,7 +40,7 @@ def register():
         from lm_eval.api.registry import MODEL_REGISTRY, register_model
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError:
-        raise missing_package("lm_eval", purpose="lm-evaluation-harness", extra="eval") from None
+        raise missing_package("lm-eval", purpose="lm-evaluation-harness", extra="eval") from None
     if "minillm" in MODEL_REGISTRY:
         return MODEL_REGISTRY["minillm"]
 

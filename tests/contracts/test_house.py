@@ -43,7 +43,7 @@ TOP_LEVEL = {path.stem for path in SCRIPTS} | {"tests", "benchmarks", "dataset",
 TOP_LEVEL |= {"demo_table"}
 # What no extra of ours names, but code around language models easily pulls in.
 NEVER_NEEDED = {"sentencepiece", "peft", "trl", "accelerate", "datasets", "pandas", "scipy", "sklearn", "tensorboard"}
-IMPORT_NAMES = {"rouge-score": "rouge_score"}
+IMPORT_NAMES = {"rouge-score": "rouge_score", "lm-eval": "lm_eval"}
 
 
 def name_of(path: Path) -> str:

@@ -18,7 +18,7 @@ from minillm.tokenizer import train_bpe
 from tests.evaluation.suite_files import make_originals
 from tests.evaluation.test_suites import prompt_of
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm_eval")
+lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOUND = 1e-4
 
