@@ -152,17 +152,13 @@ def train_once(args: Arguments, config: ModelConfig, tokenizer, seed: int) -> di
             torch.manual_seed(seed)
             model = Transformer(config)
             rows = [
-                TextRows(
-                    files, tokenizer, max_seq_len=args.max_seq_len, packing="best_fit", cache_dir=args.cache_dir
-                )
+                TextRows(files, tokenizer, max_seq_len=args.max_seq_len, packing="best_fit", cache_dir=args.cache_dir)
                 for files in (train_args.data_files, train_args.valid_files)
             ]
             loader = StepBatches(rows[0], **run.batching())
             valid_loader = StepBatches(rows[1], **run.batching(), shuffle=False)
             optimizer = adamw(run.wrap(model), learning_rate=args.learning_rate)
-            model = run.start(
-                optimizer, loader, valid_loader=valid_loader, tokenizer=tokenizer, loss=causal_lm_loss
-            )
+            model = run.start(optimizer, loader, valid_loader=valid_loader, tokenizer=tokenizer, loss=causal_lm_loss)
             for step in run.steps(loader):
                 for batch in step:
                     with run.autocast():

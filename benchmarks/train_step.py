@@ -212,9 +212,7 @@ def compare(shape: str, dtype_name: str, args: Arguments, peers: dict[str, Calla
             products.append(product_seconds(device, dtype, PRODUCT_SIZE))
     n_tokens = batch["input_ids"].numel()
     rates = {name: n_tokens / median(side.seconds) for name, side in sides.items()}
-    ratios = {
-        name: median_ratio(side.seconds, sides["ours"].seconds) for name, side in sides.items() if name != "ours"
-    }
+    ratios = {name: median_ratio(side.seconds, sides["ours"].seconds) for name, side in sides.items() if name != "ours"}
     product_rate = 2 * PRODUCT_SIZE**3 / median(products)
     return {
         "shape": shape,
@@ -248,8 +246,7 @@ def set_up(shape: str, dtype_name: str, args: Arguments, peers: dict[str, Callab
     torch.manual_seed(0)
     state = Transformer(config).state_dict()
     sides = {
-        name: Side(*build(config, state), device=device, dtype=dtype)
-        for name, build in {"ours": ours, **peers}.items()
+        name: Side(*build(config, state), device=device, dtype=dtype) for name, build in {"ours": ours, **peers}.items()
     }
     return config, sides, batch, device, dtype
 

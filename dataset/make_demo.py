@@ -59,9 +59,7 @@ def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
         "dpo_test": tasks.pairs("test"),
     }
     files["identity_train"], files["identity_test"] = identity_records()
-    files["reason_train"], files["reason_test"] = reason_records(
-        args.n_reason, args.n_reason_test, stream("reason")
-    )
+    files["reason_train"], files["reason_test"] = reason_records(args.n_reason, args.n_reason_test, stream("reason"))
     files["direct_train"] = without_reasons(files["reason_train"])
     meta = {
         "seed": args.seed,

@@ -96,9 +96,7 @@ class Tasks:
             "test": [p for p in items.held_sums if (min(p), max(p)) not in valid],
         }
         self.words = _split_in_three(list(range(len(DICTIONARY))), rng, 0.25, 0.25)
-        people = [
-            ("person", i, r.name) for r in RELATIONS if r.category == "person" for i in range(len(PEOPLE))
-        ]
+        people = [("person", i, r.name) for r in RELATIONS if r.category == "person" for i in range(len(PEOPLE))]
         self.facts = _split_in_three(people, rng, 0.2, 0.2)
         self.style_facts: list[Fact] = [
             (r.category, i, r.name)
@@ -237,20 +235,14 @@ class Tasks:
 
     def pairs(self, split: str) -> list[dict]:
         """Return every preference pair of ``train`` or ``test``: a full sentence is better than a short answer."""
-        facts = (
-            self.pair_facts["train"]
-            if split == "train"
-            else self.pair_facts["test"] + self.pair_facts["valid"]
-        )
+        facts = self.pair_facts["train"] if split == "train" else self.pair_facts["test"] + self.pair_facts["valid"]
         records = []
         for fact in facts:
             for language in LANGUAGES:
                 full, terse = self._answers(fact, language)
                 for opening, variant in STYLE_ASKS[language]:
                     question = opening + self.world.question(fact, language, variant)
-                    records.append(
-                        {"chosen": conversation(question, full), "rejected": conversation(question, terse)}
-                    )
+                    records.append({"chosen": conversation(question, full), "rejected": conversation(question, terse)})
         return records
 
 
@@ -258,9 +250,7 @@ def _skill(split: str) -> str:
     return "train" if split == "train" else "held_out"
 
 
-def reason_records(
-    n_train: int, n_test: int, rng: random.Random, n_steps: int = 5
-) -> tuple[list[dict], list[dict]]:
+def reason_records(n_train: int, n_test: int, rng: random.Random, n_steps: int = 5) -> tuple[list[dict], list[dict]]:
     """Return (train, test) problems of five operations modulo 10, all different, with steps and ``final``."""
     seen: set[str] = set()
     records = []
@@ -270,9 +260,7 @@ def reason_records(
             continue
         seen.add(problem)
         answer = f"<think>\n{worked}\n</think>\n<answer>\n{final}\n</answer>"
-        records.append(
-            {"conversations": conversation(f"mod:{problem}", answer), "task": "reason", "final": final}
-        )
+        records.append({"conversations": conversation(f"mod:{problem}", answer), "task": "reason", "final": final})
     return records[n_test:], records[:n_test]
 
 

@@ -28,16 +28,10 @@ PLACES = _words(
     "Cairo/开罗 Lima/利马 Oslo/奥斯陆"
 )
 ANIMALS = _words("cat/猫 dog/狗 horse/马 sheep/羊 cow/牛 bird/鸟 fish/鱼 pig/猪 hen/鸡 bear/熊")
-FOODS = _words(
-    "rice/米饭 bread/面包 soup/汤 tea/茶 milk/牛奶 cake/蛋糕 meat/肉 corn/玉米 honey/蜂蜜 fruit/水果"
-)
-JOBS = _words(
-    "teacher/老师 doctor/医生 driver/司机 farmer/农民 worker/工人 painter/画家 cook/厨师 singer/歌手"
-)
+FOODS = _words("rice/米饭 bread/面包 soup/汤 tea/茶 milk/牛奶 cake/蛋糕 meat/肉 corn/玉米 honey/蜂蜜 fruit/水果")
+JOBS = _words("teacher/老师 doctor/医生 driver/司机 farmer/农民 worker/工人 painter/画家 cook/厨师 singer/歌手")
 COLOURS = _words("red/红色 blue/蓝色 green/绿色 yellow/黄色 white/白色 black/黑色 grey/灰色 purple/紫色")
-THINGS = _words(
-    "cup/杯子 book/书 pen/笔 lamp/灯 table/桌子 chair/椅子 hat/帽子 bag/包 clock/钟 ball/球 car/车 bed/床"
-)
+THINGS = _words("cup/杯子 book/书 pen/笔 lamp/灯 table/桌子 chair/椅子 hat/帽子 bag/包 clock/钟 ball/球 car/车 bed/床")
 SIGHTS = _words("river/河 hill/山 tower/塔 bridge/桥 lake/湖 park/公园 market/市场 garden/花园")
 MACHINES = ("minillm", "nova", "pico", "lumo")
 

@@ -58,10 +58,22 @@ class EvalArguments(OpenArguments):
     """With --pairs_file: also let the model answer (greedily), and count answers equal to the chosen reply."""
     text_metrics: bool = False
     """With --task_file: also the loss of the expected answers, and BLEU and ROUGE of the model's answers."""
+    suite: str = ""
+    """Measure suites of questions: zh, en, all, or names with commas between them (ceval, cmmlu, mmlu, arc_easy, …)."""
+    suite_dir: str = "dataset/eval"
+    """Directory with the files of the suites: our .jsonl(.gz), or the original releases."""
+    n_shot: int = 0
+    """Suites: answered questions of the same subject before each question."""
+    suite_limit: int = 0
+    """Suites: measure only this many questions of each, evenly spaced (0: all)."""
+    suite_random: bool = False
+    """Suites: also measure an untrained model of the same configuration."""
+    suite_resume: bool = False
+    """Suites: keep those that --output has from an earlier call with the same model, files and settings."""
     columns: str = ""
     """The files' names for our keys, as ours=theirs: prompt=question,completion=answer."""
     output: str = ""
-    """Also write all results to this JSON file."""
+    """Also write all results to this JSON file; for suites also a table (.md) and a picture (.png) next to it."""
 
     temperature: float = 0.85
     """Divide the logits by this; 0 is greedy."""
@@ -93,7 +105,7 @@ class EvalArguments(OpenArguments):
     def check(self) -> None:
         """Raise ``UserError`` for the first value out of range, or a missing file."""
         at_least = {"num_threads": 0, "max_new_tokens": 1, "history_turns": 0, "batch_size": 1, "max_seq_len": 0,
-                    "n_samples": 1}  # fmt: skip
+                    "n_samples": 1, "n_shot": 0, "suite_limit": 0}  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             require(value >= least, f"--{name} {value}: must be at least {least}")
@@ -108,6 +120,10 @@ class EvalArguments(OpenArguments):
         require(thinks or self.thinking == "dim", f"--thinking {self.thinking}: only --model_mode 3 thinks; add it")
         require(self.model_mode != 0 or not self.pairs_file, "--pairs_file needs a chat model: --model_mode 1, 2 or 3")
         require(bool(self.pairs_file) or not self.answer_pairs, "--answer_pairs needs --pairs_file with preferences")
+        for name in ("n_shot", "suite_limit", "suite_random", "suite_resume"):
+            require(bool(self.suite) or not getattr(self, name), f"--{name} needs --suite with suites to measure")
+        require(bool(self.output) or not self.suite_resume, "--suite_resume needs --output with earlier results")
+        require(not self.suite or os.path.isdir(self.suite_dir), f"--suite_dir {self.suite_dir}: no such directory")
         if self.n_samples > 1:
             flag = f"--n_samples {self.n_samples}"
             require(thinks and bool(self.task_file), f"{flag}: needs --model_mode 3 and --task_file")

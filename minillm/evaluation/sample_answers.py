@@ -184,8 +184,8 @@ def report_tenths() -> Callable[[int, int], None]:
     return report
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` atomically: under a temporary name, which is then renamed."""
+def write_whole(path: Path, text: str, *, announce: bool = True) -> None:
+    """Write ``text`` atomically: under a temporary name, which is then renamed; with ``announce`` print its path."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -194,7 +194,8 @@ def write_whole(path: Path, text: str) -> None:
         raise UserError(f"--output {path}: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
-    print(f"wrote {path}")
+    if announce:
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

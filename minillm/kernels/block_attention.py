@@ -67,9 +67,7 @@ def plan_blocks(
 def _tiles(first_keys: Tensor, row: int, end_row: int, block_len: int) -> list[Tile]:
     ends = range(block_len, len(first_keys) + block_len, block_len)
     blocks = zip(ends, first_keys.split(block_len), strict=True)
-    return [
-        Tile(row, end_row, end - block_len, min(end, len(first_keys)), int(keys.min())) for end, keys in blocks
-    ]
+    return [Tile(row, end_row, end - block_len, min(end, len(first_keys)), int(keys.min())) for end, keys in blocks]
 
 
 def _work(tiles: list[Tile]) -> int:

@@ -34,9 +34,7 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache | None) -> Tensor:
         n_rows, seq_len, _ = x.shape
         per_head = (n_rows, seq_len, -1, self.head_dim)
         q = apply_rope(self.q_norm(self.q_proj(x).view(per_head)), *rope).transpose(1, 2)  # (B, H, T, K)

@@ -31,6 +31,11 @@ def test_what_goes_together_passes(file):
         ({"n_samples": 2, "model_mode": 3, "task_file": "{file}", "temperature": 0.0}, "all samples would be equal"),
         ({"model_mode": 3, "task_file": "{file}", "text_metrics": True}, "--text_metrics"),
         ({"text_metrics": True}, "--text_metrics needs --task_file"),
+        ({"n_shot": 2}, "--n_shot needs --suite"),
+        ({"suite_random": True}, "--suite_random needs --suite"),
+        ({"suite": "all", "suite_limit": -1}, "--suite_limit -1"),
+        ({"suite": "all", "suite_dir": "nowhere"}, "--suite_dir nowhere: no such directory"),
+        ({"suite": "all", "suite_dir": ".", "suite_resume": True}, "--suite_resume needs --output"),
         ({"output": "nowhere/out.json"}, "--output nowhere/out.json"),
     ],
 )

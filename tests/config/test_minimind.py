@@ -31,9 +31,15 @@ MINIMIND_2 = {
             MINIMIND_2 | {"use_moe": True, "n_shared_experts": 2, "intermediate_size": None},
             "qwen2_moe",
             {
-                "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 1408,
-                "n_shared_experts": 2, "shared_expert_intermediate_size": 2816, "shared_expert_gate": False,
-                "attention_bias": False, "rms_norm_eps": 1e-5,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "norm_topk_prob": True,
+                "moe_intermediate_size": 1408,
+                "n_shared_experts": 2,
+                "shared_expert_intermediate_size": 2816,
+                "shared_expert_gate": False,
+                "attention_bias": False,
+                "rms_norm_eps": 1e-5,
             },
         ),
         (

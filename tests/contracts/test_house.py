@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "training": {"kernels", "model", "losses", "data", "distributed", "checkpoints", "objectives", "reports"},
     "cli": {"config", "losses", "lora", "data", "distributed", "hub", "checkpoints"},
     "export": {"tokenizer", "hub"},
-    "evaluation": {"losses", "tokenizer", "data", "inference", "hub", "cli"},
+    "evaluation": {"model", "losses", "tokenizer", "data", "inference", "hub", "cli"},
     "compare": {"reports"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},
 }
@@ -45,7 +45,7 @@ TOP_LEVEL = {path.stem for path in SCRIPTS} | {"tests", "benchmarks", "dataset",
 TOP_LEVEL |= {"demo_table"}
 # What no extra of ours names, but code around language models easily pulls in.
 NEVER_NEEDED = {"sentencepiece", "peft", "trl", "accelerate", "datasets", "pandas", "scipy", "sklearn", "tensorboard"}
-IMPORT_NAMES = {"rouge-score": "rouge_score", "nvidia-ml-py": "pynvml"}
+IMPORT_NAMES = {"rouge-score": "rouge_score", "nvidia-ml-py": "pynvml", "lm-eval": "lm_eval"}
 
 
 def name_of(path: Path) -> str:

@@ -113,9 +113,7 @@ def test_records_of_a_file_and_earlier_turns(tokenizer, tmp_path):
 def test_answers_are_the_greedy_ones_of_a_real_model(tokenizer):
     torch.manual_seed(0)
     model = Transformer(
-        ModelConfig(
-            vocab_size=267, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3
-        )
+        ModelConfig(vocab_size=267, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
     )
     result = exact_match(model, tokenizer, RECORDS, max_new_tokens=8, batch_size=4)
     for record, answer in zip(RECORDS, result.answers, strict=True):

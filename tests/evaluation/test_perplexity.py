@@ -54,9 +54,7 @@ def slow_loss(model, tokenizer, text, max_seq_len, overlap):
 def test_equals_the_slow_formula_for_any_window_and_batch(model, tokenizer, max_seq_len, overlap):
     slow = [slow_loss(model, tokenizer, text, max_seq_len, overlap) for text in TEXTS]
     for batch_size in (1, 4, 100):
-        result = perplexity(
-            model, TEXTS, tokenizer, max_seq_len=max_seq_len, overlap=overlap, batch_size=batch_size
-        )
+        result = perplexity(model, TEXTS, tokenizer, max_seq_len=max_seq_len, overlap=overlap, batch_size=batch_size)
         assert result.loss_sum == pytest.approx(sum(loss for loss, _ in slow), rel=1e-12)
         assert result.n_targets == sum(n for _, n in slow)
         assert result.n_bytes == sum(len(text.encode()) for text in TEXTS)
@@ -132,9 +130,7 @@ def test_a_wrapped_output_layer_gives_the_same(model, tokenizer):
             return self.inner(input_ids, **more)
 
     direct = perplexity(model, TEXTS, tokenizer, max_seq_len=16)
-    assert perplexity(WithoutHead(), TEXTS, tokenizer, max_seq_len=16).loss_sum == pytest.approx(
-        direct.loss_sum
-    )
+    assert perplexity(WithoutHead(), TEXTS, tokenizer, max_seq_len=16).loss_sum == pytest.approx(direct.loss_sum)
 
 
 def test_an_adapted_output_layer_gives_the_same(tokenizer):

@@ -104,8 +104,10 @@ def test_figures_by_hand():
     assert (values["mean_tokens_chosen"], values["mean_tokens_rejected"]) == (3.0, 4.0)
     assert values["pairs"][1]["n_rejected"] == 8
     assert "pairs" not in score.as_dict(pairs=False)
-    assert PreferenceScore(pairs=pairs[1:]).table().startswith(
-        "the chosen reply is more probable in 66.7% of 3 pairs, per token in 33.3%\n"
+    assert (
+        PreferenceScore(pairs=pairs[1:])
+        .table()
+        .startswith("the chosen reply is more probable in 66.7% of 3 pairs, per token in 33.3%\n")
     )
     lines = [line.split() for line in score.table().splitlines()]
     assert lines[-3:] == [["chosen", "-3.000", "3.0"], ["rejected", "-4.250", "4.0"], ["margin", "1.250"]]

@@ -90,9 +90,7 @@ def test_greedy_equals_transformers(qk_norm, penalty):
     theirs = getattr(transformers, f"{family}ForCausalLM")(theirs_config).eval()
     theirs.load_state_dict(ours.state_dict())
     eos = slow_greedy(ours, PROMPTS[0], 8)[-1]  # a token that does come up
-    answers = generate(
-        ours, PROMPTS, max_new_tokens=20, temperature=0, repetition_penalty=penalty, eos_token_id=eos
-    )
+    answers = generate(ours, PROMPTS, max_new_tokens=20, temperature=0, repetition_penalty=penalty, eos_token_id=eos)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids = theirs.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
@@ -198,9 +196,7 @@ def test_stream_never_shows_half_a_character(byte_tokenizer):
 def test_stream_never_shows_a_part_of_a_stop_string(byte_tokenizer):
     text = "a\nUs b\nUser: c"
     scripted = Scripted([byte_tokenizer.encode(text)], 267)
-    pieces = list(
-        stream(scripted, [1], tokenizer=byte_tokenizer, max_new_tokens=50, temperature=0, stop="\nUser:")
-    )
+    pieces = list(stream(scripted, [1], tokenizer=byte_tokenizer, max_new_tokens=50, temperature=0, stop="\nUser:"))
     assert pieces == ["a", "\nUs ", "b"]
 
 

@@ -32,6 +32,13 @@ def test_bytes_that_are_no_character_become_the_replacement_character(byte_token
     assert "".join(map(decoder.push, [*ids, *byte_tokenizer.encode("b")])) == "\ufffda\ufffdb"
 
 
+def test_ids_beyond_the_vocabulary_give_no_text(byte_tokenizer):
+    """Embeddings are often padded, and an untrained model may sample such an id."""
+    decoder = TextDecoder(byte_tokenizer)
+    first, second = byte_tokenizer.encode("é")
+    assert "".join(map(decoder.push, [first, 267, second, 5000])) == "é" == byte_tokenizer.decode([first, 267, second])
+
+
 def test_control_tokens_are_left_out_and_tags_shown(byte_tokenizer):
     decoder = TextDecoder(byte_tokenizer)
     ids = [byte_tokenizer.token_id(name) for name in ("<think>", "<|im_end|>", "<|endoftext|>")]

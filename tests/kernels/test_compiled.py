@@ -187,8 +187,11 @@ def test_auto_compiles_on_cuda_where_it_can(monkeypatch):
 
 STAGES = {
     "sft": (train_sft, "chat", ["--packing", "none", "--from_weight", "pretrain"]),
-    "lora": (train_lora, "chat", ["--packing", "none", "--from_weight", "pretrain", "--lora_name", "x",
-                                  "--target_modules", "q_proj"]),
+    "lora": (
+        train_lora,
+        "chat",
+        ["--packing", "none", "--from_weight", "pretrain", "--lora_name", "x", "--target_modules", "q_proj"],
+    ),
 }
 
 

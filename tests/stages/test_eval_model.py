@@ -10,10 +10,12 @@ import torch
 
 import eval_model
 from minillm.config import ModelConfig
+from minillm.evaluation import measure
 from minillm.hub.huggingface import save_model
 from minillm.inference import generate
 from minillm.model import Transformer
 from minillm.tokenizer import encode_chat, train_bpe
+from tests.evaluation.suite_files import make_originals
 
 
 def tiny_model(seed, **overrides):
@@ -190,6 +192,76 @@ def test_answers_beside_their_references(run, tmp_path):
     assert f"{results['answer_loss']['nats_per_token']:.4f} nats/token over 10 tokens" in shown
     assert 0 <= results["rouge"]["rouge_l"] <= 1
     assert results["bleu"]["signature"] in shown
+
+
+def test_suites_with_an_untrained_model_and_resume(run, out, tmp_path, monkeypatch):
+    folder, output = tmp_path / "eval", tmp_path / "scores.json"
+    make_originals(folder)
+    call = ("--suite", "zh", "--suite_dir", folder, "--output", output, "--max_new_tokens", 4)
+    code, shown, err = run(*call, "--suite_random", "--suite_limit", 2)
+    assert code == 0, err
+    assert "no files" in shown
+    assert "gaokao_mcq, tal_math_zh" in shown
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert {name: score["n"] for name, score in results["suites"].items()} == {"ceval": 2, "cmmlu": 1, "cmath": 2}
+    ceval = results["suites"]["ceval"]
+    assert ceval["chance"] == 0.25
+    assert ceval["random"]["n"] == 2
+    assert all(len(question["log_likelihoods"]) == 4 for question in ceval["questions"])
+    assert results["weights"].endswith("full_sft_32")
+    table = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| C-Eval | 2 |" in table
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"eval", "scores.json", "scores.md", "scores.png"}  # no leftovers
+
+    asked = []
+    measure_suite = measure.run_suite
+    monkeypatch.setattr(
+        measure, "run_suite", lambda name, *a, **kw: asked.append(name) or measure_suite(name, *a, **kw)
+    )
+    again = (*call, "--suite_random", "--suite_limit", 2, "--suite_resume")
+    assert run(*again)[0] == 0
+    assert asked == []
+    assert json.loads(output.read_text(encoding="utf-8"))["suites"] == results["suites"]
+    (folder / "cmmlu/test/agronomy.csv").write_text(",Question,A,B,C,D,Answer\n0,new,1,2,3,4,A\n")
+    assert run(*again)[0] == 0
+    assert asked == ["cmmlu", "cmmlu"]  # the model and the untrained one, on a file that has changed
+    asked.clear()
+    assert run(*call, "--suite_resume")[0] == 0  # other settings: all questions, nothing untrained
+    assert asked == ["ceval", "cmmlu", "cmath"]
+
+
+def test_an_interrupted_suite_keeps_the_finished_ones(run, tmp_path, monkeypatch):
+    folder, output = tmp_path / "eval", tmp_path / "scores.json"
+    make_originals(folder)
+    measure_suite = measure.run_suite
+
+    def fails(name, *args, **options):
+        if name == "mmlu":
+            raise KeyboardInterrupt
+        return measure_suite(name, *args, **options)
+
+    monkeypatch.setattr(measure, "run_suite", fails)
+    assert run("--suite", "piqa,mmlu", "--suite_dir", folder, "--output", output)[0] == 130
+    assert list(json.loads(output.read_text(encoding="utf-8"))["suites"]) == ["piqa"]
+
+
+def test_suites_that_cannot_be_measured(run, tmp_path):
+    folder = tmp_path / "eval"
+    make_originals(folder)
+    (tmp_path / "empty").mkdir()
+    for argv, words in [
+        (["--suite", "unknown", "--suite_dir", folder], ["'unknown'", "ceval", "hellaswag"]),
+        (["--suite", "all", "--suite_dir", tmp_path / "empty"], ["empty", "no files of any suite"]),
+        (["--suite", "gaokao_mcq,piqa", "--suite_dir", folder], ["gaokao_mcq.jsonl", "give their directory"]),
+        (["--suite", "piqa", "--suite_dir", tmp_path / "none"], ["--suite_dir", "no such directory"]),
+        (["--suite", "ceval", "--suite_dir", folder, "--n_shot", 3], ["n_shot 3", "'law'"]),
+    ]:
+        code, _, err = run(*argv)
+        assert code == 2, argv
+        assert len(err.strip().splitlines()) == 1, err
+        assert all(word in err for word in words), err
 
 
 def test_without_a_terminal_questions_come_from_standard_input(run, monkeypatch):

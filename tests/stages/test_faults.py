@@ -367,9 +367,7 @@ def test_weights_that_are_no_numbers_stop_the_run_before_they_are_saved(start, w
 # ---- several ranks -----------------------------------------------------------------------------------------------
 
 
-def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(
-    base, flags, start, whole, tmp_path, torchrun, python
-):
+def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(base, flags, start, whole, tmp_path, torchrun, python):
     launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", python]
     argv = [*command(base, flags, tmp_path / "two"), "--batch_size", "1"]
     began = time.monotonic()

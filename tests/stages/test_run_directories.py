@@ -273,5 +273,3 @@ def test_a_named_run_is_found_by_its_name(pretrain, world, call):
     done = call(eval_model.main, world, "--from_weight", "mine", *flags)
     assert done.code == 0, done.err
     assert str(world.out / "mine") in done.out
-
-
