@@ -26,7 +26,7 @@ from minillm.lora.more.base import BASE
 from minillm.model.sizes import describe_parameters
 from minillm.model.transformer import Transformer
 from minillm.precision import choose_device, choose_dtype
-from minillm.tokenizer import Tokenizer, load_tokenizer
+from minillm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 
@@ -114,7 +114,7 @@ def _open(
         args: a program's arguments, for the shape of a ``.pth`` without a ``config.json``, and for ``--rope_scaling``.
     """
     model_dir = path if path.is_dir() else path.parent
-    default_tokenizer = model_dir if (model_dir / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
+    default_tokenizer = model_dir if has_tokenizer(model_dir) else Path(save_dir) / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_path or default_tokenizer)
     config = None
     if path.suffix == ".pth":

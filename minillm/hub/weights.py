@@ -18,7 +18,7 @@ from minillm.hub.names import DEMO, find_weights, run_name
 from minillm.hub.pth import infer_config
 from minillm.model import Transformer
 from minillm.model.rope import original_length
-from minillm.tokenizer import load_tokenizer
+from minillm.tokenizer import has_tokenizer, load_tokenizer
 
 
 def find_tokenizer(args, *, teacher: Path | None = None) -> str:
@@ -32,7 +32,7 @@ def find_tokenizer(args, *, teacher: Path | None = None) -> str:
     weights = weights_of(args, preset_config(args)) if args.from_weight else teacher
     if weights is not None:
         model_dir = weights if weights.is_dir() else weights.parent
-        if (model_dir / "tokenizer.json").is_file():
+        if has_tokenizer(model_dir):
             return str(model_dir)
     return str(Path(args.save_dir) / "tokenizer")
 
@@ -149,7 +149,7 @@ def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
             f"{model.config.vocab_size}; give --tokenizer_path the tokenizer of these weights"
         )
     model_dir = path if path.is_dir() else path.parent
-    if not (model_dir / "tokenizer.json").is_file():
+    if not has_tokenizer(model_dir):
         return
     model_tokenizer = load_tokenizer(model_dir)
     if model_tokenizer.content_hash != tokenizer.content_hash:
