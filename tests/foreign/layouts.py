@@ -114,7 +114,8 @@ class Layout:
     """What makes a published tokenizer unlike ours."""
 
     cut: str
-    """bytes: GPT-2's byte level; prepend: SentencePiece with a blank before every text (Llama 2's tokenizer.json);
+    """bytes: GPT-2's byte level; split: byte level with the expression of Llama 3, which keeps newlines together;
+    prepend: SentencePiece with a blank before every text (Llama 2's tokenizer.json);
     metaspace: the same as a pre-tokenizer, at the first piece of a text alone."""
     special: tuple[str, ...]
     """Control tokens, in the order of their ids; SentencePiece has them first, byte-level ones last."""
@@ -132,6 +133,9 @@ class Layout:
     """Further entries of tokenizer_config.json."""
 
 
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SENTENCEPIECE = ("<unk>", "<s>", "</s>")
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -223,7 +227,7 @@ def make_tokenizer(layout: str | Layout, directory: Path, *, template: str | Non
         settings: entries of tokenizer_config.json that replace the layout's.
     """
     layout = LAYOUTS[layout] if isinstance(layout, str) else layout
-    backend = (_byte_level if layout.cut == "bytes" else _sentencepiece)(layout)
+    backend = (_byte_level if layout.cut in ("bytes", "split") else _sentencepiece)(layout)
     spec = json.loads(backend.to_str())
     for token in spec["added_tokens"]:
         token["special"] = token["content"] not in layout.tags
@@ -249,9 +253,13 @@ def make_tokenizer(layout: str | Layout, directory: Path, *, template: str | Non
 
 
 @functools.cache
-def _trained_byte_level() -> str:
+def _trained_byte_level(cut: str) -> str:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if cut == "split":
+        split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
+        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
@@ -260,7 +268,7 @@ def _trained_byte_level() -> str:
 
 
 def _byte_level(layout: Layout) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(_trained_byte_level())
+    backend = tokenizers.Tokenizer.from_str(_trained_byte_level(layout.cut))
     backend.add_special_tokens(list(layout.special))
     backend.add_tokens(list(layout.tags))
     _add_bos(backend, layout)

@@ -6,7 +6,7 @@ are trained for some steps. transformers (and peft) open each result with equal 
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from minillm.hub import load_model
 from minillm.model import Transformer
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import encode_chat, load_tokenizer
-from tests.foreign.layouts import LLAMA2_CHAT, make_tokenizer, sample_texts
+from tests.foreign.layouts import LAYOUTS, LLAMA2_CHAT, make_tokenizer, sample_texts
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -155,7 +155,10 @@ def make_release(name: str, directory: Path) -> Path:
     if release.layout == "tokenizer.model":
         write_tokenizer_model(directory)
     else:
-        make_tokenizer(release.layout, directory)
+        layout = LAYOUTS[release.layout]
+        if name.startswith(("Qwen", "Llama", "GLM")):
+            layout = replace(layout, cut="split")
+        make_tokenizer(layout, directory)
     tokenizer = load_tokenizer(directory)
     ids = {"bos_token_id": None if release.bos is None else tokenizer.token_id(release.bos)}
     ends = [tokenizer.token_id(token) for token in release.ends]
@@ -291,10 +294,11 @@ def test_fine_tuned_until_it_ends_its_answer(base, tmp_path, capsys, name):
     flags = ["--from_weight", run, "--prompt", "Hi", "--temperature", 0, "--max_new_tokens", 40, "--output", answers]
     eval_model.main([str(flag) for flag in [*flags, "--device", "cpu", "--save_dir", tmp_path / "out"]])
     (said,) = json.loads(answers.read_text(encoding="utf-8"))["prompts"]
-    assert said["answer"].replace("<think>\n\n</think>", "").strip() == ANSWER
     made = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=1.0)
     assert made[0, -1].item() == after.token_id(release.end)
-    assert ANSWER in their_tokenizer.decode(made[0, len(prompt) :])
+    assert said["answer"].strip() == their_tokenizer.decode(made[0, len(prompt) : -1]).strip()
+    if name != "MiniMind3":  # GPT-2's expression cuts the newlines before an answer, and not those at a prompt's end
+        assert said["answer"].replace("<think>\n\n</think>", "").strip() == ANSWER
 
 
 @pytest.mark.parametrize("name", RELEASES)
