@@ -9,7 +9,7 @@ import torch
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
 from minillm.hardware import keep_freed_memory
-from minillm.hub.adapters import add_adapters
+from minillm.hub.adapters import add_adapters, find_adapters
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import (
     DEMO,
@@ -21,6 +21,7 @@ from minillm.hub.names import (
     how_to_make,
     is_model,
 )
+from minillm.hub.vocabulary import grow_for_adapters
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
 from minillm.lora.more.base import BASE
 from minillm.model.sizes import describe_parameters
@@ -124,6 +125,8 @@ def _open(
     model = load_model(path, device=device, dtype=load_dtype, config=config).eval()
     model.origin = str(path)
     check_tokenizer(tokenizer, model, path)
+    if lora_name:
+        tokenizer = grow_for_adapters(model, tokenizer, find_adapters(model, lora_name, save_dir=save_dir))
     if args is not None:
         model.config = scale_positions(model.config, args)
     adapter_paths = add_adapters(model, lora_name, save_dir=save_dir) if lora_name else []

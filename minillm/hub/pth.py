@@ -100,9 +100,7 @@ def load_pth(path: Path, config: ModelConfig, *, shards: Sequence[Path] = ()) ->
         UserError: not a plain state dict; or two different matrices that ``config`` ties.
     """
     stored = {
-        name: tensor
-        for file in shards or [path]
-        for name, tensor in read_pth(file, shapes_only=bool(shards)).items()
+        name: tensor for file in shards or [path] for name, tensor in read_pth(file, shapes_only=bool(shards)).items()
     }
     weights = _renamed(stored)
     if config.tie_word_embeddings and not _is_tied(weights):

@@ -49,7 +49,12 @@ class Tokenizer:
         files: file name (see ``FILES``) to text; only ``tokenizer.json`` is required.
         origin: where it comes from, for error messages.
         generation_ends: ``eos_token_id`` of the model's generation_config.json.
+
+    Attributes:
+        grown_from: the tokenizer without the tokens of ``--add_tokens`` (``extend.py``); None if none were added.
     """
+
+    grown_from: "Tokenizer | None" = None
 
     def __init__(self, files: dict[str, str], *, origin: str = "this tokenizer", generation_ends: tuple[int, ...] = ()):
         self.files = dict(files)
@@ -299,7 +304,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     directory = path.parent if path.name in ("tokenizer.json", MODEL) else path
     if not has_tokenizer(directory):
-        reason = f"there is no tokenizer.json or {MODEL} in it" if directory.exists() else "the directory does not exist"
+        reason = (
+            f"there is no tokenizer.json or {MODEL} in it" if directory.exists() else "the directory does not exist"
+        )
         raise UserError(
             f"no tokenizer at '{path}': {reason}; train one with train_tokenizer.py, or give a Hugging Face "
             f"directory with a (fast) tokenizer.json, or with SentencePiece's {MODEL}"

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "reports": {"model", "lora", "data", "checkpoints"},
     "objectives": {"kernels", "losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints", "reports"},
     "training": {"kernels", "model", "data", "distributed", "checkpoints", "objectives", "reports"},
-    "cli": {"config", "losses", "lora", "data", "distributed", "hub", "checkpoints"},
+    "cli": {"config", "losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints"},
     "evaluation": {"losses", "tokenizer", "data", "inference", "hub", "cli"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},
 }

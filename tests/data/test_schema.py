@@ -316,7 +316,10 @@ TALK = [USER, ANSWER]
         ({"text": "t", "tools": [{"name": "f"}]}, "tools next to text"),
         ({"messages": TALK, "tools": "f(x)"}, "tools must be a list, not text"),
         ({"messages": TALK, "tools": [{"description": "a tool"}]}, "tool N needs a name"),
-        ({"messages": TALK, "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "tools are declared twice and differ"),
+        (
+            {"messages": TALK, "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+            "tools are declared twice and differ",
+        ),
         ({"messages": [{**USER, "tools": [{"name": "f"}]}, ANSWER]}, "an unknown key inside a turn"),
         ({"messages": TALK, "images": ["a.png"]}, "images in a record"),
         ({"conversations": TALK, "image": "a.png"}, "image in a record"),

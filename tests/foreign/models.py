@@ -1,7 +1,7 @@
 """Model directories as transformers writes them, small and random, each with a tokenizer of a foreign layout.
 
-    from tests.foreign.models import make_model
-    directory = make_model("qwen3", "qwen3", tmp_path / "base", seed=0, dtype=torch.float16)
+from tests.foreign.models import make_model
+directory = make_model("qwen3", "qwen3", tmp_path / "base", seed=0, dtype=torch.float16)
 """
 
 from pathlib import Path

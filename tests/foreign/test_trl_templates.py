@@ -12,7 +12,18 @@ from minillm.errors import UserError
 from minillm.tokenizer import encode_chat
 from minillm.tokenizer.chat_format import chat_format
 from tests.foreign import releases
-from tests.foreign.releases import CALL, CONVERSATIONS, FACTS, IMAGES, TOOL, compare, open_release, say, turns, with_call
+from tests.foreign.releases import (
+    CALL,
+    CONVERSATIONS,
+    FACTS,
+    IMAGES,
+    TOOL,
+    compare,
+    open_release,
+    say,
+    turns,
+    with_call,
+)
 
 pytest.importorskip("transformers")
 pytest.importorskip("trl")

@@ -83,9 +83,9 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("open_turn", [False, True])
 def test_ids_equal_transformers(tokenizer, theirs, name, open_turn):
     messages = CONVERSATIONS[name]
-    expected = theirs.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=open_turn
-    )["input_ids"]
+    expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=open_turn)[
+        "input_ids"
+    ]
     ids, _ = encode_chat(tokenizer, messages, add_generation_prompt=open_turn)
     assert ids == expected
     assert tokenizer.decode(ids) == theirs.apply_chat_template(
@@ -143,9 +143,7 @@ def test_tags_are_tokens_in_answers_only(tokenizer):
     ids, _ = encode_chat(tokenizer, [say("user", tags), say("assistant", tags)])
     assert [i for i in ids if 3 <= i <= 10] == [3, 4, 5, 6, 7, 8, 9, 10]
     # A lone or broken tag: whole tags are tokens wherever they stand, anything less is text.
-    ids, _ = encode_chat(
-        tokenizer, [say("user", "q"), say("assistant", "</think> <think > <thinking> < think>")]
-    )
+    ids, _ = encode_chat(tokenizer, [say("user", "q"), say("assistant", "</think> <think > <thinking> < think>")])
     assert [i for i in ids if 3 <= i <= 10] == [4]
 
 
@@ -199,11 +197,7 @@ def test_generation_prompt_continues_the_training_text(tokenizer):
 CONTENT = st.text(max_size=20) | st.text("a1 \n\r\t中，<>|/think im_end😀", max_size=30)
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), CONTENT), min_size=1, max_size=6
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), CONTENT), min_size=1, max_size=6))
 @settings(max_examples=200, deadline=None)
 def test_any_conversation_is_its_parts(tokenizer, turns):
     messages = [say(role, content) for role, content in turns] + [say("assistant", "end")]
@@ -218,9 +212,7 @@ def test_any_conversation_is_its_parts(tokenizer, turns):
     )
     assert tokenizer.decode(ids) == whole
     assert sum(mask) == sum(
-        len(part) - 2 * len(opening) - 1
-        for part, m in zip(parts, messages, strict=True)
-        if m["role"] == "assistant"
+        len(part) - 2 * len(opening) - 1 for part, m in zip(parts, messages, strict=True) if m["role"] == "assistant"
     )
 
 
@@ -288,13 +280,9 @@ def foreign(corpus, path, names):
     """A tokenizer that has only ``names`` as its tokens."""
     spec = json.loads(train_bpe(corpus(), vocab_size=400).files["tokenizer.json"])
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in names]
-    for token in [
-        t for t in list(spec["model"]["vocab"]) if t.startswith("<") and t.endswith(">") and len(t) > 2
-    ]:
+    for token in [t for t in list(spec["model"]["vocab"]) if t.startswith("<") and t.endswith(">") and len(t) > 2]:
         if token not in names:
-            spec["model"]["vocab"][f"unused{spec['model']['vocab'].pop(token)}"] = (
-                len(spec["model"]["vocab"]) + 50
-            )
+            spec["model"]["vocab"][f"unused{spec['model']['vocab'].pop(token)}"] = len(spec["model"]["vocab"]) + 50
     (path / "tokenizer.json").write_text(json.dumps(spec))
     return load_tokenizer(path)
 

@@ -120,9 +120,7 @@ def test_added_tokens(models, tmp_path, form):
     if form == "older":
         files = {"added_tokens": {name: n + i for i, name in enumerate(names)}, "tokenizer_config": settings}
     else:
-        entries = {
-            str(n + i): {"content": name, "special": i < 2, "normalized": False} for i, name in enumerate(names)
-        }
+        entries = {str(n + i): {"content": name, "special": i < 2, "normalized": False} for i, name in enumerate(names)}
         files = {"tokenizer_config": settings | {"added_tokens_decoder": entries}}
     ours = load_tokenizer(directory_of(models("llama"), tmp_path / "model", **files))
     assert [ours.token_id(name) for name in names] == [n, n + 1, n + 2, n + 3]
