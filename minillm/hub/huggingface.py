@@ -48,8 +48,8 @@ def load_model(
 ) -> Transformer:
     """Return the model in a Hugging Face directory (sharded or not), or in a ``.pth`` state dict.
 
-    A directory without safetensors may hold ``pytorch_model.bin``, or its shards, read like a ``.pth``. Tensors are read
-    one at a time, each directly into its parameter, so that the weights are in memory once.
+    A directory without safetensors may hold ``pytorch_model.bin`` or its shards, read like a ``.pth``. Tensors are
+    read one at a time, each directly into its parameter, so that the weights are in memory once.
 
     Args:
         config: required for a ``.pth``, which holds only weights; a directory has its own.

@@ -5,8 +5,8 @@ scores, how the pieces were made (byte-pair encoding or a unigram language model
 
 The two libraries find the same pieces in different ways:
 
-- SentencePiece merges the two neighbours whose *union* has the best score. tokenizers merges the *pair* that comes first
-  in a list. So the list has every pair of pieces whose union is a piece, the union with the best score first.
+- SentencePiece merges the two neighbours whose *union* has the best score. tokenizers merges the *pair* that comes
+  first in a list. So the list has every pair of pieces whose union is a piece, the union with the best score first.
 - A unigram model needs no list: both choose the segmentation with the highest sum of scores.
 """
 
@@ -213,8 +213,8 @@ def _unigram(model: _Model) -> dict:
 def _spaces(model: _Model, settings: dict) -> dict[str, list | dict | None]:
     """Return normaliser, pre-tokenizer and decoder: what happens to spaces.
 
-    With ``"legacy": false`` in tokenizer_config.json a space is put before the first piece of a text only, and not after
-    each control token, as in transformers.
+    With ``"legacy": false`` in tokenizer_config.json a space is put before the first piece of a text only, and not
+    after each control token, as in transformers.
     """
     normalizer: list[dict] = []
     if model.charsmap:

@@ -70,7 +70,8 @@ FACTS = {
     "qwen3_vl": Facts(reason=NEWLINE),
     "qwen3_5_nothink": Facts(before=(EMPTY,), reason=f"{NEWLINE}; {OPENING}"),
     **{
-        name: Facts(before=("<think>\n",), reason=f"{NEWLINE}; {OPENING}") for name in ("qwen3_5_think", "qwen3_6", "qwen3_8")
+        name: Facts(before=("<think>\n",), reason=f"{NEWLINE}; {OPENING}")
+        for name in ("qwen3_5_think", "qwen3_6", "qwen3_8")
     },
 }  # fmt: skip
 # The variant writes another text than the release, so only the last answers of a conversation can be compared.

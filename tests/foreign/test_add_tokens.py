@@ -201,7 +201,7 @@ def test_the_adapter_of_another_tokenizer_is_refused(tmp_path, data):
     base, _ = base_model(tmp_path, padding=0)
     run = run_stage(train_lora.main, base, tmp_path / "out", data, *STEPS, "--add_tokens", CHATML, "--lora_name", "a")
     other = make_model("llama", "llama2", tmp_path / "other")
-    with pytest.raises(UserError, match="is not that of .* with added tokens"):
+    with pytest.raises(UserError, match=r"is not that of .* with added tokens"):
         open_model(other, device="cpu", lora_name=str(run), save_dir=str(tmp_path / "out"))
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from minillm.errors import UserError
 from minillm.tokenizer import encode_chat, encode_chats, load_tokenizer
 from minillm.tokenizer.chat_format import chat_format
-from tests.foreign.layouts import LAYOUTS, THINK, Layout, make_tokenizer
+from tests.foreign.layouts import LAYOUTS, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

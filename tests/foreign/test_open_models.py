@@ -1,4 +1,4 @@
-"""Open models from end to end, each a small random one with the files of its release: configuration, weights, tokenizer.
+"""Open models from end to end, each a small random one with the files of its release: configuration, weights, tokens.
 
 A release is fine-tuned until it gives one answer, which must end by the model's own end token; an adapter and a policy
 are trained for some steps. transformers (and peft) open each result with equal logits.

@@ -216,7 +216,7 @@ def test_arguments_are_never_json_within_json(release):
 
 def test_arguments_that_are_no_object_are_refused(release):
     call = {"function": {"name": "lookup", "arguments": "fox"}}
-    with pytest.raises(UserError, match="arguments of a tool call of message 1 are not a JSON object.*'fox'"):
+    with pytest.raises(UserError, match=r"arguments of a tool call of message 1 are not a JSON object.*'fox'"):
         encode_chat(release("llama3_1").ours, with_call(call))
 
 

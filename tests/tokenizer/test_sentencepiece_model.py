@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 
 HARD = [
     "", " ", "  ", "   ", "a", " a", "  a  b   ", "Hi, hello!\n\n  user\tanswer \n", "\n", "\r\n", "12345 apples",
-    "小明有三个苹果，小红有12个梨。", "你好\u3000世界", "龘靐齉", "😀👩\u200d👩\u200d👧 🇨🇳", "é e\u0301 ﬁ ½", "\u00a0x\u2003y",
+    "小明有三个苹果，小红有12个梨。", "你好\u3000世界", "龘靐齉", "😀👩\u200d👩\u200d👧 🇨🇳", "é e\u0301 ﬁ ½",
+    "\u00a0x\u2003y",
     "\u0000\u0001", "<s>", "</s> <unk> [PAD]", "<0x0A>", "ka mo ri te lun sa pe dor vi gan", "aaaa aaa aa a",
     "def add(a, b):\n    return a + b  # 加法\n", "The quick brown fox" * 30, "ۖ القرآن עברית", "\ufeffbom", "▁a ▁",
 ]  # fmt: skip
@@ -166,7 +167,7 @@ def test_bad_files(models, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.model").write_bytes(content)
     (tmp_path / "broken" / "added_tokens.json").write_text("{")
-    with pytest.raises(UserError, match="added_tokens.json next to .* is broken JSON"):
+    with pytest.raises(UserError, match=r"added_tokens.json next to .* is broken JSON"):
         load_tokenizer(tmp_path / "broken")
     with pytest.raises(UserError, match=r"there is no tokenizer.json or tokenizer.model in it"):
         load_tokenizer(tmp_path)
