@@ -15,13 +15,12 @@ from minillm.cli.command_line import parse, script
 from minillm.data import ChatRows, DataFiles, TextRows
 from minillm.data.report import open_rows
 from minillm.evaluation import ValidationMetrics
-from minillm.hub.weights import create_model, find_tokenizer
+from minillm.hub.weights import create_model, open_tokenizer
 from minillm.inference import generate
 from minillm.inference.samples import sample_answers, sample_completions
 from minillm.objectives.distill import DistillLoss, StudentAlone, add_projection
 from minillm.objectives.on_policy import OnPolicy
 from minillm.objectives.teacher import Teacher, find_teacher
-from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
 
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None):
     args = parse(DistillArguments, argv)
     with Run(args, stage="distill", output=StudentAlone()) as run:
         # Models: the student, and the teacher, which is frozen
-        tokenizer = load_tokenizer(find_tokenizer(args, teacher=find_teacher(args)))
+        tokenizer = open_tokenizer(args, teacher=find_teacher(args))
         teacher = Teacher(args, run.engine, tokenizer)
         model = create_model(args, tokenizer)
         if args.hidden_weight:

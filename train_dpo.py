@@ -15,12 +15,11 @@ from minillm.cli.arguments import PreferenceArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import DataFiles, JudgedRows, PairRows
 from minillm.evaluation import ValidationMetrics
-from minillm.hub.weights import create_model, find_tokenizer
+from minillm.hub.weights import create_model, open_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.objectives.preference import PreferenceLoss
 from minillm.objectives.reference import Reference
-from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
 
@@ -29,7 +28,7 @@ def main(argv: list[str] | None = None):
     args = parse(PreferenceArguments, argv)
     with Run(args, stage="rlhf", output=AdapterAlone(args) if args.lora_name else None) as run:
         # Model: the fine-tuned one, and the reference: the model before tuning
-        tokenizer = load_tokenizer(find_tokenizer(args))
+        tokenizer = open_tokenizer(args)
         base_dtype = args.choose_base_dtype(run.device, run.dtype) if args.lora_name else torch.float32
         model = create_model(args, tokenizer, dtype=base_dtype)
         reference = Reference(args.reference_kind, model, args, run.engine) if args.reference_kind else None

@@ -14,13 +14,12 @@ from minillm.cli.arguments import LoRAArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import ChatRows, DataFiles
 from minillm.evaluation import ValidationMetrics
-from minillm.hub.weights import create_model, find_tokenizer
+from minillm.hub.weights import create_model, open_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.lora import apply_lora
 from minillm.lora.more.balance import balance_gradients
 from minillm.losses import causal_lm_loss
 from minillm.reports.watch import Watch
-from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
 
@@ -29,7 +28,7 @@ def main(argv: list[str] | None = None):
     args = parse(LoRAArguments, argv)
     with Run(args, stage="lora", output=AdapterAlone(args)) as run:
         # Model: what --from_weight names, frozen, with an adapter
-        tokenizer = load_tokenizer(find_tokenizer(args))
+        tokenizer = open_tokenizer(args)
         base_dtype = args.choose_base_dtype(run.device, run.dtype)
         model = create_model(args, tokenizer, dtype=base_dtype)
         apply_lora(model, args.lora_config, generator=torch.Generator().manual_seed(args.seed))

@@ -10,10 +10,9 @@ from minillm.cli.arguments import PretrainArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import DataFiles, TextRows
 from minillm.evaluation import ValidationMetrics
-from minillm.hub.weights import create_model, find_tokenizer
+from minillm.hub.weights import create_model, open_tokenizer
 from minillm.inference.samples import sample_completions
 from minillm.losses import causal_lm_loss
-from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
 
@@ -22,7 +21,7 @@ def main(argv: list[str] | None = None):
     args = parse(PretrainArguments, argv)
     with Run(args, stage="pretrain") as run:
         # Model: new, or from --from_weight
-        tokenizer = load_tokenizer(find_tokenizer(args))
+        tokenizer = open_tokenizer(args)
         model = create_model(args, tokenizer)
 
         # Data: tokenised once, packed into rows of max_seq_len; called for the training and the validation files

@@ -16,10 +16,9 @@ from minillm.cli.arguments import ReasonArguments
 from minillm.cli.command_line import parse, script
 from minillm.data import ChatRows, DataFiles, ReasonRows
 from minillm.evaluation import ValidationMetrics
-from minillm.hub.weights import create_model, find_tokenizer
+from minillm.hub.weights import create_model, open_tokenizer
 from minillm.inference.samples import sample_answers
 from minillm.losses import causal_lm_loss
-from minillm.tokenizer import load_tokenizer
 from minillm.training.run import Run
 
 
@@ -28,7 +27,7 @@ def main(argv: list[str] | None = None):
     args = parse(ReasonArguments, argv)
     with Run(args, stage="reason") as run:
         # Model: the one that --from_weight names
-        tokenizer = load_tokenizer(find_tokenizer(args))
+        tokenizer = open_tokenizer(args)
         model = create_model(args, tokenizer)
 
         # Data: conversations with their answers as targets, packed into rows of max_seq_len

@@ -78,13 +78,15 @@ class AdapterAlone(WholeModel):
         return adapter_directory(args.lora_name, save_dir=args.save_dir, config=config)
 
     def export(self, model, path: Path, *, tokenizer, dtype: torch.dtype) -> None:
-        """Write the adapter; it stays float32, being small."""
+        """Write the adapter; it stays float32, being small. Added tokens are saved next to it."""
         save_lora(model, path)
+        _save_grown(tokenizer, path)
         self.base = json.loads((path / BASE).read_text(encoding="utf-8"))["base"]
 
     def write_checkpoint(self, model, path: Path, *, tokenizer) -> None:
         """Write the adapter as others read it, and once more as it is trained."""
         save_lora(model, path)
+        _save_grown(tokenizer, path)
         save_file(trained_state(model), path / TRAINED)
         use_umask(path / TRAINED)
 
@@ -100,3 +102,9 @@ class AdapterAlone(WholeModel):
         return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
                 "balance_gradients": getattr(args, "balance_gradients", False) or None,  # older checkpoints lack it
                 **{f"adapter's {key}": str(value) for key, value in adapter.items()}}  # fmt: skip
+
+
+def _save_grown(tokenizer, path: Path) -> None:
+    """Save a tokenizer with added tokens, which the model's own directory lacks."""
+    if tokenizer is not None and tokenizer.grown_from is not None:
+        tokenizer.save(path)

@@ -188,6 +188,8 @@ class AdapterArguments(TrainArguments):
         are_numbers = all(layer.isdecimal() for layer in layers)
         require(are_numbers, f"--lora_layers {self.lora_layers}: must be numbers of blocks with commas, e.g. 0,1,2")
         modules = tuple(part.strip() for part in self.modules_to_save.split(",") if part.strip())
+        if self.add_tokens:  # the rows of new tokens must learn
+            modules = tuple(dict.fromkeys([*modules, "embed_tokens", "lm_head"]))
         return LoRAConfig(
             rank=self.lora_rank,
             alpha=self.lora_alpha,
@@ -223,7 +225,7 @@ class AdapterArguments(TrainArguments):
             UserError: 16-bit frozen weights with fully trained layers, which are float32, but without autocast.
         """
         base_dtype = choose_dtype(self.base_dtype, device, flag="base_dtype")
-        trains_whole_layers = self.modules_to_save or self.lora_bias != "none"
+        trains_whole_layers = self.lora_config.modules_to_save or self.lora_bias != "none"
         is_mixed = base_dtype != torch.float32 and dtype == torch.float32 and trains_whole_layers
         message = "fully trained layers are float32, so products need autocast to a 16-bit dtype: give --dtype auto"
         require(not is_mixed, f"--base_dtype {self.base_dtype} with --dtype {self.dtype}: {message}")

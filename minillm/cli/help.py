@@ -17,7 +17,7 @@ MOST_USED = (
     "save_dir", "run_name", "epochs", "batch_size", "learning_rate", "max_seq_len", "from_resume", "dry_run", "output",
 )  # fmt: skip
 GROUPS = {
-    "data": ("tokenizer_path", "cache_dir", "strict", "packing", "train_on", "replay_", "add_tokens"),
+    "data": ("tokenizer_path", "cache_dir", "strict", "packing", "train_on", "replay_", "add_tokens", "chat_template"),
     "model": (
         "hidden_", "num_hidden", "num_attention", "num_key", "intermediate", "tie_word", "use_qk", "use_moe",
         "num_experts", "moe_", "n_shared", "scoring_func", "first_k", "norm_topk", "rope_", "vocab_size",

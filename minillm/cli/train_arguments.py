@@ -11,6 +11,7 @@ from minillm.data.sources.columns import parse_columns
 from minillm.data.sources.paths import expand_paths
 from minillm.data.sources.split import DataFiles
 from minillm.errors import UserError
+from minillm.tokenizer import token_names
 
 TRACKERS = ("wandb", "swanlab", "tensorboard", "trackio")  # see minillm.reports.trackers
 RESERVED_NAMES = ("lora", "tokenizer", "checkpoints", "best", "demo")  # directories of SAVE_DIR and of a run
@@ -91,6 +92,12 @@ class TrainArguments(ScaleArguments):
     """Directory that holds the run directories."""
     tokenizer_path: str = ""
     """Tokenizer directory (default: the one of --from_weight, else SAVE_DIR/tokenizer)."""
+    add_tokens: str = ""
+    """Tokens that the tokenizer lacks, separated by commas, e.g. '<|im_start|>,<|im_end|>'. Embedding and output layer
+    get a row for each, the mean of the others; an adapter then trains both layers whole."""
+    chat_template: str = ""
+    """Chat template to train with: chatml, or a jinja file (default: the tokenizer's; chatml if it has none and gets
+    ChatML's tokens)."""
     from_weight: str = ""
     """Start from these weights: a stage name, a run's name, a model directory, a .pth file, or ORG/MODEL on a hub."""
     cache_dir: str = ""
@@ -234,6 +241,7 @@ class TrainArguments(ScaleArguments):
         unknown = [name for name in self.trackers if name not in TRACKERS]
         message = f"--tracker {self.tracker}: {', '.join(unknown)} is not one of {', '.join(TRACKERS)}"
         require(not unknown, message)
+        token_names(self.add_tokens)
         self._check_metrics()
 
     def _check_metrics(self) -> None:

@@ -14,16 +14,17 @@
     ANSWER    "output", "completion", "response" or "answer": a text, or turns; "reasoning_content" may go with it
     "label"   true or false, 1 or 0; also as "kto_tag"
     "system"  or "system_prompt", with all forms except "text": a system turn at the beginning
+    "tools"   or "functions", with all forms except "text": a list of the functions that the assistant may call
 
 Nothing that changes the meaning is dropped. A record is refused, with the reason, if it has two contents that differ,
-declares tools or images, or has a weight. Its other keys go to ``Record.extra``.
+has images, or has a weight. Its other keys go to ``Record.extra``.
 """
 
 import sys
 from dataclasses import dataclass, field
 
 from minillm.data.sources.columns import ANSWERS, CONVERSATIONS, QUESTIONS
-from minillm.data.sources.messages import MEDIA, as_list, is_empty, normal_messages, refuse_tools
+from minillm.data.sources.messages import MEDIA, TOOLS, as_list, is_empty, normal_messages, normal_tools
 from minillm.errors import UserError
 from minillm.tokenizer.chat import check_messages
 
@@ -45,6 +46,7 @@ class Record:
     chosen: list[dict] | None = None
     rejected: list[dict] | None = None
     label: bool | None = None
+    tools: list[dict] | None = None  # functions that the assistant may call, in OpenAI's form
     log_prob: float | None = None  # exact log-probability in nats, if the data's generator knows it
     extra: dict = field(default_factory=dict)  # all other keys of the record, untouched
 
@@ -71,6 +73,8 @@ def parse_prompt(value: object) -> str | list[dict]:
     fields, _ = _parse(value, need_answer=False)
     if fields["kind"] == "text":
         return fields["text"]
+    if fields.get("tools"):
+        raise UserError("a prompt with tools: write the tools into the system message and remove the key tools")
     messages = fields["messages"]
     if fields["kind"] == "chat" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -91,6 +95,7 @@ def _without_nulls(value: object) -> dict:
 def _parse(value: dict, *, need_answer: bool) -> tuple[dict, set[str]]:
     """Return the fields of ``Record``, and the keys of ``value`` that they come from."""
     _refuse_unsupported_keys(value)
+    tools, tools_keys = _tools(value)
     label, label_keys = _label(value)
     if "chosen" in value or "rejected" in value:
         fields, content_keys = _preference(value)
@@ -101,11 +106,15 @@ def _parse(value: dict, *, need_answer: bool) -> tuple[dict, set[str]]:
         if label is not None and need_answer:
             fields = _judged(fields["messages"], label)
     elif "text" in value:
+        if tools:
+            raise UserError("tools next to text: a text has no tools; give messages instead")
         return _text(value), {"text"}
     else:
         raise _fits_no_schema(value)
     _check_no_nul(fields)
-    used_keys = label_keys | content_keys
+    if tools:
+        fields["tools"] = tools
+    used_keys = label_keys | tools_keys | content_keys
     _check_unused_keys(value, used_keys, fields["messages"] + fields.get("chosen", []))
     return fields, used_keys
 
@@ -124,14 +133,19 @@ def _has_turns(value: dict) -> bool:
 
 
 def _refuse_unsupported_keys(value: dict) -> None:
-    refuse_tools(value.get("tools"))
-    refuse_tools(value.get("functions"))
     if value.get("weight", 1) != 1:
         raise UserError(f"a record has its own weight: {value['weight']!r}; all records count equally, leave it out")
     for key in _keys_in(value, MEDIA):
         belongs_to_content = _has_turns(value) or f"<{key.rstrip('s')}>" in str(value.get("text"))
         if belongs_to_content and not is_empty(value[key]):
             raise UserError(f"{key} in a record: the models read only text; leave such records out")
+
+
+def _tools(value: dict) -> tuple[list[dict] | None, set[str]]:
+    """Return the tools of a record and the keys that they come from."""
+    conversation_keys = _keys_in(value, CONVERSATIONS)
+    turns = as_list(value[conversation_keys[0]], conversation_keys[0]) if conversation_keys else None
+    return normal_tools(value, turns), set(_keys_in(value, TOOLS))
 
 
 def _label(value: dict) -> tuple[bool | None, set[str]]:

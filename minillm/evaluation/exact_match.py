@@ -136,10 +136,16 @@ def exact_match(
 
 
 def greedy_answers(
-    model, tokenizer, conversations: list[list[dict]], *, max_new_tokens: int, batch_size: int
+    model,
+    tokenizer,
+    conversations: list[list[dict]],
+    *,
+    tools: list[list[dict] | None] | None = None,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[str]:
     """Return the greedy answer to each conversation, without special tokens, stripped; see ``exact_match``."""
-    prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
+    prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, tools=tools, add_generation_prompt=True)]
     return greedy_texts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
@@ -170,9 +176,11 @@ def greedy_texts(
 def task_fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
     """Return the record's turns and its other keys; UserError unless it has a question and an expected answer."""
     if isinstance(record, Record):
-        turns, extra = record.messages, record.extra
+        turns, extra, tools = record.messages, record.extra, record.tools
     else:
-        turns, extra = record.get("conversations") or record.get("messages"), record
+        turns, extra, tools = record.get("conversations") or record.get("messages"), record, record.get("tools")
+    if tools:
+        raise UserError(f"record {number}: a task with tools: write them into the system message")
     if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"record {number}: a task needs 'conversations': at least a question and its answer")
     if turns[-1].get("role") != "assistant" or not isinstance(turns[-1].get("content"), str):

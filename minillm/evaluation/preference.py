@@ -92,7 +92,7 @@ def preference_accuracy(model, tokenizer, records: Iterable[Record], *, batch_si
     Raises:
         UserError: no records, or one that is not a preference or longer than the model's positions.
     """
-    conversations = []
+    conversations, tools = [], []
     for number, record in enumerate(records):
         if record.kind != "preference":
             raise UserError(
@@ -100,9 +100,10 @@ def preference_accuracy(model, tokenizer, records: Iterable[Record], *, batch_si
                 "rejected"
             )
         conversations += [[*record.messages, *reply] for reply in (record.chosen, record.rejected)]
+        tools += [record.tools] * 2
     if not conversations:
         raise UserError("there are no records with replies to compare")
-    encoded = encode_chats(tokenizer, conversations, train_on="last")
+    encoded = encode_chats(tokenizer, conversations, tools=tools, train_on="last")
     limit = model.config.max_position_embeddings
     for index, (ids, _) in enumerate(encoded):
         if len(ids) - 1 > limit:
@@ -154,7 +155,8 @@ def like_chosen(
     """
     records = list(records)
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answers = greedy_answers(model, tokenizer, [record.messages for record in records], **limits)
+    prompts, tools = [record.messages for record in records], [record.tools for record in records]
+    answers = greedy_answers(model, tokenizer, prompts, tools=tools, **limits)
     free_answers = []
     for record, answer in zip(records, answers, strict=True):
         chosen, rejected = (_similarity(answer, reply[-1]["content"]) for reply in (record.chosen, record.rejected))

@@ -17,6 +17,8 @@ from minillm.data.reasoning import find_answer
 from minillm.data.records import read_questions
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import greedy_texts
+from minillm.evaluation.suites import run_suite
+from minillm.evaluation.suites.table import find_suite, read_suite
 from minillm.evaluation.text_metrics import bleu, rouge, token_f1
 from minillm.inference import samples
 from minillm.tokenizer import encode_chat
@@ -68,14 +70,15 @@ class ValidationMetrics:
         needs_model: whether ``measure`` has anything to do.
 
     Raises:
-        UserError: no usable conversation in the validation data; a package that a metric needs is missing; there is no
-            suite of this name.
+        UserError: no usable conversation in the validation data; a package that a metric needs is missing; a suite is
+            unknown or has no files.
     """
 
     def __init__(self, args, tokenizer, engine):
         self.args, self.tokenizer, self.names = args, tokenizer, args.metric_names
         self.suites = [name.removeprefix("suite:") for name in self.names if name.startswith("suite:")]
-        self.run_suite = _find_run_suite() if self.suites else None
+        for name in self.suites:
+            read_suite(find_suite(name), args.suite_dir, with_examples=False)  # reports what is wrong before training
         self.questions = self._held_out_questions() if args.answer_metrics else []
         self.samples = self._sample_questions(is_sharded=engine.is_sharded)
         self.opening = chat_format(tokenizer).opens_with if args.answer_metrics else ""
@@ -136,7 +139,7 @@ class ValidationMetrics:
         def score() -> float:
             model.eval()
             data_dir, limit = Path(self.args.suite_dir), self.args.eval_samples
-            return self.run_suite(name, model, self.tokenizer, data_dir=data_dir, limit=limit).accuracy
+            return run_suite(name, model, self.tokenizer, data_dir=data_dir, limit=limit).accuracy
 
         return score() if ranks is None else ranks.gather(ranks.on_main_rank(score))[0]
 
@@ -215,12 +218,3 @@ class ValidationMetrics:
         return Question(
             text=self.tokenizer.decode(ids[:n]), prompt=self.tokenizer.open_document(ids[:n]), expected=expected
         )
-
-
-def _find_run_suite():
-    """Return ``minillm.evaluation.run_suite``."""
-    from minillm import evaluation
-
-    if not hasattr(evaluation, "run_suite"):
-        raise UserError("--eval_metric suite:NAME: this version of minillm.evaluation has no suites; leave it out")
-    return evaluation.run_suite

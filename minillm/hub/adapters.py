@@ -20,6 +20,13 @@ def add_adapters(model, lora_name: str, *, save_dir: str) -> list[Path]:
     Raises:
         UserError: there is no such adapter (the message lists those that exist), or it does not fit the model.
     """
+    paths_and_weights = find_adapters(model, lora_name, save_dir=save_dir)
+    merge_adapters(model, paths_and_weights)  # merged, they cost no time per token
+    return [path for path, _ in paths_and_weights]
+
+
+def find_adapters(model, lora_name: str, *, save_dir: str) -> list[tuple[Path, float]]:
+    """Return path and weight of each adapter of ``--lora_name``; errors as for ``add_adapters``."""
     paths_and_weights = []
     for part in filter(None, map(str.strip, lora_name.split(","))):
         name, colon, weight_text = part.partition(":")
@@ -30,8 +37,7 @@ def add_adapters(model, lora_name: str, *, save_dir: str) -> list[Path]:
             raise UserError(message) from None
         path = find_adapter(name, save_dir=save_dir, model_suffix=_model_suffix(model.config))
         paths_and_weights.append((path, weight))
-    merge_adapters(model, paths_and_weights)  # merged, they cost no time per token
-    return [path for path, _ in paths_and_weights]
+    return paths_and_weights
 
 
 def _model_suffix(config) -> str:

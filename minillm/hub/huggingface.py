@@ -37,6 +37,7 @@ from minillm.model.transformer import Transformer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 PICKLED = "pytorch_model.bin"  # from older releases and MiniMind's export: a .pth with another name
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 TIED = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq",)  # a table in old checkpoints; ours follows from the configuration
 
@@ -50,8 +51,8 @@ def load_model(
 ) -> Transformer:
     """Return the model in a Hugging Face directory (sharded or not), or in a ``.pth`` state dict.
 
-    A directory without safetensors may hold one ``pytorch_model.bin``, which is read like a ``.pth``. Tensors are read
-    one at a time, each directly into its parameter, so that the weights are in memory once.
+    A directory without safetensors may hold ``pytorch_model.bin`` or its shards, read like a ``.pth``. Tensors are
+    read one at a time, each directly into its parameter, so that the weights are in memory once.
 
     Args:
         config: required for a ``.pth``, which holds only weights; a directory has its own.
@@ -311,6 +312,19 @@ class _InMemory(NamedTuple):
         return self.tensor
 
 
+class _Mapped(NamedTuple):
+    """A tensor in a file that is mapped into memory; ``read`` copies its numbers."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def read(self) -> Tensor:
+        return self.tensor.clone()
+
+
 class _InFile(NamedTuple):
     """A tensor in an open safetensors file; ``read`` loads its numbers."""
 
@@ -337,22 +351,21 @@ def _open_pth(path: Path, config: ModelConfig) -> dict[str, _InMemory]:
     return {name: _InMemory(tensor) for name, tensor in load_pth(path, config).items()}
 
 
-def _open_directory(path: Path, config: ModelConfig) -> Mapping[str, _InFile | _InMemory]:
+def _open_directory(path: Path, config: ModelConfig) -> Mapping[str, _InFile | _InMemory | _Mapped]:
     if (path / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / INDEX} is damaged, copy it again: {error!r}") from error
+        names = _shards_of(path / INDEX)
     elif (path / WEIGHTS).is_file():
         names = [WEIGHTS]
     elif (path / PICKLED).is_file():
         return _open_pth(path / PICKLED, config)
+    elif (path / PICKLED_INDEX).is_file():
+        shards = [path / name for name in _shards_of(path / PICKLED_INDEX)]
+        weights = load_pth(path / PICKLED_INDEX, config, shards=shards)
+        return {name: _Mapped(tensor) for name, tensor in weights.items()}
     else:
-        raise UserError(f"no weights in {path}: it has neither {WEIGHTS} nor {INDEX} nor {PICKLED}")
+        raise UserError(f"no weights in {path}: it has neither {WEIGHTS} nor {PICKLED}, nor an index of their shards")
     stored: dict[str, _InFile] = {}
     for name in names:
-        if not (path / name).is_file():
-            raise UserError(f"{path / INDEX} names {name}, which is missing: copy that shard too")
         try:
             file = safe_open(path / name, framework="pt")
         except SafetensorError as error:
@@ -361,9 +374,21 @@ def _open_directory(path: Path, config: ModelConfig) -> Mapping[str, _InFile | _
     return stored
 
 
+def _shards_of(index: Path) -> list[str]:
+    """Return the names of the files in an index; UserError if it is damaged or one is missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged, copy it again: {error!r}") from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is missing: copy that shard too")
+    return names
+
+
 def _read(
     pieces: list[Piece],
-    stored: Mapping[str, _InMemory | _InFile],
+    stored: Mapping[str, _InMemory | _InFile | _Mapped],
     shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device | str,

@@ -9,7 +9,7 @@ import torch
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
 from minillm.hardware import keep_freed_memory
-from minillm.hub.adapters import add_adapters
+from minillm.hub.adapters import add_adapters, find_adapters
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import (
     DEMO,
@@ -21,12 +21,13 @@ from minillm.hub.names import (
     how_to_make,
     is_model,
 )
+from minillm.hub.vocabulary import grow_for_adapters
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
 from minillm.lora.more.base import BASE
 from minillm.model.sizes import describe_parameters
 from minillm.model.transformer import Transformer
 from minillm.precision import choose_device, choose_dtype
-from minillm.tokenizer import Tokenizer, load_tokenizer
+from minillm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
 
@@ -114,7 +115,7 @@ def _open(
         args: a program's arguments, for the shape of a ``.pth`` without a ``config.json``, and for ``--rope_scaling``.
     """
     model_dir = path if path.is_dir() else path.parent
-    default_tokenizer = model_dir if (model_dir / "tokenizer.json").is_file() else Path(save_dir) / "tokenizer"
+    default_tokenizer = model_dir if has_tokenizer(model_dir) else Path(save_dir) / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_path or default_tokenizer)
     config = None
     if path.suffix == ".pth":
@@ -124,6 +125,8 @@ def _open(
     model = load_model(path, device=device, dtype=load_dtype, config=config).eval()
     model.origin = str(path)
     check_tokenizer(tokenizer, model, path)
+    if lora_name:
+        tokenizer = grow_for_adapters(model, tokenizer, find_adapters(model, lora_name, save_dir=save_dir))
     if args is not None:
         model.config = scale_positions(model.config, args)
     adapter_paths = add_adapters(model, lora_name, save_dir=save_dir) if lora_name else []

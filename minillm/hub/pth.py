@@ -14,7 +14,7 @@ error and answer nonsense.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,19 @@ def _read(path: Path, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, A
     return {_unwrapped(name): tensor for name, tensor in weights.items()}, settings
 
 
-def load_pth(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+def load_pth(path: Path, config: ModelConfig, *, shards: Sequence[Path] = ()) -> dict[str, Tensor]:
     """Return the weights of the file under Hugging Face's names, in their stored dtypes, without rotary tables.
+
+    Args:
+        shards: the files of weights in several parts, of which ``path`` is the index. Their tensors stay in the files
+            until they are read, if their format allows.
 
     Raises:
         UserError: not a plain state dict; or two different matrices that ``config`` ties.
     """
-    stored = read_pth(path)
+    stored = {
+        name: tensor for file in shards or [path] for name, tensor in read_pth(file, shapes_only=bool(shards)).items()
+    }
     weights = _renamed(stored)
     if config.tie_word_embeddings and not _is_tied(weights):
         raise UserError(

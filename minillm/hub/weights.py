@@ -16,9 +16,10 @@ from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import DEMO, find_weights, run_name
 from minillm.hub.pth import infer_config
+from minillm.hub.vocabulary import grow_vocabulary
 from minillm.model import Transformer
 from minillm.model.rope import original_length
-from minillm.tokenizer import load_tokenizer
+from minillm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, token_names, with_chat
 
 
 def find_tokenizer(args, *, teacher: Path | None = None) -> str:
@@ -32,9 +33,28 @@ def find_tokenizer(args, *, teacher: Path | None = None) -> str:
     weights = weights_of(args, preset_config(args)) if args.from_weight else teacher
     if weights is not None:
         model_dir = weights if weights.is_dir() else weights.parent
-        if (model_dir / "tokenizer.json").is_file():
+        if has_tokenizer(model_dir):
             return str(model_dir)
     return str(Path(args.save_dir) / "tokenizer")
+
+
+def open_tokenizer(args, *, teacher: Path | None = None) -> Tokenizer:
+    """Return the tokenizer of a run, with the tokens of ``--add_tokens`` and the template of ``--chat_template``.
+
+    Args:
+        args: ``TrainArguments``.
+        teacher: as for ``find_tokenizer``.
+
+    Raises:
+        UserError: there is no tokenizer, or it cannot have these tokens or this template.
+    """
+    tokenizer = load_tokenizer(find_tokenizer(args, teacher=teacher))
+    if not (args.add_tokens or args.chat_template):
+        return tokenizer
+    tokenizer, lines = with_chat(tokenizer, token_names(args.add_tokens), args.chat_template)
+    if on_first_rank():
+        print("\n".join(lines))
+    return tokenizer
 
 
 def preset_config(args, **overrides) -> ModelConfig:
@@ -83,7 +103,8 @@ def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Tran
     model.origin = str(path)
     if config_of_pth is None:
         _check_shape(args, model.config, path)
-    check_tokenizer(tokenizer, model, path)
+    check_tokenizer(tokenizer.grown_from or tokenizer, model, path)
+    grow_vocabulary(model, tokenizer)
     model.config = scale_positions(model.config, args)
     _check_positions(model.config, args)
     return model
@@ -149,7 +170,7 @@ def check_tokenizer(tokenizer, model: Transformer, path: Path) -> None:
             f"{model.config.vocab_size}; give --tokenizer_path the tokenizer of these weights"
         )
     model_dir = path if path.is_dir() else path.parent
-    if not (model_dir / "tokenizer.json").is_file():
+    if not has_tokenizer(model_dir):
         return
     model_tokenizer = load_tokenizer(model_dir)
     if model_tokenizer.content_hash != tokenizer.content_hash:

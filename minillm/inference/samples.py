@@ -33,7 +33,7 @@ def sample_answers(model, tokenizer, files: DataFiles | list[str], *, n_samples:
         question = next((m for m in record.messages if m["role"] == "user"), None)
         if question is not None:
             try:
-                ids = encode_chat(tokenizer, [question], add_generation_prompt=True)[0]
+                ids = encode_chat(tokenizer, [question], tools=record.tools, add_generation_prompt=True)[0]
             except UserError:  # training has rejected it too, and reported the reason
                 continue
             if len(ids) < model.config.max_position_embeddings:  # room for an answer

@@ -16,9 +16,11 @@ import tyro
 from minillm.errors import UserError, script
 from minillm.hub.huggingface import load_model, save_model
 from minillm.hub.names import adapters_called, find_adapter, find_weights, run_name
+from minillm.hub.vocabulary import grow_for_adapters
 from minillm.lora.more.base import BASE
 from minillm.lora.more.files import CONFIG, read_adapter
 from minillm.lora.more.merge import merge_adapters
+from minillm.tokenizer import has_tokenizer, load_tokenizer
 
 # What a model directory holds besides weights and configuration; it is copied into the merged one.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model",
@@ -52,14 +54,20 @@ def merge(
     folder = path if path.is_dir() else path.parent  # the tokenizer of a .pth is in the same folder
     suffix = run_name("", hidden_size=merged.config.hidden_size, has_experts=bool(merged.config.num_experts))
     adapters = [_path_and_weight(text, save_dir=save_dir, model_suffix=suffix) for text in adapter]
+    tokenizer = None
+    if has_tokenizer(folder):
+        own = load_tokenizer(folder)
+        tokenizer = grow_for_adapters(merged, own, adapters)
+        tokenizer = None if tokenizer is own else tokenizer
     merge_adapters(merged, adapters, any_base=any_base)
     if dtype == "as the model":
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
         dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
     try:
-        save_model(merged, output, dtype=getattr(torch, dtype))
-        for file in (file for pattern in COMPANIONS for file in folder.glob(pattern)):
+        save_model(merged, output, tokenizer=tokenizer, dtype=getattr(torch, dtype))
+        companions = [file for pattern in COMPANIONS for file in folder.glob(pattern) if tokenizer is None]
+        for file in companions:
             if file.is_file():
                 shutil.copy2(file, output / file.name)
     except OSError as error:

@@ -14,7 +14,7 @@ from minillm.hub.weights import other_format, preset_config, pth_config
 from minillm.losses import forward_with_head, top_k_teacher
 from minillm.objectives.column_cache import cached_columns, model_hash
 from minillm.reports import announce
-from minillm.tokenizer import load_tokenizer
+from minillm.tokenizer import has_tokenizer, load_tokenizer
 
 
 class Teacher:
@@ -33,7 +33,7 @@ class Teacher:
         path = find_teacher(args)
         config = pth_config(path, args, tokenizer) if path.suffix == ".pth" else None
         folder = path if path.is_dir() else path.parent
-        if (folder / "tokenizer.json").is_file():
+        if has_tokenizer(folder):
             theirs = load_tokenizer(folder)
             if theirs.content_hash != tokenizer.content_hash:
                 raise UserError(

@@ -17,6 +17,7 @@ import tokenizers
 
 from minillm.errors import UserError
 from minillm.tokenizer.chat_format import chat_format
+from minillm.tokenizer.sentencepiece_model import MODEL, convert_model
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAG_TOKENS = (
@@ -48,7 +49,12 @@ class Tokenizer:
         files: file name (see ``FILES``) to text; only ``tokenizer.json`` is required.
         origin: where it comes from, for error messages.
         generation_ends: ``eos_token_id`` of the model's generation_config.json.
+
+    Attributes:
+        grown_from: the tokenizer without the tokens of ``--add_tokens`` (``extend.py``); None if none were added.
     """
+
+    grown_from: "Tokenizer | None" = None
 
     def __init__(self, files: dict[str, str], *, origin: str = "this tokenizer", generation_ends: tuple[int, ...] = ()):
         self.files = dict(files)
@@ -57,7 +63,8 @@ class Tokenizer:
         spec = _parse_json(files["tokenizer.json"], f"{origin}: tokenizer.json")
         self._full = _backend(spec, origin)
         # Without added tokens no text is special; without a post-processor nothing is added to a text.
-        self._plain = _backend({**spec, "added_tokens": [], "post_processor": None}, origin)
+        plain_model = _without_added_pieces(spec)
+        self._plain = _backend({**spec, "model": plain_model, "added_tokens": [], "post_processor": None}, origin)
         settings = files.get("tokenizer_config.json", "{}")
         self._settings = _parse_json(settings, f"{origin}: tokenizer_config.json")
         added = self._full.get_added_tokens_decoder()
@@ -276,8 +283,16 @@ class Tokenizer:
         return f"Tokenizer({self.origin!r}, vocab_size={self.vocab_size})"
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Return whether a directory holds a tokenizer that ``load_tokenizer`` opens."""
+    return any((Path(directory) / name).is_file() for name in ("tokenizer.json", MODEL))
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a directory with a ``tokenizer.json`` (ours, or any fast tokenizer of Hugging Face), or the file itself.
+
+    A directory with ``tokenizer.model`` alone is converted (``sentencepiece_model.py``); the result is saved with
+    tokenizer.json.
 
     To encode chats, a tokenizer needs a chat template, or the ChatML tokens ``<|im_start|>`` and ``<|im_end|>``;
     ``encode_chat`` checks this. Tags such as ``<think>`` that are not single tokens of the tokenizer are encoded as
@@ -287,17 +302,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         UserError: a file is missing or broken.
     """
     path = Path(path)
-    directory = path.parent if path.name == "tokenizer.json" else path
-    main_file = directory / "tokenizer.json"
-    if not main_file.is_file():
-        reason = "there is no tokenizer.json in it" if directory.exists() else "the directory does not exist"
+    directory = path.parent if path.name in ("tokenizer.json", MODEL) else path
+    if not has_tokenizer(directory):
+        reason = (
+            f"there is no tokenizer.json or {MODEL} in it" if directory.exists() else "the directory does not exist"
+        )
         raise UserError(
             f"no tokenizer at '{path}': {reason}; train one with train_tokenizer.py, or give a Hugging Face "
-            "directory with a (fast) tokenizer.json"
+            f"directory with a (fast) tokenizer.json, or with SentencePiece's {MODEL}"
         )
     try:
         names = [name for name in FILES if (directory / name).is_file()]
         files = {name: (directory / name).read_text(encoding="utf-8") for name in names}
+        if "tokenizer.json" not in files:
+            older = directory / "added_tokens.json"
+            files |= {older.name: older.read_text(encoding="utf-8")} if older.is_file() else {}
+            files = convert_model((directory / MODEL).read_bytes(), str(directory / MODEL), files)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer in '{directory}': {error}") from None
     return Tokenizer(files, origin=str(directory), generation_ends=_generation_ends(directory / GENERATION))
@@ -320,6 +340,20 @@ def _backend(spec: dict, origin: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
     except Exception as error:  # the Rust side raises plain Exception
         raise UserError(f"{origin}: tokenizer.json is not a tokenizer ({error}); train or copy it again") from None
+
+
+def _without_added_pieces(spec: dict) -> dict:
+    """Return the model of a tokenizer.json in which no text is an added token.
+
+    Byte-pair encoding reaches a token only by merges. A unigram model finds every piece in a text, so there the added
+    tokens get names that no text has.
+    """
+    model = spec.get("model")
+    if not isinstance(model, dict) or model.get("type") != "Unigram":
+        return model
+    added = {token["content"] for token in spec.get("added_tokens", ())}
+    vocabulary = [[f"\0{piece}" if piece in added else piece, score] for piece, score in model["vocab"]]
+    return {**model, "vocab": vocabulary}
 
 
 def _parse_json(text: str, name: str) -> dict:

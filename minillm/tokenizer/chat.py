@@ -36,7 +36,12 @@ Segment = tuple[str, bool, bool]
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: list[dict], *, train_on: str = "all", add_generation_prompt: bool = False
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None = None,
+    train_on: str = "all",
+    add_generation_prompt: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation and its answer mask (1: this token is a target), of equal length.
 
@@ -46,6 +51,8 @@ def encode_chat(
             no content. Our format ignores other keys; a foreign template receives them. As in transformers, several
             messages of one role may follow each other (tool results do), and a system message may be at any position; a
             foreign template may refuse both.
+        tools: the functions that the assistant may call, each a JSON schema in OpenAI's form. The template writes them
+            before the conversation; ours writes them at the end of the first system message.
         train_on: "all" marks every assistant turn, "last" only the last one. The content and the ``<|im_end|>`` after
             it are marked, but not the header and not the newline after the turn. For foreign templates see
             ``rendered_chat.py``.
@@ -55,27 +62,31 @@ def encode_chat(
     Raises:
         UserError: anything else; the message gives the index of the message (from 0).
     """
-    return encode_chats(tokenizer, [messages], train_on=train_on, add_generation_prompt=add_generation_prompt)[0]
+    options = {"train_on": train_on, "add_generation_prompt": add_generation_prompt}
+    return encode_chats(tokenizer, [messages], tools=[tools], **options)[0]
 
 
 def encode_chats(
     tokenizer: Tokenizer,
     conversations: list[list[dict]],
     *,
+    tools: list[list[dict] | None] | None = None,
     train_on: str = "all",
     add_generation_prompt: bool = False,
 ) -> list[tuple[list[int], list[int]]]:
-    """Return ``encode_chat`` of each conversation; all texts are encoded in one parallel call."""
+    """Return ``encode_chat`` of each conversation with its tools; all texts are encoded in one parallel call."""
     if train_on not in ("all", "last"):
         raise UserError(f"train_on is {train_on!r}; allowed: 'all', 'last'")
-    for messages in conversations:
+    tools = [None] * len(conversations) if tools is None else tools
+    for messages, declared_tools in zip(conversations, tools, strict=True):
         check_messages(messages, need_answer=not add_generation_prompt)
+        check_tools(declared_tools)
     options = {"train_on": train_on, "add_generation_prompt": add_generation_prompt}
     style = chat_format(tokenizer)
     _warn_without_template(tokenizer)
     if style.template is not None:
-        return encode_rendered(tokenizer, conversations, **options)
-    segments_of = [_segments(messages, **options) for messages in conversations]
+        return encode_rendered(tokenizer, conversations, tools=tools, **options)
+    segments_of = [_segments(*pair, **options) for pair in zip(conversations, tools, strict=True)]
     segments_of = [_unknown_tags_to_text(tokenizer, segments) for segments in segments_of]
     unique_texts = {text: None for segments in segments_of for text, is_token, _ in segments if not is_token}
     ids_of_text = dict(zip(unique_texts, tokenizer.encode_batch(list(unique_texts)), strict=True))
@@ -107,6 +118,20 @@ def check_messages(messages, *, need_answer: bool = True) -> None:
             f"no assistant turn among {len(messages)} messages: nothing to learn; add the answer, or leave the record "
             "out"
         )
+
+
+def check_tools(tools) -> None:
+    """Raise UserError unless ``tools`` is None or a list of functions in OpenAI's form."""
+    if tools is not None and not isinstance(tools, (list, tuple)):
+        raise UserError(f"tools must be a list of functions, not {_type(tools)}")
+    for number, tool in enumerate(tools or ()):
+        function = (tool.get("function") or tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f'tool {number} needs a name: {{"type": "function", "function": {{"name": …}}}}')
+        try:
+            json.dumps(tool)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"tool {number} is not JSON: {error}") from None
 
 
 def _type(value) -> str:
@@ -154,8 +179,10 @@ def _warn_without_template(tokenizer: Tokenizer) -> None:
         )
 
 
-def _segments(messages, *, train_on: str, add_generation_prompt: bool) -> list[Segment]:
+def _segments(messages, tools, *, train_on: str, add_generation_prompt: bool) -> list[Segment]:
     """Return the conversation as single tokens and plain texts, each with whether it is a target."""
+    if tools:
+        messages = _with_tools(messages, tools)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     trained_answers = set(answers if train_on == "all" else answers[-1:])
 
@@ -168,6 +195,16 @@ def _segments(messages, *, train_on: str, add_generation_prompt: bool) -> list[S
     if add_generation_prompt:
         segments += [("<|im_start|>", True, False), ("assistant\n", False, False)]
     return _join_texts(segments)
+
+
+def _with_tools(messages, tools) -> list[dict]:
+    """Return the messages with the tools at the end of the first system message, as in chat_template.jinja."""
+    schemas = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools)
+    text = f"You may call these functions:\n<tools>\n{schemas}</tools>"
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    content = messages[0]["content"]
+    return [{"role": "system", "content": f"{content}\n\n{text}" if content else text}, *messages[1:]]
 
 
 def _body(message: dict) -> list[tuple[str, bool]]:
@@ -189,7 +226,7 @@ def _body(message: dict) -> list[tuple[str, bool]]:
     for n, call in enumerate(message.get("tool_calls") or ()):
         call = call.get("function") or call
         arguments = call["arguments"]
-        if not isinstance(arguments, str):
+        if not isinstance(arguments, str):  # OpenAI's form is JSON text, transformers' form is an object
             arguments = json.dumps(arguments, ensure_ascii=False)
         name = json.dumps(call["name"], ensure_ascii=False)
         body.append(("\n" if content or n else "", False))

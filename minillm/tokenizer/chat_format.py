@@ -34,7 +34,9 @@ class ChatFormat:
     opens_with: str = ""
     """Beginning of the answer that the prompt already contains, such as an empty think block."""
     end_token: str | None = "<|im_end|>"
-    """The control token after the last answer; None if the template writes none."""
+    """The control token that ends the last answer; None if the template writes none."""
+    arguments: str = "any"
+    """How the template takes the arguments of a tool call: as an "object", as JSON "text", or "any" of both."""
 
 
 @lru_cache(maxsize=16)  # keyed by the object: a Tokenizer never changes
@@ -59,11 +61,19 @@ def chat_format(tokenizer) -> ChatFormat:
     spec = json.loads(tokenizer.files["tokenizer.json"])
     if text == our_template and _isolates_newlines(spec):
         return ChatFormat()
-    return _probe_format(ChatTemplate(name, text, special_tokens(tokenizer.files)), spec)
+    tokens = {token["id"]: token["content"] for token in spec.get("added_tokens", ()) if token["content"]}
+    names = special_tokens(tokenizer.files)
+    known_ends = {names.get("eos_token"), *(tokens.get(token_id) for token_id in tokenizer.generation_ends)}
+    return _probe_format(ChatTemplate(name, text, names), list(tokens.values()), known_ends)
 
 
-def _probe_format(template: ChatTemplate, spec: dict) -> ChatFormat:
-    """Return the format of a foreign template, from what it writes around a question and an answer."""
+def _probe_format(template: ChatTemplate, tokens: list[str], known_ends: set[str | None]) -> ChatFormat:
+    """Return the format of a foreign template, from what it writes around a question and an answer.
+
+    Args:
+        tokens: the texts of the added tokens.
+        known_ends: the ends that the model's files name.
+    """
     question, answer = QUESTION[0]["content"], ANSWER[0]["content"]
     without_prompt, with_prompt = template.render(QUESTION), template.render(QUESTION, add_generation_prompt=True)
     _, opens_with = split_opening(with_prompt.rpartition(question)[2])
@@ -71,10 +81,47 @@ def _probe_format(template: ChatTemplate, spec: dict) -> ChatFormat:
     if with_prompt.startswith(without_prompt):
         header = with_prompt.removeprefix(without_prompt).removesuffix(opens_with)
     after_answer = template.render(QUESTION + ANSWER).rpartition(answer)[2].lstrip()
-    tokens = [token["content"] for token in spec.get("added_tokens", ())]
-    end_tokens = [token for token in tokens if token and after_answer.startswith(token)]
-    end_token = max(end_tokens, key=len, default=None)
-    return ChatFormat(template=template, header=header, opens_with=opens_with, end_token=end_token)
+    return ChatFormat(
+        template=template,
+        header=header,
+        opens_with=opens_with,
+        end_token=_end_token(after_answer, tokens, known_ends),
+        arguments=_arguments_form(template),
+    )
+
+
+def _end_token(after_answer: str, tokens: list[str], known_ends: set[str | None]) -> str | None:
+    """Return the control token that ends an answer.
+
+    Some templates write several in a row, such as ``<|END_RESPONSE|><|END_OF_TURN_TOKEN|>``. Then it is the one that
+    the model's files name as an end, else the last.
+    """
+    written_tokens = []
+    while begins := [token for token in tokens if after_answer.startswith(token)]:
+        written_tokens.append(max(begins, key=len))
+        after_answer = after_answer.removeprefix(written_tokens[-1])
+    return next((token for token in written_tokens if token in known_ends), (written_tokens or [None])[-1])
+
+
+def _arguments_form(template: ChatTemplate) -> str:
+    """Return how a template takes the arguments of a tool call: "object", "text", or "any" of both.
+
+    OpenAI's form of the arguments is JSON text; transformers' form is an object. A template may fail with one of them,
+    write an object in Python's own form, or write text as JSON within JSON, which a model would learn unnoticed.
+    """
+
+    def rendered(arguments) -> str:
+        call = {"type": "function", "function": {"name": "name", "arguments": arguments}}
+        try:
+            return template.render([*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except UserError:
+            return ""
+
+    with_object, with_text = rendered({"key": "value"}), rendered('{"key": "value"}')
+    takes_object = bool(with_object) and "{'key'" not in with_object
+    if not takes_object:
+        return "text" if with_text else "any"
+    return "any" if with_text == with_object else "object"
 
 
 def _isolates_newlines(spec: dict) -> bool:

@@ -47,9 +47,14 @@ Span = tuple[int, int]
 
 
 def encode_rendered(
-    tokenizer: Tokenizer, conversations: list[list[dict]], *, train_on: str, add_generation_prompt: bool
+    tokenizer: Tokenizer,
+    conversations: list[list[dict]],
+    *,
+    tools: list[list[dict] | None],
+    train_on: str,
+    add_generation_prompt: bool,
 ) -> list[tuple[list[int], list[int]]]:
-    """Return ``encode_chats`` for a tokenizer with a foreign template; the messages are already checked.
+    """Return ``encode_chats`` for a tokenizer with a foreign template; messages and tools are already checked.
 
     With ``add_generation_prompt`` all masks are 0.
 
@@ -58,11 +63,11 @@ def encode_rendered(
     """
     renderer = _renderer(tokenizer)
     texts = []
-    for messages in conversations:
+    for messages, declared_tools in zip(conversations, tools, strict=True):
         if add_generation_prompt:
-            texts.append(renderer.prompt(messages))
+            texts.append(renderer.prompt(messages, declared_tools))
         else:
-            texts.append(renderer.conversation(messages, train_on))
+            texts.append(renderer.conversation(messages, declared_tools, train_on))
     return renderer.encode(texts)
 
 
@@ -122,35 +127,42 @@ class _Renderer:
 
     # ---- texts -----------------------------------------------------------------------------------
 
-    def prompt(self, messages: list[dict]) -> _Text:
+    def prompt(self, messages: list[dict], tools: list[dict] | None) -> _Text:
         """Return the text of a conversation that waits for an answer; it has no targets."""
-        plain = self.template.render(messages, add_generation_prompt=True)
-        broken = self._break_control_texts(messages)
-        if broken == messages:
+        messages = self._with_arguments(messages)
+        plain = self.template.render(messages, tools=tools, add_generation_prompt=True)
+        self._check_tools(messages, tools, plain, add_generation_prompt=True)
+        broken, broken_tools = self._break_control_texts(messages), self._break_tools(tools)
+        if broken == messages and broken_tools == tools:
             return _Text(plain, [], None)
-        text = self.template.render(broken, add_generation_prompt=True)
+        text = self.template.render(broken, tools=broken_tools, add_generation_prompt=True)
         self._check_same(text, plain)
         return _Text(text, [], self._names)
 
-    def conversation(self, messages: list[dict], train_on: str) -> _Text:
+    def conversation(self, messages: list[dict], tools: list[dict] | None, train_on: str) -> _Text:
         """Return the text of a conversation with its answers; the module's docstring explains the proof."""
-        plain = self.template.render(messages)
-        broken = self._break_control_texts(messages)
-        has_broken = broken != messages
-        marked = [self._mark(index, message) for index, message in enumerate(broken)]
-        text = self.template.render(marked)
+        messages = self._with_arguments(messages)
+        plain = self.template.render(messages, tools=tools)
+        self._check_tools(messages, tools, plain, add_generation_prompt=False)
+        broken, broken_tools = self._break_control_texts(messages), self._break_tools(tools)
+        has_broken = broken != messages or broken_tools != tools
+        marked, tools = [self._mark(index, message) for index, message in enumerate(broken)], broken_tools
+        text = self.template.render(marked, tools=tools)
         if _PRIVATE.sub("", text) != plain:  # some templates test the end of a content, or whether it is empty
             marked = broken
-            text = self.template.render(broken) if has_broken else plain
+            text = self.template.render(broken, tools=tools) if has_broken else plain
         self._check_same(text, plain)
         marks = self._mark_positions(marked, text)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         spans, tail = [], ""
         for index in answers if train_on == "all" else answers[-1:]:
-            start = self._answer_start(index, marked, text, marks)
+            start = self._answer_start(index, marked, tools, text, marks)
             end = self._answer_end(index, marked, text, marks, start)
             if end is None:
-                end, tail = len(text), self._closing_token(marked, text[max(start, marks.get(index, 0)) :])
+                end, tail = len(text), self._closing_token(marked, tools, text, max(start, marks.get(index, 0)))
+            inner = [other for other, place in marks.items() if other != index and start <= place < end]
+            if inner:  # such as a tool's result before the words that came with the call
+                raise UserError(f"the chat template writes message {inner[0]} inside the answer in message {index}")
             self._check_complete(index, messages, text[start:end], marks)
             if spans and start <= spans[-1][1]:
                 raise UserError(
@@ -160,15 +172,53 @@ class _Renderer:
             spans.append((start, end))
         return _Text(text, spans, self._names if has_broken else None, tail)
 
+    def _with_arguments(self, messages: list[dict]) -> list[dict]:
+        """Return the messages with the arguments of tool calls in the form that the template takes."""
+        if self.style.arguments == "any" or not any(message.get("tool_calls") for message in messages):
+            return messages
+        return [
+            message | {"tool_calls": [self._with_form(index, call) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for index, message in enumerate(messages)
+        ]
+
+    def _with_form(self, index: int, call: dict) -> dict:
+        if call.get("function"):
+            return call | {"function": self._with_form(index, call["function"])}
+        arguments = call["arguments"]
+        if self.style.arguments == "text" and not isinstance(arguments, str):
+            return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+        if self.style.arguments == "object" and isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                arguments = None
+            if not isinstance(arguments, dict):
+                raise UserError(
+                    f"the arguments of a tool call of message {index} are not a JSON object, which the chat template "
+                    f"needs: {call['arguments']!r}"
+                )
+            return call | {"arguments": arguments}
+        return call
+
+    def _check_tools(self, messages: list[dict], tools: list[dict] | None, plain: str, **options) -> None:
+        """Raise UserError if the template does not write the declared tools."""
+        if tools and self.template.render(messages, **options) == plain:
+            raise UserError(
+                "the chat template does not write tools: use a template that does, or write them into the system "
+                "message and remove the key tools"
+            )
+
+    def _break_tools(self, tools: list[dict] | None) -> list[dict] | None:
+        _check_not_private("tools", tools)
+        return _break(tools, self._elsewhere)
+
     def _break_control_texts(self, messages: list[dict]) -> list[dict]:
         """Return the messages with all text that looks like a control token broken up."""
         broken = []
         for index, message in enumerate(messages):
-            if _PRIVATE.search(json.dumps(message, ensure_ascii=False, default=str)):
-                raise UserError(
-                    f"message {index} holds characters of Unicode's last private plane (U+100000 to U+10FFFD), which "
-                    "minillm uses to mark the parts of a chat template's text: remove them"
-                )
+            _check_not_private(f"message {index}", message)
             pattern = self._in_answers if message["role"] == "assistant" else self._elsewhere
             broken.append({key: _break(value, pattern) for key, value in message.items()} | {"role": message["role"]})
         if len(messages) > MAX_MARKS:
@@ -213,7 +263,9 @@ class _Renderer:
                 )
         return positions
 
-    def _answer_start(self, index: int, marked: list[dict], text: str, marks: dict[int, int]) -> int:
+    def _answer_start(
+        self, index: int, marked: list[dict], tools: list[dict] | None, text: str, marks: dict[int, int]
+    ) -> int:
         """Return the position in the text where answer ``index`` begins: where the prompt before it ends."""
         if index == 0:
             header_start = text.find(self.style.header) if self.style.header.strip() else -1
@@ -221,7 +273,7 @@ class _Renderer:
                 raise UserError("the conversation begins with an answer, and the chat template has no header for it")
             start = header_start + len(self.style.header)
             return start + len(self.style.opens_with) * text.startswith(self.style.opens_with, start)
-        prompt = self.template.render(marked[:index], add_generation_prompt=True)
+        prompt = self.template.render(marked[:index], tools=tools, add_generation_prompt=True)
         # Compare the prompt and the text after the last mark before the answer, or without one from the beginning.
         prompt_end, position = prompt, 0
         last_marked = max((other for other in marks if other < index), default=None)
@@ -257,22 +309,29 @@ class _Renderer:
             return None
         raise UserError(self._no_end(index, text[content_end:limit]))
 
-    def _closing_token(self, marked: list[dict], after: str) -> str:
-        """Return the end token of a last answer, for templates that write it only when another question follows.
+    def _closing_token(self, marked: list[dict], tools: list[dict] | None, text: str, content_end: int) -> str:
+        """Return the end token of a last answer, for templates that write it only when another message follows.
 
         Args:
-            after: the text after the answer's content, for the error.
+            text: the rendered conversation.
+            content_end: where the content of the answer ends in it.
         """
         index = len(marked) - 1
-        no_end = UserError(self._no_end(index, after))
+        no_end = UserError(self._no_end(index, text[content_end:]))
         mark = chr(MARKS + index)
+        role = "tool" if marked[-1].get("tool_calls") else "user"
         try:
-            text = self.template.render([*marked, {"role": "user", "content": "question"}])
+            longer_text = self.template.render([*marked, {"role": role, "content": "question"}], tools=tools)
         except UserError:
             raise no_end from None
-        content = (marked[-1].get("content") or "").rstrip()
-        _, separator, after_answer = text.rpartition(mark if mark in text else content or mark)
-        match = self._end.match(after_answer.lstrip()) if separator else None
+        if longer_text.startswith(text):
+            after_answer = longer_text.removeprefix(text)
+        else:  # some templates drop thoughts of earlier answers
+            content = (marked[-1].get("content") or "").rstrip()
+            _, separator, after_answer = longer_text.rpartition(mark if mark in longer_text else content or mark)
+            if not separator:
+                raise no_end
+        match = self._end.match(after_answer.lstrip())
         if match is None:
             raise no_end
         return match[0]
@@ -296,7 +355,9 @@ class _Renderer:
         if index not in marks and after_thinking.strip() not in text:
             raise UserError(f"the chat template changes the content of message {index}")
         for call in message.get("tool_calls") or ():
-            if (call.get("function") or call)["name"] not in self._elsewhere.sub("", text):
+            call, written = call.get("function") or call, self._elsewhere.sub("", text)
+            keys = call["arguments"] if isinstance(call["arguments"], dict) else ()
+            if call["name"] not in written or not all(_json_or_plain(key, written) for key in keys):
                 raise UserError(
                     f"the chat template leaves out tool_calls of message {index}: write the call into the content"
                 )
@@ -371,6 +432,18 @@ def _renderer(tokenizer: Tokenizer) -> _Renderer:
 def _pattern(tokens: Iterable[str]) -> re.Pattern:
     """Return the pattern that matches any of the tokens, the longest first; without tokens it matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _check_not_private(name: str, value) -> None:
+    if _PRIVATE.search(json.dumps(value, ensure_ascii=False, default=str)):
+        raise UserError(
+            f"{name} holds characters of Unicode's last private plane (U+100000 to U+10FFFD), which minillm uses to "
+            "mark the parts of a chat template's text: remove them"
+        )
+
+
+def _json_or_plain(key: str, text: str) -> bool:
+    return key in text or json.dumps(key, ensure_ascii=False)[1:-1] in text
 
 
 def _break(value, pattern: re.Pattern):

@@ -60,8 +60,12 @@ class ChatTemplate:
                 f"the chat template in {name} does not compile: {_one_line(error)}; correct or replace it"
             ) from None
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict], *, tools: list[dict] | None = None, add_generation_prompt: bool = False
+    ) -> str:
         """Return the text of a conversation. Keys with the value None are dropped, as in transformers.
+
+        ``tools`` are the JSON schemas of functions that the assistant may call.
 
         Raises:
             UserError: the template does not accept the conversation; with the template's own message.
@@ -70,7 +74,7 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,

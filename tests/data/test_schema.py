@@ -313,12 +313,14 @@ TALK = [USER, ANSWER]
         ({"system": "s", "messages": [turn("system", "t"), *TALK]}, "two system messages that differ"),
         ({"system": "s", "system_prompt": "t", "messages": TALK}, "two system messages that differ"),
         ({"system": 5, "messages": TALK}, "system must be a string"),
-        ({"messages": TALK, "tools": [{"name": "f"}]}, "tools are not supported"),
+        ({"text": "t", "tools": [{"name": "f"}]}, "tools next to text"),
+        ({"messages": TALK, "tools": "f(x)"}, "tools must be a list, not text"),
+        ({"messages": TALK, "tools": [{"description": "a tool"}]}, "tool N needs a name"),
         (
-            {"conversations": [said("human", "q"), said("gpt", "a")], "tools": '[{"name": "f"}]'},
-            "tools are not supported",
+            {"messages": TALK, "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+            "tools are declared twice and differ",
         ),
-        ({"messages": [{**SYSTEM, "tools": '[{"name": "f"}]'}, *TALK]}, "tools are not supported"),
+        ({"messages": [{**USER, "tools": [{"name": "f"}]}, ANSWER]}, "an unknown key inside a turn"),
         ({"messages": TALK, "images": ["a.png"]}, "images in a record"),
         ({"conversations": TALK, "image": "a.png"}, "image in a record"),
         ({"prompt": "<image> q", "completion": "a", "images": ["a.png"]}, "images in a record"),
@@ -595,3 +597,28 @@ def test_an_answer_that_says_nothing_is_refused(record):
 def test_a_call_of_a_tool_needs_no_words():
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
     assert parse_record({"messages": [{"role": "user", "content": "a"}, call]}, 1).messages[1]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TALK, "tools": [{"name": "f"}]},
+        {"messages": TALK, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"conversations": [said("human", "q"), said("gpt", "a")], "tools": '[{"name": "f"}]'},
+        {"instruction": "q", "output": "a", "functions": [{"name": "f"}]},
+        {"messages": [{**SYSTEM, "tools": '[{"name": "f"}]'}, *TALK]},
+        {"messages": [{**SYSTEM, "functions": [{"name": "f"}]}, *TALK], "tools": [{"name": "f"}]},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]},
+    ],
+)
+def test_declared_tools(record):
+    parsed = parse_record(record, 1)
+    assert parsed.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert not {"tools", "functions"} & parsed.extra.keys()
+    with pytest.raises(UserError, match="a prompt with tools"):
+        parse_prompt(record)
+
+
+@pytest.mark.parametrize("tools", [None, [], "[]", ""])
+def test_no_tools(tools):
+    assert parse_record({"messages": TALK, "tools": tools}, 1).tools is None

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillm import evaluation
 from minillm.cli.arguments import PreferenceArguments, PretrainArguments, ReasonArguments, SFTArguments
 from minillm.cli.train_arguments import ANSWER_METRICS
 from minillm.config import ModelConfig
 from minillm.errors import UserError
-from minillm.evaluation import ValidationMetrics, bleu, rouge, token_f1, validation_metrics
+from minillm.evaluation import ValidationMetrics, bleu, rouge, run_suite, token_f1, validation_metrics
 from minillm.inference import complete
 from minillm.model import Transformer
 from minillm.tokenizer import encode_chat, load_tokenizer, train_bpe
@@ -337,23 +336,26 @@ def test_a_sample_prompt_without_room_is_refused(tokenizer, answered, tmp_path):
         ValidationMetrics(args, tokenizer, ENGINE)
 
 
-def test_suites_are_asked_of_the_evaluation(model, tokenizer, answered, tmp_path, monkeypatch):
+@pytest.mark.parametrize("n_samples", [0, 3])
+def test_a_suite_is_the_evaluations(model, tokenizer, answered, tmp_path, n_samples):
     path, _ = answered
-    args = arguments(path, eval_metric="suite:small,exact", suite_dir=str(tmp_path), sample_prompts="none")
-    monkeypatch.delattr(evaluation, "run_suite", raising=False)
-    with pytest.raises(UserError, match="has no suites"):
-        ValidationMetrics(args, tokenizer, ENGINE)
-    calls = []
-
-    def run_suite(name, model, tokenizer, *, data_dir, limit):
-        calls.append((name, model, data_dir, limit, model.training))
-        return SimpleNamespace(accuracy=0.375)
-
-    monkeypatch.setattr(evaluation, "run_suite", run_suite, raising=False)
+    questions = [
+        {"id": f"q{n}", "question": f"what is {n}", "choices": ["a b", "c", f"d {n}"], "answer": n % 3, "subject": "x"}
+        for n in range(7)
+    ]
+    (tmp_path / "openbookqa.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    settings = {"suite_dir": str(tmp_path), "sample_prompts": "none", "eval_samples": n_samples}
+    args = arguments(path, eval_metric="suite:openbookqa,exact", **settings)
+    model = Transformer(model.config).train()
     values, _ = ValidationMetrics(args, tokenizer, ENGINE).measure(model)
-    assert list(values) == ["exact", "suite:small"]
-    assert values["suite:small"] == 0.375
-    assert calls == [("small", model, tmp_path, 100, False)]
+    score = run_suite("openbookqa", model.eval(), tokenizer, data_dir=tmp_path, limit=n_samples)
+    assert len(score.questions) == (n_samples or 7)
+    assert values["suite:openbookqa"] == score.accuracy
+    assert list(values) == ["exact", "suite:openbookqa"]
+    for name, words in (("nosuch", "there is no suite 'nosuch'"), ("zh", "several"), ("piqa", "no files of the suite")):
+        args = arguments(path, eval_metric=f"suite:{name}", **settings)
+        with pytest.raises(UserError, match=words):
+            ValidationMetrics(args, tokenizer, ENGINE)
 
 
 def test_every_metric_of_answers_that_the_flags_know_is_there():

@@ -10,6 +10,7 @@ Our own tokenizers have one token for bos, eos and pad, isolate newlines and spe
 bos != eos, no bos, pad = eos or a template with habits cannot show with them; it shows with one of these.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -78,6 +79,27 @@ DEEPSEEK_CHAT = (
     "{% else %}{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+# Mistral 7B Instruct: [INST] is a control token, and a system message is written only into a prompt.
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] + '\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set told = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + (told if loop.last else '') + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# GLM-4: nothing ends a turn but the header of the next one, and the model writes the newline of its own header.
+GLM4_CHAT = (
+    "[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# MiniMind 1: the header of an answer stands behind every question, whether it is a prompt or not.
+MINIMIND1_CHAT = (
+    "{% if messages[0]['role'] == 'system' %}{{ '<s>system\n' + messages[0]['content'] + '</s>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<s>user\n' + m['content'] + '</s>\n<s>assistant\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '</s>\n' }}{% endif %}{% endfor %}"
+)
 
 SAMPLES = [
     "The quick brown fox has 12 apples and the lazy dog has 345.\n",
@@ -92,7 +114,8 @@ class Layout:
     """What makes a published tokenizer unlike ours."""
 
     cut: str
-    """bytes: GPT-2's byte level; prepend: SentencePiece with a blank before every text (Llama 2's tokenizer.json);
+    """bytes: GPT-2's byte level; split: byte level with the expression of Llama 3, which keeps newlines together;
+    prepend: SentencePiece with a blank before every text (Llama 2's tokenizer.json);
     metaspace: the same as a pre-tokenizer, at the first piece of a text alone."""
     special: tuple[str, ...]
     """Control tokens, in the order of their ids; SentencePiece has them first, byte-level ones last."""
@@ -104,13 +127,20 @@ class Layout:
     """Added tokens that are not special, such as <think>."""
     adds_bos: bool = False
     """Whether tokenizer.json's post-processor puts bos before a text."""
+    ends: tuple[str, ...] = ()
+    """Tokens that eos_token_id of generation_config.json names; none: there is no such file."""
     more: dict = field(default_factory=dict)
     """Further entries of tokenizer_config.json."""
 
 
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SENTENCEPIECE = ("<unk>", "<s>", "</s>")
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+GLM4 = ("[MASK]", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
@@ -154,6 +184,28 @@ LAYOUTS = {
         cut="bytes", special=CONTROL, bos="<|im_start|>", eos="<|im_end|>", pad=CONTROL[0],
         template=CHATML_THINKS_ALWAYS, tags=THINK,
     ),
+    "minimind1": Layout(
+        cut="bytes", special=SENTENCEPIECE, bos="<s>", eos="</s>", pad="<unk>", template=MINIMIND1_CHAT
+    ),
+    # control tokens around questions, and a text of its own for a system message
+    "mistral_chat": Layout(
+        cut="metaspace", special=(*SENTENCEPIECE, "[INST]", "[/INST]"), bos="<s>", eos="</s>", template=MISTRAL_CHAT,
+        adds_bos=True,
+    ),
+    # several ends, all named by generation_config.json; pad = eos, no bos
+    "glm4": Layout(
+        cut="bytes", special=("<|endoftext|>", *GLM4), bos=None, eos="<|endoftext|>", pad="<|endoftext|>",
+        template=GLM4_CHAT, ends=("<|endoftext|>", "<|user|>", "<|observation|>"),
+    ),
+    # SentencePiece and ChatML, with a document's end that does not end a turn
+    "yi": Layout(
+        cut="prepend", special=("<unk>", "<|startoftext|>", *CONTROL), bos="<|startoftext|>", eos="<|im_end|>",
+        pad="<unk>", template=CHATML,
+    ),
+    "internlm2": Layout(
+        cut="prepend", special=(*SENTENCEPIECE, *CONTROL[1:]), bos="<s>", eos="</s>", pad="</s>",
+        template=CHATML_WITH_BOS, ends=("</s>", "<|im_end|>"), adds_bos=True,
+    ),
 }  # fmt: skip
 CHATML_LAYOUTS = [name for name, layout in LAYOUTS.items() if "<|im_start|>" in layout.special]
 
@@ -176,7 +228,7 @@ def make_tokenizer(layout: str | Layout, directory: Path, *, template: str | Non
         settings: entries of tokenizer_config.json that replace the layout's.
     """
     layout = LAYOUTS[layout] if isinstance(layout, str) else layout
-    backend = (_byte_level if layout.cut == "bytes" else _sentencepiece)(layout)
+    backend = (_byte_level if layout.cut in ("bytes", "split") else _sentencepiece)(layout)
     spec = json.loads(backend.to_str())
     for token in spec["added_tokens"]:
         token["special"] = token["content"] not in layout.tags
@@ -192,19 +244,32 @@ def make_tokenizer(layout: str | Layout, directory: Path, *, template: str | Non
     (directory / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
     config = {name: value for name, value in config.items() if value is not None}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    if layout.ends:
+        ends = {"eos_token_id": [backend.token_to_id(token) for token in layout.ends]}
+        (directory / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     template = template or layout.template
     if template is not None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     return directory
 
 
-def _byte_level(layout: Layout) -> tokenizers.Tokenizer:
+@functools.cache
+def _trained_byte_level(cut: str) -> str:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if cut == "split":
+        split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
+        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(sample_texts(), trainer)
+    return backend.to_str()
+
+
+def _byte_level(layout: Layout) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(_trained_byte_level(layout.cut))
     backend.add_special_tokens(list(layout.special))
     backend.add_tokens(list(layout.tags))
     _add_bos(backend, layout)
@@ -218,7 +283,7 @@ def _sentencepiece(layout: Layout) -> tokenizers.Tokenizer:
     learner.train_from_iterator(sample_texts(), trainers.BpeTrainer(vocab_size=400, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = [*SENTENCEPIECE, *bytes_, *sorted(learnt["vocab"], key=learnt["vocab"].get)]
+    pieces = ["<unk>", layout.bos, layout.eos, *bytes_, *sorted(learnt["vocab"], key=learnt["vocab"].get)]
     pieces = [piece for piece in dict.fromkeys(pieces) if piece not in ("\n",)]  # newlines are bytes there
     known = set(pieces)
     merges = [tuple(pair) for pair in learnt["merges"] if {*pair, "".join(pair)} <= known]

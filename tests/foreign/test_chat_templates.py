@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from minillm.errors import UserError
 from minillm.tokenizer import encode_chat, encode_chats, load_tokenizer
 from minillm.tokenizer.chat_format import chat_format
-from tests.foreign.layouts import LAYOUTS, THINK, Layout, make_tokenizer
+from tests.foreign.layouts import LAYOUTS, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -73,21 +72,29 @@ CONVERSATIONS = {
     "late system": [say("user", "q"), say("system", "now"), say("assistant", "a")],
     "user twice": [say("user", "q"), say("user", "and r"), say("assistant", "a")],
 }
-ALTERNATES = {"answer first", "late system", "user twice"}  # what Llama 2's template refuses
+ALTERNATES = {"answer first", "late system", "user twice"}
+ALTERNATE = dict.fromkeys(ALTERNATES, r"chat_template.jinja does not accept this conversation: roles must alternate")
+REFUSED = {
+    "llama2": ALTERNATE,
+    "mistral_chat": ALTERNATE | {"system": r"leaves out message 0 \(system\)"},  # it is written into prompts alone
+    "minimind1": {
+        "answer first": "begins with an answer, and the chat template has no header for it",
+        "late system": r"leaves out message 1 \(system\)",
+    },
+}
 
 
 @pytest.mark.parametrize("layout", WITH_CHAT)
 def test_ids_are_those_of_apply_chat_template(opened, layout):
     ours, theirs = opened(layout)
     for name, messages in CONVERSATIONS.items():
-        if layout == "llama2" and name in ALTERNATES:
-            with pytest.raises(
-                UserError, match=r"chat_template.jinja does not accept this conversation: roles must alternate"
-            ):
+        if reason := REFUSED.get(layout, {}).get(name):
+            with pytest.raises(UserError, match=reason):
                 encode_chat(ours, messages)
             continue
         ids, mask = encode_chat(ours, messages)
-        assert ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"], name
+        last = [ours.token_id("<|user|>")] if layout == "glm4" else []  # its end, which the template leaves out
+        assert ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"] + last, name
         assert len(mask) == len(ids)
         assert mask[0] == 0
         if name not in ALTERNATES:
@@ -127,6 +134,11 @@ LEARNED = {
     "deepseek": [" Hello!<｜end▁of▁sentence｜>", " 2<｜end▁of▁sentence｜>"],
     "minimind2": ["Hello!<|im_end|>", "2<|im_end|>"],
     "minimind3": ["Hello!<|im_end|>", "2<|im_end|>"],  # the prompt has the block already
+    "minimind1": ["Hello!</s>", "2</s>"],
+    "mistral_chat": [" Hello!</s>", " 2</s>"],
+    "glm4": ["\nHello!<|user|>", "\n2<|user|>"],  # no header but <|assistant|>, no end but the next header
+    "yi": ["Hello!<|im_end|>", "2<|im_end|>"],
+    "internlm2": ["Hello!<|im_end|>", "2<|im_end|>"],
 }
 
 
@@ -268,9 +280,11 @@ def test_any_conversation_is_read_whole_or_refused(opened, layout, contents):
         assert "</think>" in "".join(contents)  # thoughts that a template takes apart or leaves out
         return
     control = {*LAYOUTS[layout].special, *LAYOUTS[layout].tags}
-    if not any(token in text for token in control for text in contents):
+    if layout != "glm4" and not any(token in text for token in control for text in contents):
         assert ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     end = chat_format(ours).end_token
+    if layout == "glm4":
+        end = "<|user|>"
     stretches = learned(ours, messages)
     assert len(stretches) == len(contents) // 2
     for stretch, answer in zip(stretches, contents[1::2], strict=True):
@@ -280,122 +294,16 @@ def test_any_conversation_is_read_whole_or_refused(opened, layout, contents):
     assert sum(mask) == sum(1 for marked in mask if marked)
 
 
-# ---- templates of releases ---------------------------------------------------------------------------------------
-
-
-def published(name):
-    """The template of a release as trl ships it, and its variant that marks answers (None: there is none)."""
-    directory = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
-    variant = directory / f"{name}_training.jinja"
-    return (directory / f"{name}.jinja").read_text(), variant.read_text() if variant.exists() else None
-
-
-GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-# Control tokens of a release, and what trl's variant marks in front of an answer although the prompt has it already.
-RELEASES = {
-    "llama3": (("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ""),
-    "llama3_2": (("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ""),
-    "qwen2_5": (("<|im_start|>", "<|im_end|>"), "\n"),
-    "qwen3": (("<|im_start|>", "<|im_end|>"), ""),
-    "qwen3_instruct_2507": (("<|im_start|>", "<|im_end|>"), ""),
-    "qwen3_5_think": (("<|im_start|>", "<|im_end|>"), "<think>\n"),
-    "qwen3_5_nothink": (("<|im_start|>", "<|im_end|>"), EMPTY),
-    "deepseekv3": (("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), "<｜Assistant｜>"),
-    "deepseek_r1_distill": (("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), "<｜Assistant｜>"),
-    "gemma": (("<start_of_turn>", "<end_of_turn>"), ""),
-    "gemma3": (("<start_of_turn>", "<end_of_turn>"), ""),
-    "phi3": (("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), ""),
-    "glm4moe": (GLM, ""),
-    "cohere": (("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|USER_TOKEN|>"), ""),
-}
-ENDS = {"glm4moe": "<|user|>", "phi3": "<|end|>"}
-# In these the variant writes think blocks where the release has none: only the last answers compare.
-REWRITES = ("qwen3", "qwen3_5_think", "qwen3_5_nothink")
-
-
-def release(opened, name):
-    source, variant = published(name)
-    special = ("<bos>", "<eos>", *RELEASES[name][0])
-    layout = Layout(cut="bytes", special=special, bos="<bos>", eos="<eos>", template=source, tags=THINK)
-    ours, theirs = opened(layout, {"eos_token_id": [601, 605, 607]} if name == "glm4moe" else None)  # its last: turns
-    return ours, theirs, variant
-
-
-RELEASED = {
-    "one turn": turns("Hi", "Hello!"),
-    "two turns": turns("Hi", "Hello!", "1 + 1?", "2"),
-    "blanks": turns(" Hi\n", "\n Hello! \n"),
-    "system": turns("Hi", "Hello!", system="Be kind."),
-    "thinking": turns("q", "<think>\nw\n</think>\n\nHello"),
-}
-
-
-@pytest.mark.parametrize("name", RELEASES)
-def test_published_templates(opened, name):
-    for talk in RELEASED:
-        compare_with_release(opened, name, talk)
-
-
-def compare_with_release(opened, name, talk):
-    """trl's variant marks the newline behind an end token too, and for some the header; a model writes neither."""
-    ours, theirs, variant = release(opened, name)
-    messages = RELEASED[talk]
-    if (name, talk) == ("gemma", "system") or (talk == "thinking" and name.startswith("deepseek")):
-        with pytest.raises(UserError, match=r"System role not supported|leaves out the thinking"):
-            encode_chat(ours, messages)
-        return
-    ids, _ = encode_chat(ours, messages)
-    wanted = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
-    assert ids == wanted + ([ours.token_id("<|user|>")] if name == "glm4moe" else [])
-    if variant is None:
-        return
-    marked = theirs.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, chat_template=variant
-    )
-    stretches, before = [], 0
-    for token, mark in zip(marked["input_ids"], marked["assistant_masks"], strict=True):
-        stretches += [""] if mark and not before else []
-        if mark:
-            stretches[-1] += theirs.decode([token])
-        before = mark
-    end = ENDS.get(name, chat_format(ours).end_token)
-    assert all(end in stretch for stretch in stretches)
-    expected = [stretch.rpartition(end)[0].removeprefix(RELEASES[name][1]) + end for stretch in stretches]
-    found = learned(ours, messages)
-    if name in REWRITES:
-        found, expected = found[-1:], expected[-1:]
-    # a newline that joins the answer's own to one token counts to the answer, in theirs and in ours
-    assert [text.lstrip("\n") for text in found] == [text.lstrip("\n") for text in expected]
-
-
-CALL = {"type": "function", "function": {"name": "lookup", "arguments": {"word": "fox"}}}
-TOOLS = [say("user", "q"), say("assistant", "", tool_calls=[CALL]), say("tool", "7"), say("assistant", "seven")]
-
-
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
-def test_calls_and_their_results(opened, name):
-    ours, theirs, _ = release(opened, name)
-    assert encode_chat(ours, TOOLS)[0] == theirs.apply_chat_template(TOOLS, return_dict=True)["input_ids"]
-    call, answer = learned(ours, TOOLS)
-    assert call.endswith('<tool_call>\n{"name": "lookup", "arguments": {"word": "fox"}}\n</tool_call><|im_end|>')
-    assert answer == (EMPTY if name == "qwen3" else "") + "seven<|im_end|>"
-
-
-@pytest.mark.parametrize("name", ["llama3", "phi3", "deepseek_r1_distill"])
-def test_a_template_without_tools_is_not_given_any(opened, name):
-    ours, _, _ = release(opened, name)
-    with pytest.raises(UserError, match=r"leaves out (tool_calls of message 1|message 2)"):
-        encode_chat(ours, TOOLS)
+# ---- ends that generation_config.json names ----------------------------------------------------------------------
 
 
 def test_glm_ends_an_answer_where_the_next_turn_begins(opened):
     """Its generation_config.json says so; without it the token would be a guess."""
-    ours, _, _ = release(opened, "glm4moe")
-    assert learned(ours, TALK) == ["\n<think></think>\nHello!<|user|>", "\n<think></think>\n2<|user|>"]
-    source, _ = published("glm4moe")
-    bare, _ = opened(Layout(cut="bytes", special=("<eos>", *GLM), bos=None, eos="<eos>", template=source, tags=THINK))
+    ours, _ = opened("glm4")
+    assert ours.decode(ours.end_ids) == "<|endoftext|><|user|><|observation|>"
+    bare, _ = opened(replace(LAYOUTS["glm4"], ends=()))
     with pytest.raises(
-        UserError, match=r"with no end token \(<eos>\): name the token in eos_token_id of generation_con"
+        UserError, match=r"with no end token \(<\|endoftext\|>\): name the token in eos_token_id of generation_con"
     ):
         encode_chat(bare, TALK[:2])
 

@@ -300,3 +300,28 @@ def test_a_chatml_tokenizer_without_tags_keeps_them_as_text(corpus, tmp_path):
         ids, mask = encode_chat(qwen, [say("assistant", "<think>a</think>b")])
     assert ids == ids_by_hand(qwen, (START,), "assistant\n", "<think>a</think>b", (END,), "\n")
     assert sum(mask) == len(qwen.encode("<think>a</think>b")) + 1
+
+
+TOOLS = [{"type": "function", "function": {"name": "lookup", "description": "查一个词", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("messages", [CONVERSATIONS[name] for name in ("plain", "system", "late system", "empty")])
+def test_tools_equal_transformers(tokenizer, theirs, messages):
+    ids, mask = encode_chat(tokenizer, messages, tools=TOOLS)
+    assert ids == theirs.apply_chat_template(messages, tools=TOOLS, return_dict=True)["input_ids"]
+    without, mask_without = encode_chat(tokenizer, messages)
+    assert ids != without
+    assert sum(mask) == sum(mask_without)
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\n")
+    assert '<tools>\n{"type": "function", "function": {"name": "lookup", "description": "查一个词"' in text
+    assert encode_chats(tokenizer, [messages, messages], tools=[None, TOOLS]) == [(without, mask_without), (ids, mask)]
+
+
+@pytest.mark.parametrize(
+    "tools, reason",
+    [("f", "tools must be a list"), ([{}], "tool 0 needs a name"), ([{"name": "f", "x": {1}}], "tool 0 is not JSON")],
+)
+def test_bad_tools(tokenizer, tools, reason):
+    with pytest.raises(UserError, match=reason):
+        encode_chat(tokenizer, CONVERSATIONS["plain"], tools=tools)

@@ -33,7 +33,7 @@ from minillm.errors import UserError
 from minillm.terminal import progress, shows_progress
 from minillm.tokenizer.chat import encode_chat, encode_chats
 
-FORMAT = 3  # raise it when the meaning of a shard's files or the encoding of texts changes: old shards are then ignored
+FORMAT = 4  # raise it when the meaning of a shard's files or the encoding of texts changes: old shards are then ignored
 CHUNK_CHARS = 1 << 20  # characters per call of the tokenizer, which needs about 200 times as many bytes of memory
 CHUNK_RECORDS = 8192
 LARGE_FILE = 4 << 20  # bytes; for larger files a bar or a line reports the progress
@@ -284,7 +284,8 @@ def _conversations(record: Record) -> list[list[dict]]:
 def _texts(record: Record) -> list[str]:
     if record.kind == "text":
         return [record.text]
-    return [message.get("content") or "" for messages in _conversations(record) for message in messages]
+    contents = [message.get("content") or "" for messages in _conversations(record) for message in messages]
+    return contents if record.tools is None else [*contents, json.dumps(record.tools)]
 
 
 def _encode(records: list[Record], tokenizer, kind: str) -> list[_Document]:
@@ -296,7 +297,8 @@ def _encode(records: list[Record], tokenizer, kind: str) -> list[_Document]:
         owners = [record for record in records for _ in _conversations(record)]
         conversations = [messages for record in records for messages in _conversations(record)]
         train_on = "last" if kind in ("preference", "judged") else "all"
-        encoded = encode_chats(tokenizer, conversations, train_on=train_on)
+        tools = [record.tools for record in owners]
+        encoded = encode_chats(tokenizer, conversations, tools=tools, train_on=train_on)
         texts = ["".join(message.get("content") or "" for message in messages) for messages in conversations]
     n_bytes = [len(text.encode("utf-8")) for text in texts]
     return [_Document(r, ids, mask, n) for r, (ids, mask), n in zip(owners, encoded, n_bytes, strict=True)]

@@ -6,6 +6,7 @@
     "function_call": {…} of an assistant (OpenAI, before tools)            -> tool_calls
     "from": "observation", "role": "function", …                           -> tool
     "system" in a user's turn                                              -> a system turn before it
+    "tools" or "functions" in the first turn, a system turn (MiniMind)     -> the tools of the record
 
 A turn with any other key is refused, and the message names the key: it might change the meaning of the turn. Keys that
 change nothing (``NOTES``) are dropped.
@@ -14,7 +15,7 @@ change nothing (``NOTES``) are dropped.
 import json
 
 from minillm.errors import UserError
-from minillm.tokenizer.chat import ROLES
+from minillm.tokenizer.chat import ROLES, check_tools
 
 CALL = "function call"
 ROLE_NAMES = {
@@ -28,6 +29,7 @@ ROLE_NAMES = {
 NOTES = ("id", "turn_id", "timestamp", "meta", "metadata", "source", "model", "lang", "language")
 LOSS_KEYS = ("train", "trainable", "loss", "weight", "loss_weight")  # say whether a turn is a target
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+TOOLS = ("tools", "functions")  # declare what an assistant may call
 _TOOL_KEYS = ("name", "tool_call_id")
 _ASSISTANT_KEYS = ("reasoning_content", "tool_calls")
 
@@ -66,13 +68,26 @@ def is_empty(value) -> bool:
     return value is None or value == [] or value == {}
 
 
-def refuse_tools(tools) -> None:
-    """Raise UserError when a record declares tools: the chat encoding cannot hold their descriptions."""
-    if not is_empty(tools):
-        raise UserError(
-            "tools are not supported: the chat encoding would drop their descriptions; write them into the system "
-            "message, or remove the key tools to learn the turns without them"
-        )
+def normal_tools(value: dict, items=None) -> list[dict] | None:
+    """Return the tools that a record declares, each as ``{"type": "function", "function": {...}}``; None without any.
+
+    They are under ``tools`` or ``functions`` of the record, or of the first of its turns, ``items``; as a list, or as
+    the JSON text of one.
+
+    Raises:
+        UserError: not a list of functions with names, or declared twice with a difference.
+    """
+    first_turn = items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
+    declared = [source[key] for source in (value, first_turn) for key in TOOLS if not is_empty(source.get(key))]
+    lists = [as_list(tools, "tools") for tools in declared]
+    for tools in lists:
+        check_tools(tools)
+    normal = [
+        [tool if tool.get("function") else {"type": "function", "function": tool} for tool in tools] for tools in lists
+    ]
+    if any(tools != normal[0] for tools in normal):
+        raise UserError("tools are declared twice and differ: leave one of them out")
+    return normal[0] if normal else None
 
 
 def _normal_turn(index: int, item: dict) -> list[dict]:
@@ -110,8 +125,8 @@ def _normal_turn(index: int, item: dict) -> list[dict]:
             system_message = [{"role": "system", "content": value}]
         elif key in LOSS_KEYS:
             _check_loss_key(index, role, key, value)
-        elif key == "tools":
-            refuse_tools(value)
+        elif key in TOOLS and index == 0 and role == "system":
+            continue  # ``normal_tools`` reads them
         else:
             raise _unknown_key(index, role, key)
     return [*system_message, message]

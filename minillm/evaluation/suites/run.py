@@ -8,7 +8,7 @@ from minillm.errors import UserError
 from minillm.evaluation.multiple_choice import Score, multiple_choice
 from minillm.evaluation.questions import Question
 from minillm.evaluation.suites.numbers import NumberScore, measure_numbers
-from minillm.evaluation.suites.table import SUITES, choose_suites, read_suite
+from minillm.evaluation.suites.table import find_suite, read_suite
 from minillm.model import Transformer
 
 
@@ -37,10 +37,7 @@ def run_suite(
     Raises:
         UserError: an unknown suite; no files of it; a wrong record; fewer examples than ``n_shot``.
     """
-    if name not in SUITES:
-        choose_suites(name)  # an unknown name is an error that lists the known ones
-        raise UserError(f"run_suite measures one suite, {name!r} means several: {', '.join(SUITES)}")
-    suite = SUITES[name]
+    suite = find_suite(name)
     questions, examples, _ = read_suite(suite, data_dir, with_examples=n_shot > 0)
     settings = {"n_shot": n_shot, "examples": examples or questions, "batch_size": batch_size, "prompt": suite.prompt}
     chosen = evenly_spaced(questions, limit)

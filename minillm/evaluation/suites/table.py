@@ -222,6 +222,18 @@ def choose_suites(names: str) -> list[Suite]:
     return list(chosen.values())
 
 
+def find_suite(name: str) -> Suite:
+    """Return the one suite of this name.
+
+    Raises:
+        UserError: an unknown name, or one that means several suites.
+    """
+    if name not in SUITES:
+        choose_suites(name)  # an unknown name is an error that lists the known ones
+        raise UserError(f"one suite is needed, and {name!r} means several: {', '.join(SUITES)}")
+    return SUITES[name]
+
+
 class SuiteFiles(NamedTuple):
     """The files of a suite in a data directory."""
 
