@@ -33,6 +33,10 @@ class FSDP(Engine):
         for block in model.model.layers:
             fully_shard(block, **settings)
         self.module = fully_shard(model, **settings)
+        if self.device.type == "cpu":  # gloo of older versions (torch 2.8) sums where FSDP asks for the mean
+            for module in self.module.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)  # then FSDP divides by itself
         timeout = datetime.timedelta(minutes=getattr(self.args, "timeout_minutes", 30))
         self._group = dist.new_group(backend="gloo", timeout=timeout)  # of checkpoints, written in the background
         return self.module

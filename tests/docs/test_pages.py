@@ -95,7 +95,19 @@ def numbers_of_rows(page: Path) -> list[list[str]]:
     return [sorted(re.findall(r"\d[\d.,]*\d|\d", line)) for line in text_of(page).splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("page", ["README", "docs/guide", "docs/tour", "docs/data", "docs/evaluation"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README",
+        "docs/guide",
+        "docs/tour",
+        "docs/data",
+        "docs/evaluation",
+        "docs/export",
+        "docs/chat_templates",
+        "docs/finetune-open-models",
+    ],
+)
 def test_both_languages_have_the_same_commands_and_tables(page):
     english, chinese = ROOT / f"{page}.md", ROOT / f"{page}_zh.md"
     assert commands(english) == commands(chinese)
