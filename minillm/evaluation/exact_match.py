@@ -150,11 +150,19 @@ def greedy_answers(
 
 
 def greedy_texts(
-    model, tokenizer, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int, bar: bool = True
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: tuple[str, ...] = (),
+    bar: bool = True,
 ) -> list[str]:
     """Return the greedy text after each prompt (token ids), without special tokens, stripped.
 
     Args:
+        stop: strings that end a text, as an end token does.
         bar: whether this process shows the progress.
     """
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -167,6 +175,7 @@ def greedy_texts(
             max_new_tokens=max_new_tokens,
             temperature=0.0,
             eos_token_id=tokenizer.end_ids,
+            stop=stop,
             tokenizer=tokenizer,
         )
         texts |= {number: completion.text.strip() for number, completion in zip(batch, completions, strict=True)}

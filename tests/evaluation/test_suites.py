@@ -180,7 +180,7 @@ class Scripted:
 
 def test_numbers_are_compared(originals, model, tokenizer, monkeypatch):
     scripted = Scripted(model, {"3个加4个": "是 7.0 个", "8除以2": "是 5"})
-    monkeypatch.setattr("minillm.evaluation.suites.numbers.complete", scripted)
+    monkeypatch.setattr("minillm.evaluation.exact_match.complete", scripted)
     score = run_suite("cmath", model, tokenizer, data_dir=originals, n_shot=1)
     assert [question.correct for question in score.questions] == [True, False]
     assert (score.accuracy, score.subject_average) == (0.5, 0.5)
@@ -193,7 +193,7 @@ def test_numbers_are_compared(originals, model, tokenizer, monkeypatch):
 
 def test_prompts_and_solutions_of_gsm8k(originals, model, tokenizer, monkeypatch):
     scripted = Scripted(model, {"2*9": "#### 24"})
-    monkeypatch.setattr("minillm.evaluation.suites.numbers.complete", scripted)
+    monkeypatch.setattr("minillm.evaluation.exact_match.complete", scripted)
     score = run_suite("gsm8k", model, tokenizer, data_dir=originals, n_shot=2)
     assert score.accuracy == 1
     assert scripted.prompts == [

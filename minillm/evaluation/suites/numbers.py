@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, replace
 
 from minillm.data.reasoning import find_answer, same_answer
 from minillm.errors import UserError
+from minillm.evaluation.exact_match import greedy_texts
 from minillm.evaluation.multiple_choice import PromptFormat, choose_pool
 from minillm.evaluation.questions import Counted, Question, choose_examples
-from minillm.inference import complete
-from minillm.terminal import progress
 from minillm.tokenizer import encode_chats
 
 _NUMBER = re.compile(r"[-−]?\d[\d,，]*(?:\.\d+)?(?:/\d+)?")
@@ -95,30 +94,18 @@ def measure_numbers(
     longest = limit - max_new_tokens
     n_truncated = sum(len(ids) > longest for ids in prompts)
     prompts = [ids if len(ids) <= longest else [ids[0], *ids[len(ids) - longest + 1 :]] for ids in prompts]
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     stop = () if chat else ("\n\n", prompt.question.partition("{question}")[0].strip() or "\n\n")
-    texts: dict[int, str] = {}
-    for first in progress(range(0, len(order), batch_size), desc="answering", unit="batch"):
-        numbers = order[first : first + batch_size]
-        completions = complete(
-            model,
-            [prompts[number] for number in numbers],
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            eos_token_id=tokenizer.end_ids,
-            stop=stop,
-            tokenizer=tokenizer,
-        )
-        texts |= {number: completion.text for number, completion in zip(numbers, completions, strict=True)}
+    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    texts = greedy_texts(model, tokenizer, prompts, stop=stop, **limits)
     answers = []
-    for number, question in enumerate(questions):
-        answer = extract_number(texts[number])
+    for question, text in zip(questions, texts, strict=True):
+        answer = extract_number(text)
         answers.append(
             NumberAnswer(
                 id=question.id,
                 subject=question.subject,
                 expected=question.final,
-                text=texts[number].strip(),
+                text=text,
                 answer=answer,
                 correct=bool(answer) and same_answer(answer, question.final),
             )
