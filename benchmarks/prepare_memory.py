@@ -22,12 +22,12 @@ from minillm.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 N_WORDS = 50_000  # of the vocabulary that texts are drawn from
-# Runs the program and then prints the peak of its resident memory, in KiB.
+# Runs the program and then prints the peak of its resident memory, in KiB. (ru_maxrss would count its parent too.)
 CHILD = """
-import resource, sys
+import sys
 from minillm.data.prepare.__main__ import main
 main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 

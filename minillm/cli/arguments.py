@@ -110,7 +110,7 @@ class SFTArguments(TrainArguments):
 
     from_weight: str = "pretrain"
     learning_rate: float = 5e-5
-    epochs: float = 2
+    epochs: float = 2.0
     packing: Literal["best_fit", "none"] = "best_fit"
     """best_fit: several conversations per row, which never attend to each other; none: one per row."""
     train_on: Literal["all", "last", "per_turn"] = "all"
@@ -421,7 +421,7 @@ class ReasonArguments(ReplayArguments):
 
     learning_rate: float = 1e-5
     """Peak learning rate. A fifth of SFT's: the form is learned quickly, and the model should keep its knowledge."""
-    epochs: float = 1
+    epochs: float = 1.0
     """Passes over the data, also a part of one: 0.5."""
     max_seq_len: int = 1024
     """Row length T in tokens; thoughts are longer than answers."""

@@ -107,7 +107,7 @@ class TrainArguments(ScaleArguments):
     allow_rejected: bool = False
     """Train even if more than a tenth of the records of a file were rejected."""
 
-    epochs: float = 1
+    epochs: float = 1.0
     """Passes over the data, also a part of one: 0.5."""
     max_steps: int = 0
     """Stop after this many optimizer updates (0: by epochs)."""

@@ -130,7 +130,7 @@ def test_free_answers_are_like_one_reply_or_the_other(model, tokenizer, monkeypa
     said = iter(["the cat sat", " c\n", "no", "xyz"])
     asked = []
 
-    def complete(model, prompts, *, max_new_tokens, temperature, eos_token_id, tokenizer):
+    def complete(model, prompts, *, max_new_tokens, temperature, eos_token_id, stop, tokenizer):
         asked.extend(prompts)
         assert (max_new_tokens, temperature) == (9, 0.0)
         return [SimpleNamespace(text=next(said)) for _ in prompts]
