@@ -198,13 +198,15 @@ class ValidationMetrics:
         if turns[-1]["role"] != "assistant" or not expected or len(turns) < 2:
             return None
         try:
-            _, mask = encode_chat(self.tokenizer, turns, train_on="last")
-            return self._chat_question(turns[:-1], expected, n_expected=sum(mask))
+            _, mask = encode_chat(self.tokenizer, turns, tools=record.tools, train_on="last")
+            return self._chat_question(turns[:-1], expected, tools=record.tools, n_expected=sum(mask))
         except UserError:  # the loss leaves it out too, and has reported the reason
             return None
 
-    def _chat_question(self, turns: list[dict], expected: str, *, n_expected: int = 0) -> Question:
-        prompt, _ = encode_chat(self.tokenizer, turns, add_generation_prompt=True)
+    def _chat_question(
+        self, turns: list[dict], expected: str, *, tools: list[dict] | None = None, n_expected: int = 0
+    ) -> Question:
+        prompt, _ = encode_chat(self.tokenizer, turns, tools=tools, add_generation_prompt=True)
         text = turns[-1].get("content") or ""
         return Question(text=text, prompt=prompt, expected=expected.strip(), n_expected=n_expected)
 

@@ -115,6 +115,16 @@ def test_the_values_are_those_of_each_prompt_answered_alone(model, tokenizer, an
     assert values["f1"] == pytest.approx(token_f1(answers, expected), rel=1e-12)
 
 
+def test_the_tools_of_a_record_are_in_its_prompt(tokenizer, tmp_path):
+    turns, tools = conversation(3), [{"type": "function", "function": {"name": "weigh", "parameters": {}}}]
+    record = {"messages": [*turns, {"role": "assistant", "content": "12 apples"}], "tools": tools}
+    path = write(tmp_path / "valid.jsonl", [record])
+    metrics = ValidationMetrics(arguments(path, eval_metric="exact", max_seq_len=400), tokenizer, ENGINE)
+    prompt, _ = encode_chat(tokenizer, turns, tools=tools, add_generation_prompt=True)
+    assert "weigh" in tokenizer.decode(prompt)
+    assert [question.prompt for question in metrics.questions + metrics.samples] == [prompt, prompt]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_the_batch_size_changes_nothing_and_the_number_of_samples_does(model, tokenizer, answered, batch_size):
     path, pairs = answered

@@ -5,7 +5,8 @@
     preference  {"chosen": messages, "rejected": messages}, each the whole conversation
     judged      {"messages": messages, "label"}
 
-Other keys of a record are kept, except those that repeat the conversation in another layout.
+All but texts may also have "tools". Other keys of a record are kept, except those that repeat the conversation in
+another layout.
 """
 
 from collections.abc import Callable
@@ -63,4 +64,5 @@ def to_json(record: Record) -> dict:
         value = {name: [*record.messages, *getattr(record, name)] for name in ("chosen", "rejected")}
     else:
         value = {"messages": [*record.messages, *record.chosen], "label": record.label}
-    return value | log_prob | extra
+    tools = {} if record.tools is None else {"tools": record.tools}
+    return value | tools | log_prob | extra

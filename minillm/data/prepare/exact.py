@@ -22,8 +22,10 @@ def normal_text(text: str) -> str:
 
 
 def content_hash(record: Record) -> bytes:
-    """Return 16 bytes that are equal for records of equal kind, roles, normal texts and label."""
+    """Return 16 bytes that are equal for records of equal kind, roles, normal texts, label and tools."""
     parts: list = [record.kind, record.label]
+    if record.tools is not None:
+        parts.append(record.tools)
     if record.kind == "text":
         parts.append(normal_text(record.text))
     for turns in (record.messages, record.chosen, record.rejected):

@@ -40,6 +40,8 @@ def test_roles_kinds_and_labels_count():
         {"prompt": "a", "completion": "b", "label": False},
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"prompt": "a", "chosen": "c", "rejected": "b"},
+        {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]},
+        {"prompt": "a", "completion": "b", "tools": [{"name": "g"}]},
     ]
     assert len(set(map(hash_of, values))) == len(values)
     assert hash_of(values[1]) == hash_of({"instruction": "A", "output": "b"})

@@ -133,6 +133,8 @@ RAW = {
     "preference": {"prompt": "p", "chosen": "c", "rejected": "r", "subset": "s"},
     "judged": {"prompt": "p", "completion": "c", "label": False, "score": 1},
     "system": {"system": "s", "question": "q", "answer": "a"},
+    "tools": {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}], "id": 1},
+    "tools of pairs": {"prompt": "p", "chosen": "c", "rejected": "r", "functions": [{"name": "f"}]},
 }
 
 
