@@ -35,7 +35,7 @@ import tyro  # noqa: E402
 
 from minillm.cli.command_line import parse, require, script  # noqa: E402
 from minillm.errors import UserError  # noqa: E402
-from minillm.files import sha256  # noqa: E402
+from minillm.files import replace_text, sha256  # noqa: E402
 
 HUBS = {"huggingface": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com"}
 MODELSCOPE = "https://www.modelscope.cn"
@@ -216,7 +216,7 @@ class Lock:
             )
         if entry is None:
             self.entries[target] = {"sha256": digest, "size": path.stat().st_size}
-            _write_whole(self.path, json.dumps(dict(sorted(self.entries.items())), indent=2) + "\n")
+            replace_text(self.path, json.dumps(dict(sorted(self.entries.items())), indent=2) + "\n")
 
 
 def download(file: File, *, output: Path, url: str, lock: Lock, retries: int, timeout: float, wait=time.sleep) -> str:
@@ -349,12 +349,6 @@ def _check_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise UserError(f"{folder}: {n_bytes:,} bytes are missing and {free:,} are free; use another --output")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 @script

@@ -1,7 +1,9 @@
-"""Helpers for files: SHA-256 of their content, permissions that follow the user's umask, replacement at once."""
+"""Helpers for files: SHA-256 of their content, permissions that follow the user's umask, atomic replacement."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read once, while the program has one thread: a umask can only be read by setting it.
@@ -23,9 +25,22 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Return a context that gives a temporary name next to ``path``, and renames that file to ``path`` at its end.
+
+    After an error the temporary file is gone and ``path`` is as it was. One process at a time may write to ``path``.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file, and its folder if missing; a process that is killed leaves it whole or as it was."""
+    """Write a text file atomically, and make its folder if that is missing."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minillm.errors import UserError
+from minillm.files import atomic_file
 
 VERSION = 3
 ALIGNMENT = 32
@@ -59,21 +60,17 @@ def write_gguf(path: Path, settings: dict[str, Value], tensors: list[StoredTenso
     Raises:
         UserError: a tensor has numbers that are not finite or too large for its format, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             _write(file, settings, tensors)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; it needs "
             f"{sum(tensor.n_bytes for tensor in tensors) / 1e6:,.0f} MB, nothing was left there"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, settings: dict[str, Value], tensors: list[StoredTensor]) -> None:

@@ -6,7 +6,6 @@ Our parameter names are Hugging Face's, except for the experts, which their file
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from minillm.config.experts_on_disk import (
     zero_gates,
 )
 from minillm.errors import UserError
-from minillm.files import use_umask
+from minillm.files import atomic_file, replace_text, use_umask
 from minillm.hub.pth import load_pth
 from minillm.model.transformer import Transformer
 
@@ -177,12 +176,8 @@ def save_pth(model: Transformer, path: str | Path, *, dtype: torch.dtype | None 
     if model.config.tie_word_embeddings:
         tensors[TIED] = tensors["model.embed_tokens.weight"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_file(path) as temporary:
         torch.save(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _usual_name(name: str) -> str:
@@ -280,20 +275,16 @@ def _check_finite(weights: dict[str, tuple[Tensor, torch.dtype, float]]) -> None
 
 
 def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(shard, temporary, metadata={"format": "pt"})
+    with atomic_file(path) as temporary:
+        try:
+            save_file(shard, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps the system's errors, such as a full disk
+            raise OSError(str(error)) from error
         use_umask(temporary)
-    except SafetensorError as error:  # it wraps the system's errors, such as a full disk
-        temporary.unlink(missing_ok=True)
-        raise OSError(str(error)) from error
-    os.replace(temporary, path)
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 # ---- reading ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What a run leaves for people: ``run.yaml``, ``summary.png``, ``summary.html`` and the model card ``README.md``."""
 
 import html
-import os
 import platform
 import re
 import subprocess
@@ -14,6 +13,7 @@ import yaml
 
 import minillm
 from minillm.checkpoints.lock import writable
+from minillm.files import replace_text
 from minillm.model.router_stats import relative_entropy
 from minillm.reports.page import (
     drawing,
@@ -72,10 +72,8 @@ def write_run_file(directory: Path, content: dict) -> None:
     """Write ``run.yaml``: ``content``, the versions of the software, and the git revision."""
     versions = {"minillm": minillm.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
     content = _plain(content) | {"versions": versions, "git_revision": git_revision()}
-    temporary = directory / "run.yaml.tmp"
     with writable(directory):
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(temporary, directory / "run.yaml")
+        replace_text(directory / "run.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def write_summary(

@@ -16,6 +16,7 @@ from pathlib import Path
 import tokenizers
 
 from minillm.errors import UserError
+from minillm.files import replace_text
 from minillm.tokenizer.chat_format import chat_format
 from minillm.tokenizer.sentencepiece_model import MODEL, convert_model
 
@@ -268,12 +269,7 @@ class Tokenizer:
         try:
             path.mkdir(parents=True, exist_ok=True)
             for name, text in self.files.items():
-                partial = path / f".{name}.tmp"
-                try:
-                    partial.write_text(text, encoding="utf-8")
-                    partial.replace(path / name)
-                finally:
-                    partial.unlink(missing_ok=True)
+                replace_text(path / name, text)
         except OSError as error:
             raise UserError(
                 f"cannot write the tokenizer to '{path}': {error.strerror}; choose another directory"

@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, monkeypatch, capsys, form):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minillm.hub.huggingface.os.replace", full)
+    monkeypatch.setattr("minillm.files.os.replace", full)
     output = tmp_path / ("x.pth" if form == "pth" else "x")
     assert "No space left on device" in fails(capsys, "--from_weight", base, "--format", form, "--output", output)
     assert list(tmp_path.iterdir()) == []

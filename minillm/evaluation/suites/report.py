@@ -6,6 +6,8 @@ Every score stands with its 95 % interval and with chance; many differences are 
 import math
 from pathlib import Path
 
+from minillm.files import atomic_file
+
 _HEADS = ("suite", "questions", "accuracy", "95 % interval", "by subject", "per byte", "chance", "untrained", "seconds")
 _WIDTHS = (16, 9, 8, 15, 10, 8, 7, 9, 8)
 
@@ -90,9 +92,8 @@ def draw_radar(path: Path, scores_of: dict[str, dict[str, dict]]) -> None:
     axes.set_ylim(0, max(0.5, *(value for shares in lines.values() for value in shares.values())))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     figure.legend(loc="outside lower center", ncols=2)
-    partial = path.with_name(f".{path.name}.tmp")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _percent(share: float | None) -> str:

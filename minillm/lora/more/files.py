@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minillm.config.experts_on_disk import stored_scale
 from minillm.errors import UserError
-from minillm.files import use_umask
+from minillm.files import atomic_file, replace_text, use_umask
 from minillm.lora import core
 from minillm.lora.core import adapted_layers, ends_with
 from minillm.lora.more.adapters import Adapter, Adapters, adapters_of, ensure_slots, set_adapter, store_active
@@ -73,13 +73,15 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
             flat: dict[str, Any] = {_flat_name(name, adapter.names): tensor for name, tensor in tensors.items()}
             settings = dataclasses.asdict(adapter.config).items()
             flat["lora_config"] = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
-            _write_atomically(path, lambda partial: torch.save(flat, partial))
+            with atomic_file(path) as temporary:
+                torch.save(flat, temporary)
             return
         path.mkdir(parents=True, exist_ok=True)
         layers = dict(model.named_modules())
         stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
-        _write_atomically(path / WEIGHTS, lambda partial: save_file(stored, partial, metadata={"format": "pt"}))
-        use_umask(path / WEIGHTS)
+        with atomic_file(path / WEIGHTS) as temporary:
+            save_file(stored, temporary, metadata={"format": "pt"})
+            use_umask(temporary)
         base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
         if base and Path(base).exists():  # an absolute path, valid in any working directory
             base = Path(base).resolve()
@@ -358,15 +360,6 @@ def _from_wide(tensor: Tensor, key: str, rank: int) -> Tensor:
     return tensor.unflatten(1, (rank, -1))
 
 
-def _write_atomically(path: Path, write) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_text(path, text)
