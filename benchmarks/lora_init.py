@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from any
 import torch
 
 from benchmarks.common import format_table, over_seeds, shown, write_json
-from benchmarks.lora_trials import run_trial
+from benchmarks.lora_trials import TrialArguments, run_trial
 from minillm.cli.command_line import parse, require, script
 from minillm.data import read_records
 from minillm.evaluation import bleu, exact_match, rouge
@@ -33,37 +33,13 @@ STEPS_SHOWN = (1, 10, 100, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(TrialArguments):
     """What is trained, how often, and what it is compared on."""
 
-    base: str = "out/demo/full_sft_128"
-    """The model directory to adapt. The default exists after `make demo`."""
-    data_path: str = "dataset/demo/identity_train.jsonl"
-    """Conversations to train on."""
-    valid_path: str = "dataset/demo/identity_test.jsonl"
-    """Held-out conversations: for the loss, and to be answered."""
     inits: str = "kaiming,orthogonal,pissa"
     """Initialisations to compare, with commas."""
     learning_rates: str = "5e-4,2e-3,5e-3,1e-2"
     """Rates to choose from, with commas."""
-    steps: int = 1000
-    """Optimizer updates of each run."""
-    seeds: str = "1,2,3"
-    """Seeds of initialisation and order, with commas; the first one also chooses the rate."""
-    lora_rank: int = 16
-    """Rank of all adapters."""
-    lora_alpha: float = 32.0
-    """Alpha of all adapters."""
-    batch_size: int = 4
-    """Rows per update."""
-    max_seq_len: int = 128
-    """Tokens per row."""
-    max_new_tokens: int = 64
-    """Longest answer."""
-    n_answers: int = 100
-    """Held-out questions that are answered."""
-    num_threads: int = 0
-    """CPU threads (0: torch's default)."""
     output: str = "out/benchmarks/lora_init.json"
     """Where the figures go as JSON."""
 
@@ -71,26 +47,18 @@ class Arguments:
         """Raise UserError for an unknown initialisation, a rate or seed that is not a number, a missing file."""
         for name in self.inits.split(","):
             require(name in get_args(Init), f"--inits {name}: choose from {', '.join(get_args(Init))}")
-        for name in ("base", "data_path", "valid_path"):
-            path = getattr(self, name)
-            require(Path(path).exists(), f"--{name} {path}: does not exist; run make demo first, or name your own")
+        self.check_files()
         try:
             positive = all(rate > 0 for rate in self.rates) and len(self.seed_numbers) > 0
         except ValueError:
             positive = False
         message = "must be numbers with commas"
         require(positive, f"--learning_rates {self.learning_rates} or --seeds {self.seeds}: {message}")
-        require(self.steps >= 1, f"--steps {self.steps}: must be at least 1")
 
     @property
     def rates(self) -> list[float]:
         """Return the learning rates."""
         return [float(rate) for rate in self.learning_rates.split(",")]
-
-    @property
-    def seed_numbers(self) -> list[int]:
-        """Return the seeds."""
-        return [int(seed) for seed in self.seeds.split(",")]
 
 
 def answer_scores(args: Arguments):
@@ -119,17 +87,11 @@ def gradient_norms(rows: list[dict]) -> dict[int, dict[str, float]]:
 
 def measure(args: Arguments) -> dict:
     """Tune the rate of every initialisation, then train all seeds at it; written after each run."""
-    usual = {
-        "data_path": args.data_path, "valid_path": args.valid_path, "max_steps": args.steps,
-        "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha, "batch_size": args.batch_size,
-        "max_seq_len": args.max_seq_len, "num_threads": args.num_threads, "log_interval": 50,
-        "monitor_interval": 10,  # and the first step
-    }  # fmt: skip
     result: dict = {"arguments": vars(args), "tuning": {}, "runs": {}}
     for init in args.inits.split(","):
         trials = {}
         for rate in args.rates:
-            flags = usual | {"lora_init": init, "learning_rate": rate, "seed": args.seed_numbers[0]}
+            flags = args.flags | {"lora_init": init, "learning_rate": rate, "seed": args.seed_numbers[0]}
             trials[rate] = run_trial(args.base, flags, tests={}, evaluate=answer_scores(args))
             print(f"{init}, rate {rate:g}: loss {trials[rate].get('loss', float('nan')):.4f}", flush=True)
         losses = {rate: float("inf") if trial["diverged"] else trial["loss"] for rate, trial in trials.items()}
@@ -137,7 +99,7 @@ def measure(args: Arguments) -> dict:
         best = min(losses, key=losses.get)
         runs = [trials[best]]
         for seed in args.seed_numbers[1:]:
-            flags = usual | {"lora_init": init, "learning_rate": best, "seed": seed}
+            flags = args.flags | {"lora_init": init, "learning_rate": best, "seed": seed}
             runs.append(run_trial(args.base, flags, tests={}, evaluate=answer_scores(args)))
         norms = [gradient_norms(run.pop("monitor", [])) for run in runs]
         for run in runs:

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.common import format_table, over_seeds, shown, write_json
 from benchmarks.lora_init import answer_scores, gradient_norms
-from benchmarks.lora_trials import run_trial
+from benchmarks.lora_trials import TrialArguments, run_trial
 from minillm.cli.command_line import parse, require, script
 from minillm.hardware import keep_freed_memory
 
@@ -37,37 +37,15 @@ MAX_STEPS_OF_RATE = 6  # up or down from where the climb begins
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(TrialArguments):
     """What is trained, how often, and what it is compared on."""
 
-    base: str = "out/demo/full_sft_128"
-    """The model directory to adapt. The default exists after `make demo`."""
-    data_path: str = "dataset/demo/identity_train.jsonl"
-    """Conversations to train on."""
-    valid_path: str = "dataset/demo/identity_test.jsonl"
-    """Held-out conversations: for the loss, and to be answered."""
     remedies: str = ",".join(REMEDIES)
     """Which to compare, with commas."""
     learning_rate: float = 4e-3
     """Where the search for the best rate begins."""
     steps: int = 300
     """Optimizer updates of each run."""
-    seeds: str = "1,2,3"
-    """Seeds of initialisation and order, with commas; the first one also chooses the rate."""
-    lora_rank: int = 16
-    """Rank of all adapters."""
-    lora_alpha: float = 32.0
-    """Alpha of all adapters."""
-    batch_size: int = 4
-    """Rows per update."""
-    max_seq_len: int = 128
-    """Tokens per row."""
-    max_new_tokens: int = 64
-    """Longest answer."""
-    n_answers: int = 100
-    """Held-out questions that are answered."""
-    num_threads: int = 0
-    """CPU threads (0: torch's default)."""
     output: str = "out/benchmarks/lora_remedies.json"
     """Where the figures go as JSON."""
 
@@ -77,11 +55,8 @@ class Arguments:
             require(name in REMEDIES, f"--remedies {name}: choose from {', '.join(REMEDIES)}")
         whole = all(seed.strip().isdecimal() for seed in self.seeds.split(","))
         require(whole, f"--seeds {self.seeds}: must be whole numbers with commas, e.g. 1,2,3")
-        for name in ("base", "data_path", "valid_path"):
-            path = getattr(self, name)
-            require(Path(path).exists(), f"--{name} {path}: does not exist; run make demo first, or name your own")
+        self.check_files()
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
-        require(self.steps >= 1, f"--steps {self.steps}: must be at least 1")
 
 
 def climb(loss_of: Callable[[float], float], start: float) -> tuple[float, dict[float, float]]:
@@ -110,20 +85,14 @@ def climb(loss_of: Callable[[float], float], start: float) -> tuple[float, dict[
 
 def measure(args: Arguments) -> dict:
     """Tune the rate of every remedy, then train all seeds at it; written after each remedy."""
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    usual = {
-        "data_path": args.data_path, "valid_path": args.valid_path, "max_steps": args.steps,
-        "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha, "batch_size": args.batch_size,
-        "max_seq_len": args.max_seq_len, "num_threads": args.num_threads, "log_interval": 50,
-        "monitor_interval": 10,  # and the first step
-    }  # fmt: skip
+    seeds = args.seed_numbers
     result: dict = {"arguments": vars(args), "remedies": {}}
     for name in args.remedies.split(","):
         trials: dict[tuple[float, int], dict] = {}
 
         def train(rate: float, seed: int, name=name, trials=trials) -> dict:
             if (rate, seed) not in trials:
-                flags = usual | REMEDIES[name] | {"learning_rate": rate, "seed": seed}
+                flags = args.flags | REMEDIES[name] | {"learning_rate": rate, "seed": seed}
                 trial = run_trial(args.base, flags, tests={}, evaluate=answer_scores(args))
                 trial.pop("rows", None)
                 trial["gradients"] = gradient_norms(trial.pop("monitor", []))

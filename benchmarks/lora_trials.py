@@ -3,6 +3,7 @@
 import math
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -10,6 +11,7 @@ import torch
 
 import train_lora
 from benchmarks.common import call_script
+from minillm.cli.command_line import require
 from minillm.data import read_records
 from minillm.errors import UserError
 from minillm.evaluation import exact_match
@@ -17,6 +19,56 @@ from minillm.hub.huggingface import load_model
 from minillm.lora import load_lora, merge_lora
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialArguments:
+    """What every adapter of a study has in common: the model, the data, the shape, the seeds."""
+
+    base: str = "out/demo/full_sft_128"
+    """The model directory to adapt. The default exists after `make demo`."""
+    data_path: str = "dataset/demo/identity_train.jsonl"
+    """Conversations to train on."""
+    valid_path: str = "dataset/demo/identity_test.jsonl"
+    """Held-out conversations: for the loss, and to be answered."""
+    steps: int = 1000
+    """Optimizer updates of each run."""
+    seeds: str = "1,2,3"
+    """Seeds of initialisation and order, with commas; the first one also chooses the rate."""
+    lora_rank: int = 16
+    """Rank of all adapters."""
+    lora_alpha: float = 32.0
+    """Alpha of all adapters."""
+    batch_size: int = 4
+    """Rows per update."""
+    max_seq_len: int = 128
+    """Tokens per row."""
+    max_new_tokens: int = 64
+    """Longest answer."""
+    n_answers: int = 100
+    """Held-out questions that are answered."""
+    num_threads: int = 0
+    """CPU threads (0: torch's default)."""
+
+    def check_files(self) -> None:
+        """Raise UserError for a missing file, or no steps."""
+        for name in ("base", "data_path", "valid_path"):
+            path = getattr(self, name)
+            require(Path(path).exists(), f"--{name} {path}: does not exist; run make demo first, or name your own")
+        require(self.steps >= 1, f"--steps {self.steps}: must be at least 1")
+
+    @property
+    def seed_numbers(self) -> list[int]:
+        """Return the seeds."""
+        return [int(seed) for seed in self.seeds.split(",")]
+
+    @property
+    def flags(self) -> dict[str, object]:
+        """Return the flags of train_lora.py that all adapters share."""
+        names = ("data_path", "valid_path", "lora_rank", "lora_alpha", "batch_size", "max_seq_len", "num_threads")
+        # The monitor looks at every tenth step, and at the first one.
+        intervals = {"log_interval": 50, "monitor_interval": 10}
+        return {name: getattr(self, name) for name in names} | {"max_steps": self.steps, **intervals}
 
 
 def run_trial(base: str, flags: dict[str, object], *, tests: dict[str, str], evaluate=None) -> dict:

@@ -100,7 +100,7 @@ class AdapterAlone(WholeModel):
         adapter = asdict(args.lora_config)
         del adapter["init_std"]  # matters at the start alone
         return {"from_weight": args.from_weight, "base_dtype": args.base_dtype, "loraplus_ratio": args.loraplus_ratio,
-                "balance_gradients": getattr(args, "balance_gradients", False) or None,  # older checkpoints lack it
+                "balance_gradients": getattr(args, "balance_gradients", False),
                 **{f"adapter's {key}": str(value) for key, value in adapter.items()}}  # fmt: skip
 
 

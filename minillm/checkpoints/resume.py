@@ -9,7 +9,8 @@ from minillm.errors import UserError
 
 CHAT_TEMPLATE = "chat template"
 LENGTH_FLAGS = ("epochs", "max_steps")
-OLDER = {"warmup_steps": 0, "eval_metric": "loss"}  # what checkpoints of earlier versions lack
+# What checkpoints of earlier versions lack.
+OLDER = {"warmup_steps": 0, "eval_metric": "loss", "balance_gradients": False}
 
 
 def may_resume(args, ranks) -> bool:

@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from minillm.compare.curves import X_NAMES, draw_runs, small_curve, words
-from minillm.compare.runs import RunRecord, differences, is_run, read_runs, runs_of, unique_names
+from minillm.compare.runs import NONE, RunRecord, differences, is_run, read_runs, runs_of, unique_names
 from minillm.errors import UserError, script
 from minillm.files import replace_text
 from minillm.reports import page
@@ -129,7 +129,7 @@ def _lines(table: dict[str, list[str]]) -> list[list[str]]:
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return NONE if value is None else f"{value:.4g}"
 
 
 def _write(path: Path, text: str) -> Path:
@@ -140,7 +140,8 @@ def _write(path: Path, text: str) -> Path:
 def _as_lines(records: list[RunRecord]) -> str:
     """Return a table of names and results for the terminal."""
     keys = ("stage", "steps", "training loss", "validation loss", "best", "nats per")
-    table = [["run", *keys], *([run.name, *(run.results()[key] for key in keys)] for run in records)]
+    results_of = {run.name: run.results() for run in records}
+    table = [["run", *keys], *([name, *(results[key] for key in keys)] for name, results in results_of.items())]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table

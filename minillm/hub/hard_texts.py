@@ -1,7 +1,7 @@
 """Texts on which tokenizers disagree, to compare two of them: scripts, blanks, quotes, code, emoji, control characters.
 
 A vocabulary decides which differences between two tokenizers can be seen at all. So the texts are made for a
-vocabulary: random rows of hard fragments, and its own tokens in several surroundings.
+vocabulary: random rows of hard fragments, and its own tokens in several contexts.
 """
 
 import random
@@ -21,7 +21,7 @@ FRAGMENTS = (
     ("def f(x):\n    return x", "__init__", "#include <a.h>\n", "http://a.b/c?d=1&e=2", "a_b", "@x", "{}", "\\n"),
     ("<|im_end|>", "<|endoftext|>", "</s>", "<think>", "<0x0A>", "[INST]", "<unk>", "\x00", "\x7f", "\x1b[0m"),
 )  # fmt: skip
-SURROUNDINGS = (("", ""), ("a", "b"), ("你", "好"), (" ", " "), ("'", ""), ("1", "2"), ("。", "，"), ("\n", "\n"))
+CONTEXTS = (("", ""), ("a", "b"), ("你", "好"), (" ", " "), ("'", ""), ("1", "2"), ("。", "，"), ("\n", "\n"))
 
 
 def hard_texts(
@@ -32,7 +32,7 @@ def hard_texts(
     Args:
         tokens: of the vocabulary. Those that are not text on their own are left out.
         n_random: number of random rows.
-        n_tokens: at most so many tokens get all surroundings, the others only the first two.
+        n_tokens: at most so many tokens get all contexts, the others only the first two.
     """
     generator = random.Random(seed)
     texts = ["", " ", "\n"]
@@ -48,6 +48,6 @@ def hard_texts(
             text = token.decode("utf-8")
         except UnicodeDecodeError:
             continue
-        surroundings = SURROUNDINGS if number < n_tokens else SURROUNDINGS[:2]
-        texts += [before + text + after for before, after in surroundings]
+        contexts = CONTEXTS if number < n_tokens else CONTEXTS[:2]
+        texts += [before + text + after for before, after in contexts]
     return texts

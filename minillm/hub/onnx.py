@@ -9,7 +9,7 @@ Names and shapes are those of optimum, so that programs for its exports can run 
     → logits                 (B, T, V)     float32
     → present.N.key          (B, G, P + T, K), and .value: the past of the next call
 
-B, T and P may differ from call to call. The graph contains the modules of the model; only attention is written anew,
+B, T and P may differ from call to call. The graph contains the modules of the model; only attention is written again,
 because our cache is an object and here it is tensors. A mixture of experts would compute every expert for every token:
 it is refused.
 

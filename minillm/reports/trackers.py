@@ -174,7 +174,7 @@ class Trackers:
     """All trackers of a run. Each gets every row once, whatever was killed and resumed; one that fails is left out.
 
     Args:
-        names: of ``TRACKERS``. directory: of the run. project, config: what the trackers show beside the curves.
+        names: of ``TRACKERS``. directory: of the run. project, config: what the trackers show next to the curves.
         run_ids: by tracker; of the runs to continue. report: prints a line.
 
     Attributes:
@@ -247,7 +247,7 @@ class Trackers:
         replace_text(self._sent_path(name), json.dumps(self._sent[name]))
 
     def _sent_path(self, name: str) -> Path:
-        """Return where it stands what a tracker's run has; several processes in turn may have sent to it."""
+        """Return the file that says what a tracker's run has; several processes in turn may have sent to it."""
         return self.directory / name / f"sent-{self.run_ids[name]}.json"
 
 

@@ -81,7 +81,7 @@ def read_piqa(path: Path) -> Iterator[Question]:
     """Yield PIQA's records: goal, sol1, sol2; the labels lie in a file of their own, ``dev-labels.lst``."""
     labels_path = path.with_name(f"{_stem(path)}-labels.lst")
     if not labels_path.is_file():
-        raise UserError(f"{labels_path}: no such file; PIQA's labels belong beside {path.name}")
+        raise UserError(f"{labels_path}: no such file; PIQA's labels belong next to {path.name}")
     labels = labels_path.read_text(encoding="utf-8").split()
     lines = list(_lines(path))
     if len(labels) != len(lines):
