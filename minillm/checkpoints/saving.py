@@ -76,7 +76,7 @@ class Saver:
         holds_all = engine.ranks.is_main or may_resume  # to resume, each rank reads everything and takes its part
         is_needed = is_async and engine.ranks.is_main if engine.holds_master_weights else holds_all
         self.copy = ModelCopy(model) if is_needed else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread: ThreadPoolExecutor | None = None  # of the last checkpoint
         self._writing: Future | None = None
         self._last_time = time.monotonic()  # the wall clock may be set back
         self.last_step = -1
@@ -114,7 +114,11 @@ class Saver:
             state = state | {"optimizer": optimizer}
             if self.is_async:
                 state = copied(state)
+            # The thread ends with its work. If it lived on, so would the OpenMP threads that it computed with: with more
+            # of them than cores, OpenMP no longer waits actively, and later steps on a CPU take almost twice as long.
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
             self._writing = self._thread.submit(self._write, step, model, state, shards, tokenizer)
+            self._thread.shutdown(wait=False)
         else:
             self._writing = shards
         if not self.is_async:
@@ -157,8 +161,9 @@ class Saver:
             ) from error
 
     def close(self) -> None:
-        """Write what is being written, then end the thread."""
-        self._thread.shutdown()
+        """Return when nothing is being written, whatever went wrong."""
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def _copied(self, weights: dict[str, Tensor] | None) -> nn.Module | None:
         if weights is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 import time
 from concurrent import futures
 from types import SimpleNamespace
@@ -266,6 +267,24 @@ def test_an_error_in_the_thread_ends_the_run_at_its_next_step(watched, tmp_path)
         train(args, before_update=wait_for_the_thread)
     assert steps[-1] in (3, 4)  # update 5 was the last, or the thread was so quick that update 4 was
     assert [path.name for path in list_checkpoints(watched.run.directory / "checkpoints")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_thread_ends_with_its_checkpoint(tmp_path, is_async):
+    """A thread that lives on keeps OpenMP's threads, and all later steps are slow."""
+    n_alive = []
+
+    def look(run):
+        run.saver.wait()
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+        for thread in threads:
+            thread.join(timeout=5)
+        n_alive.append(sum(thread.is_alive() for thread in threads))
+
+    args = arguments(tmp_path, batch_size=3, max_steps=6, save_interval=2, async_save=is_async)
+    train(args, before_update=look, finish=True)
+    assert n_alive == [0] * 6
+    assert newest_checkpoint(next(tmp_path.rglob("checkpoints"))).name == "step-00000006"
 
 
 def test_an_error_at_the_last_checkpoint_is_not_lost(watched, tmp_path):
