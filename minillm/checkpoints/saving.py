@@ -114,8 +114,8 @@ class Saver:
             state = state | {"optimizer": optimizer}
             if self.is_async:
                 state = copied(state)
-            # The thread ends with its work. If it lived on, so would the OpenMP threads that it computed with: with more
-            # of them than cores, OpenMP no longer waits actively, and later steps on a CPU take almost twice as long.
+            # The thread ends with its work. If it lived on, so would the OpenMP threads that it computed with: with
+            # more of them than cores, OpenMP no longer waits actively, and later steps on a CPU take twice as long.
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
             self._writing = self._thread.submit(self._write, step, model, state, shards, tokenizer)
             self._thread.shutdown(wait=False)
