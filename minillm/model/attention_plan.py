@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minillm.kernels import varlen_attention
 from minillm.kernels.block_attention import MAX_SEQ_LEN, Blocks, block_attention, plan_blocks
+from minillm.kernels.paged_attention import PageGroup, paged_attention
 from minillm.kernels.varlen_attention import Documents
 from minillm.model.kv_cache import KVCache
 
@@ -27,12 +28,14 @@ class AttentionPlan(NamedTuple):
         is_causal: without a mask: each query sees the keys up to its own position. Neither: it sees all of them.
         blocks: instead of both: the tiles of our own attention for training on a CPU (``kernels/block_attention.py``).
         documents: instead of all: where the documents lie, for a GPU (``kernels/varlen_attention.py``).
+        page_groups: instead of all: where the requests of an engine keep their keys (``kernels/paged_attention.py``).
     """
 
     mask: Tensor | None = None
     is_causal: bool = False
     blocks: Blocks | None = None
     documents: Documents | None = None
+    page_groups: list[PageGroup] | None = None
 
 
 def plan_attention(
@@ -58,7 +61,7 @@ def plan_attention(
         is_frozen: an adapter is trained on frozen weights, so memory counts: probabilities are computed twice.
     """
     if cache is not None:
-        return AttentionPlan(mask=cache.mask, is_causal=cache.is_causal)
+        return AttentionPlan(mask=cache.mask, is_causal=cache.is_causal, page_groups=cache.page_groups)
     seq_len, device = input_ids.shape[1], input_ids.device
     autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype  # of queries and keys
@@ -90,6 +93,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         return block_attention(q, k, v, plan.blocks)
     if plan.documents is not None:
         return varlen_attention.varlen_attention(q, k, v, plan.documents)
+    if plan.page_groups is not None:
+        return paged_attention(q, k, v, plan.page_groups)
     n_rows, n_heads, n_queries, head_dim = q.shape
     n_groups = k.shape[1]
     if n_queries == 1 and n_groups < n_heads and not plan.is_causal:

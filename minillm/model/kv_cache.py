@@ -22,6 +22,8 @@ class KVCache:
             autocast it is not the weights'.
     """
 
+    page_groups = None  # keys lie in one piece per row; an engine's lie in pages (``minillm/serving/cache.py``)
+
     def __init__(
         self,
         config: ModelConfig,
@@ -110,6 +112,12 @@ class KVCache:
         """Count the stored tokens: the forward pass is over."""
         self.lengths = self.lengths + self._added
         self.longest = self._next_longest
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens of each row; rows of different lengths cannot be rewound."""
+        assert not self.ragged
+        assert length <= self.longest
+        self.lengths, self.longest = torch.full_like(self.lengths, length), length
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (indices, in the order given), e.g. those not finished yet."""

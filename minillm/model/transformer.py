@@ -137,7 +137,7 @@ class Transformer(nn.Module):
                 one document. With a cache they only mark padding, which stands on the right.
             document_bounds: (n + 1,) int32, where each run of equal ``document_ids`` begins in the flattened batch, and
                 its end (``minillm.data.batches.document_bounds``): on a GPU attention then needs no mask. Optional.
-            cache: filled and advanced by the new tokens.
+            cache: filled and advanced by the new tokens; a ``KVCache``, or an engine's ``PagedCache``.
             head: takes the hidden states (B, T, D) and the output weight (V, D), or logits (B, T, V) and None where
                 the output layer has an adapter. A loss given so runs inside this forward, where DDP, FSDP and ZeRO
                 see its use of the weight.

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "training": {"kernels", "model", "losses", "data", "distributed", "checkpoints", "objectives", "reports"},
     "cli": {"config", "losses", "lora", "tokenizer", "data", "distributed", "hub", "checkpoints"},
     "export": {"tokenizer", "hub"},
+    "serving": {"config", "kernels", "model", "tokenizer", "data", "inference", "lora", "hub"},
     "evaluation": {"model", "losses", "tokenizer", "data", "inference", "hub", "cli"},
     "compare": {"reports"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},

@@ -114,21 +114,9 @@ def load_lora(
             layers that the model does not have, or of other shapes; made for another model; not finite.
     """
     path = Path(path)
-    config, tensors = read_adapter(path)
-    _check_finite(tensors, f"the adapter {path}", "take one from a checkpoint before it")
-    tensors = {name: tensor / _stored_scale(model, name) for name, tensor in tensors.items()}
-    names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".A", ".B", ".magnitude"))})
-    adapter = Adapter(config=config, names=names, tensors=tensors)
-    _check_fit(model, adapter, path)
-    try:
-        check_layer_kinds(dict(model.named_modules()), names, config)
-        whole = whole_names(model, config, names)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if missing := whole - set(tensors):
-        raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
-    if not any_base and path.is_dir():
-        check_base(model, path, names)
+    adapter = read_fitting_adapter(model, path, any_base=any_base)
+    config, names, tensors = adapter.config, adapter.names, adapter.tensors
+    whole = whole_names(model, config, names)
     is_first = getattr(model, "lora_adapters", None) is None
     if is_first:
         model.lora_adapters = Adapters()
@@ -147,6 +135,26 @@ def load_lora(
         raise
     adapters.stored[adapter_name] = adapter
     set_adapter(model, adapter_name)
+
+
+def read_fitting_adapter(model: nn.Module, path: Path, *, any_base: bool = False) -> Adapter:
+    """Return an adapter on disk that fits ``model``, which stays as it is; errors as in ``load_lora``."""
+    config, tensors = read_adapter(path)
+    _check_finite(tensors, f"the adapter {path}", "take one from a checkpoint before it")
+    tensors = {name: tensor / _stored_scale(model, name) for name, tensor in tensors.items()}
+    names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".A", ".B", ".magnitude"))})
+    adapter = Adapter(config=config, names=names, tensors=tensors)
+    _check_fit(model, adapter, path)
+    try:
+        check_layer_kinds(dict(model.named_modules()), names, config)
+        whole = whole_names(model, config, names)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if missing := whole - set(tensors):
+        raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])}, which its configuration says it trains")
+    if not any_base and path.is_dir():
+        check_base(model, path, names)
+    return adapter
 
 
 def as_difference(adapter: Adapter, model: nn.Module) -> Adapter:
