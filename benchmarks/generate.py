@@ -4,14 +4,16 @@
 
 Random weights, the same on both sides, prompts of one length (transformers would pad others). The sides take turns; a
 ratio is the median of the rounds' own ratios, above 1 where ours is faster. ``engine`` is the serving engine with all
-requests at once. The last column is the share of the memory bandwidth that batch 1 of ``generate`` reaches: bytes of
-the weights read per second, over what a plain sum over a large array reads on this machine, in the same process.
+requests at once, ``compiled`` the same with compiled decode steps (the compilation is not timed). The last column is
+the share of the memory bandwidth that batch 1 of ``generate`` reaches: bytes of the weights read per second, over what
+a plain sum over a large array reads on this machine, in the same process.
 """
 
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -46,6 +48,8 @@ class Arguments:
     """Threads of torch."""
     dtype: str = "float32"
     """Of weights and cache: float32 or bfloat16."""
+    compile: bool = True
+    """A fourth side: the engine with compiled decoding (the compilation is not timed)."""
     output: str = "out/benchmarks/generate.json"
     """JSON file for the figures (empty: none)."""
 
@@ -80,9 +84,13 @@ def sides(args: Arguments, model: Transformer, prompts: list[list[int]]) -> dict
         )  # fmt: skip
         return out[:, ids.shape[1] :].tolist()
 
-    def engine() -> list[list[int]]:
-        pages = len(prompts) * -(-(args.prompt_len + n) // 16)
-        engine = Engine(model, n_pages=pages, max_batch=len(prompts), max_batch_tokens=4096)
+    pages = len(prompts) * -(-(args.prompt_len + n) // 16)
+    engines = {
+        name: Engine(model, n_pages=pages, max_batch=len(prompts), max_batch_tokens=4096, compile=name == "compiled")
+        for name in ("engine", "compiled")[: 1 + args.compile]
+    }
+
+    def answer(engine: Engine) -> list[list[int]]:
         requests = [engine.submit(prompt, max_new_tokens=n, eos_token_id=()) for prompt in prompts]
         engine.run()
         return [request.new_ids for request in requests]
@@ -90,7 +98,7 @@ def sides(args: Arguments, model: Transformer, prompts: list[list[int]]) -> dict
     return {
         "transformers": transformers_generate,
         "generate": lambda: generate(model, prompts, max_new_tokens=n, temperature=0, eos_token_id=()),
-        "engine": engine,
+        **{name: partial(answer, engine) for name, engine in engines.items()},
     }
 
 

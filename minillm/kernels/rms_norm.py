@@ -14,6 +14,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> T
     # On CUDA the plain expression is one kernel, and the compiler makes one of it.
     if x.device.type == "cuda" or torch.compiler.is_compiling():
         return plain(x, weight, eps, out_dtype)
+    if not torch.is_grad_enabled():  # nothing is kept; an autograd function would cost as much as the norm of one token
+        return _scaled(x, weight, eps, out_dtype)[0]
     return _RMSNorm.apply(x, weight, eps, out_dtype)
 
 
@@ -21,6 +23,15 @@ def plain(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tens
     """Return the same by torch's own function."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(out_dtype)
+
+
+def _scaled(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the same, and the factor r of each vector, (N, 1)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, D)
+    mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # (N, 1)
+    scale = mean_square.add_(eps).rsqrt_()
+    return torch.mul(flat, scale).mul_(weight).to(out_dtype).view(x.shape), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -33,12 +44,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, out_dtype):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, D)
-        mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # (N, 1)
-        scale = mean_square.add_(eps).rsqrt_()
+        normed, scale = _scaled(x, weight, eps, out_dtype)
         ctx.save_for_backward(x, weight, scale)
-        return torch.mul(flat, scale).mul_(weight).to(out_dtype).view(x.shape)
+        return normed
 
     @staticmethod
     @once_differentiable

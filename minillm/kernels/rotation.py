@@ -11,7 +11,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return ``x`` (B, T, H, K) with its pairs (i, i + R/2) turned by angles of cos and sin (B or 1, T, 1, R/2)."""
     if torch.compiler.is_compiling():  # the compiler fuses the plain expression, forward and backward
         return plain(x, cos, sin)
-    return _Rotation.apply(x, cos, sin)
+    return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin)
 
 
 def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

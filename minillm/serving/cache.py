@@ -50,8 +50,11 @@ class PagedCache:
     def _new(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return tuple(torch.zeros(self._shape, device=device, dtype=dtype) for _ in range(2))
 
-    def plan(self, chunks: Sequence[Chunk]) -> Tensor:
+    def plan(self, chunks: Sequence[Chunk], *, n_pages: int = 1) -> Tensor:
         """Plan one forward pass; return its tokens, (1, N): the chunks one behind the other.
+
+        Args:
+            n_pages: attention reads at least so many pages per request.
 
         Afterwards ``position_ids`` is (1, N), and ``ends`` (chunks,) says where in the row each chunk's last token is.
         """
@@ -67,15 +70,27 @@ class PagedCache:
         self._slots = torch.tensor(slots, device=self.device)  # (N,)
         self.ends = torch.tensor(starts[1:], device=self.device) - 1
         if all(length == 1 for length in lengths):
-            self.page_groups = [self._group(chunks, None)]
+            self.page_groups = [self._group(chunks, None, n_pages)]
         else:
-            self.page_groups = [self._group([chunks[i] for i in rows], [starts[i] for i in rows])
-                                for rows in _alike(chunks)]  # fmt: skip
+            self.page_groups = [
+                self._group([chunks[i] for i in rows], [starts[i] for i in rows], n_pages) for rows in _alike(chunks)
+            ]
         return torch.tensor([[token for chunk in chunks for token in chunk.ids]], device=self.device)
 
-    def _group(self, chunks: Sequence[Chunk], starts: list[int] | None) -> PageGroup:
+    @property
+    def planned(self) -> tuple[Tensor, ...]:
+        """Return (or set) all tensors of the plan of a pass with one token per request, but for the tokens."""
+        (group,) = self.page_groups
+        return self.position_ids, self._slots, group.pages, group.mask
+
+    @planned.setter
+    def planned(self, tensors: tuple[Tensor, ...]) -> None:
+        self.position_ids, self._slots, pages, mask = tensors
+        self.page_groups = [PageGroup(None, None, pages, mask)]
+
+    def _group(self, chunks: Sequence[Chunk], starts: list[int] | None, n_pages: int) -> PageGroup:
         """Return the group of these chunks, which begin at ``starts`` in the row; None: one token each, in order."""
-        n_pages = max(-(-(chunk.start + len(chunk.ids)) // self.page_len) for chunk in chunks)
+        n_pages = max(n_pages, *(-(-(chunk.start + len(chunk.ids)) // self.page_len) for chunk in chunks))
         pages = torch.tensor([[*chunk.pages[:n_pages], *[0] * (n_pages - len(chunk.pages))] for chunk in chunks])
         lengths = torch.tensor([len(chunk.ids) for chunk in chunks])
         steps = torch.arange(int(lengths.max())).minimum(lengths[:, None] - 1)  # (b, T), the last one repeated

@@ -26,7 +26,8 @@ from minillm.inference.sampling import SamplingOptions, row_uniforms
 from minillm.inference.text import check_stop
 from minillm.serving.adapters import ServedAdapters
 from minillm.serving.cache import Chunk, PagedCache
-from minillm.serving.pages import PagePool
+from minillm.serving.decode import CompiledDecode, RecordedDecode
+from minillm.serving.pages import SCRATCH, PagePool
 from minillm.serving.request import MAX_LOGPROBS, LogProb, Piece, QueueFullError, Request, log_prob
 from minillm.serving.scheduler import Scheduler, Share
 from minillm.serving.speculate import Drafter, DraftModel, check_draft, n_uniforms
@@ -69,6 +70,8 @@ class Engine:
         max_queue: most requests that wait; None: any number.
         drafter: guesses tokens that the model then checks together (``speculate.py``); None: one token per step.
         autocast: makes the context of each forward pass (``minillm.precision.autocast``).
+        compile: make steps without prompts faster (``decode.py``): on a CPU they are compiled, which takes a minute
+            when the first ones come; on a CUDA device they are recorded as graphs. Steps with adapters or drafts are not.
 
     Attributes:
         stats: a :class:`Stats`.
@@ -86,6 +89,7 @@ class Engine:
         max_queue: int | None = None,
         drafter: Drafter | None = None,
         autocast: Callable = contextlib.nullcontext,
+        compile: bool = False,
     ):
         for name, value in (("max_batch", max_batch), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
@@ -115,6 +119,9 @@ class Engine:
             share_prefixes=not is_alone,
             propose=drafter.propose if drafter is not None else None,
         )
+        self._decode = None
+        if compile:
+            self._decode = (RecordedDecode if self.device.type == "cuda" else CompiledDecode)(self._decode_logits)
         self.stats = Stats(n_pages=n_pages)
         self._n_requests = 0
         self._count()
@@ -229,6 +236,8 @@ class Engine:
             request = share.request
             ids = [*request.ids[request.n_stored : share.end], *share.draft.ids]
             chunks.append(Chunk(ids, request.n_stored, [page.number for page in request.pages]))
+        if self._can_decode(shares, chunks):
+            return self._decoded(chunks)
         tokens = self.cache.plan(chunks)  # (1, N)
         rows = [
             end - back
@@ -245,6 +254,25 @@ class Engine:
         lengths = [(share.request.adapter, len(chunk.ids)) for share, chunk in zip(shares, chunks, strict=True)]
         with evaluating(self.model), uncompiled(), self.autocast(), self.adapters.active(lengths):
             return self.model(tokens, cache=self.cache, head=head)
+
+    def _can_decode(self, shares: Sequence[Share], chunks: Sequence[Chunk]) -> bool:
+        """Return whether a step is one token per request, without anything special."""
+        is_plain = self._decode is not None and not self.adapters.layers
+        return is_plain and all(
+            share.is_last and len(chunk.ids) == 1 for share, chunk in zip(shares, chunks, strict=True)
+        )
+
+    def _decoded(self, chunks: list[Chunk]) -> Tensor:
+        """Return the logits (N, V) behind chunks of one token; the batch is filled up with tokens of nobody."""
+        n_needed = max(self.pool.n_needed(chunk.start + 1) for chunk in chunks)
+        n_requests, n_pages = self._decode.shape(len(chunks), n_needed)
+        filled = [*chunks, *[Chunk([0], 0, [SCRATCH])] * (n_requests - len(chunks))]
+        tokens = self.cache.plan(filled, n_pages=n_pages)
+        with evaluating(self.model), self.autocast():
+            return self._decode(self.cache, tokens)[: len(chunks)]
+
+    def _decode_logits(self, cache: PagedCache, tokens: Tensor) -> Tensor:
+        return self.model(tokens, cache=cache, head=_all_logits)
 
     def _advance(self, shares: Sequence[Share], logits: Tensor) -> list[Piece]:
         """Give each share's request its next tokens; free the pages of those that end."""
@@ -313,3 +341,8 @@ class Engine:
     def _count(self) -> None:
         self.stats.n_free_pages, self.stats.n_preempted = self.pool.n_free, self.scheduler.n_preempted
         self.stats.n_running, self.stats.n_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+
+
+def _all_logits(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
+    """Return the logits (N, V) of all tokens (1, N)."""
+    return hidden[0] if output_weight is None else torch.nn.functional.linear(hidden[0], output_weight)

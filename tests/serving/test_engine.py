@@ -1,6 +1,7 @@
 """The engine against ``generate``: whoever else runs, a request's answer is its own."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from minillm.inference import SamplingOptions, complete, generate, stream
 from minillm.lora import apply_lora, save_lora
 from minillm.model import Transformer
 from minillm.serving import DraftModel, Engine, PromptLookup, QueueFullError
+from minillm.serving.decode import RecordedDecode
 from minillm.tokenizer import train_bpe
 
 GREEDY = SamplingOptions(temperature=0)
@@ -296,3 +298,33 @@ def test_the_model_stays_in_training_mode_between_steps(model):
     engine.step()
     assert model.training
     model.eval()
+
+
+def test_steps_that_are_filled_up_give_the_same_ids(model):
+    class Filled:
+        """What a GPU's recorded steps ask for, run as it is."""
+
+        shape = RecordedDecode.shape
+
+        def __call__(self, cache, tokens):
+            planned = tuple(tensor.clone() for tensor in cache.planned)
+            cache.planned = planned
+            shapes.add((tokens.shape[1], cache.page_groups[0].pages.shape[1]))
+            return engine._decode_logits(cache, tokens)
+
+    shapes = set()
+    engine = Engine(model, n_pages=20, page_len=4, max_batch=6, max_batch_tokens=16)
+    engine._decode = Filled()
+    traffic(engine, model, n=60, seed=4)
+    assert len(shapes) > 4
+    assert all(number & (number - 1) == 0 for shape in shapes for number in shape)
+
+
+def test_compiled_decoding(model, monkeypatch):
+    # The graph is the compiler's; the code that it makes of it takes a minute, and kernels/test_compiled.py compares it.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    engine = Engine(model, page_len=4, compile=True)
+    requests = [engine.submit(prompt, max_new_tokens=12) for prompt in ([5, 9, 2], [7], [11, 3, 8, 60, 1])]
+    engine.run()
+    for request in requests:
+        assert request.new_ids == alone(model, list(request.prompt_ids), 12)

@@ -59,7 +59,7 @@ def test_sampled_answers_follow_the_models_distribution(kind):
     prompt = [1, 2, 3, 1, 2]
     drafter = PromptLookup(n_match=1, n_draft=2) if kind == "lookup" else DraftModel(smaller, n_draft=2)
     engine = Engine(model, page_len=4, n_pages=400, max_batch=100, max_batch_tokens=1000, drafter=drafter)
-    n, options = 1000, SamplingOptions(temperature=0.9)
+    n, options = 500, SamplingOptions(temperature=0.9)
     settings = {"max_new_tokens": 3, "sampling": options, "eos_token_id": ()}
     requests = [engine.submit(prompt, seed=seed, **settings) for seed in range(n)]
     engine.run()
