@@ -71,7 +71,7 @@ class Engine:
         drafter: guesses tokens that the model then checks together (``speculate.py``); None: one token per step.
         autocast: makes the context of each forward pass (``minillm.precision.autocast``).
         compile: make steps without prompts faster (``decode.py``): on a CPU they are compiled, which takes a minute
-            when the first ones come; on a CUDA device they are recorded as graphs. Steps with adapters or drafts are not.
+            when the first ones come; on a CUDA device they are recorded as graphs. Not so with adapters or drafts.
 
     Attributes:
         stats: a :class:`Stats`.
