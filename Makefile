@@ -95,6 +95,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/plan_memory.py
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/serve.py
 
 clean:
 	rm -rf $(DEMO) $(DATA) .pytest_cache .ruff_cache build *.egg-info

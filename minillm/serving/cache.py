@@ -85,6 +85,7 @@ class PagedCache:
 
     @planned.setter
     def planned(self, tensors: tuple[Tensor, ...]) -> None:
+        """Put other tensors of the same shapes in their place."""
         self.position_ids, self._slots, pages, mask = tensors
         self.page_groups = [PageGroup(None, None, pages, mask)]
 
