@@ -13,6 +13,7 @@ from minillm.config import ModelConfig
 from minillm.evaluation import measure
 from minillm.hub.huggingface import save_model
 from minillm.inference import generate
+from minillm.inference.chat import model as chat_model
 from minillm.model import Transformer
 from minillm.tokenizer import encode_chat, train_bpe
 from tests.evaluation.suite_files import make_originals
@@ -280,13 +281,13 @@ def test_without_a_terminal_questions_come_from_standard_input(run, monkeypatch)
 @pytest.fixture
 def prompts_seen(monkeypatch):
     """Record the conversations that the script encodes."""
-    seen, encode = [], eval_model.encode_chat
+    seen, encode = [], chat_model.encode_chat
 
     def spy(tokenizer, messages, **options):
         seen.append([message["content"] for message in messages])
         return encode(tokenizer, messages, **options)
 
-    monkeypatch.setattr(eval_model, "encode_chat", spy)
+    monkeypatch.setattr(chat_model, "encode_chat", spy)
     return seen
 
 
@@ -324,7 +325,7 @@ def test_interrupting_an_answer_ends_only_the_answer(run, monkeypatch):
         yield "he"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minillm.inference.chat.stream", interrupted)
+    monkeypatch.setattr("minillm.inference.chat.session.stream", interrupted)
     code, shown, _ = run(questions=["hello", "again"])
     assert code == 0
     assert shown.count("he\n") == 2
