@@ -111,7 +111,7 @@ def load_conversation(path: Path, *, line: int | None = None) -> tuple[Conversat
 
     Args:
         path: a file of conversations in any form that training reads.
-        line: which one: its line, or its index in a JSON array; None: the last.
+        line: which one: its line, or its number in a JSON array, from 1; None: the last.
 
     Raises:
         UserError: the file cannot be read, has no such line, or what stands there is not a conversation.

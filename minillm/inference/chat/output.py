@@ -17,7 +17,7 @@ class ShownAnswer:
     """An answer after it was shown."""
 
     text: str
-    """All of it, including what was not shown."""
+    """All of it, with the thinking that was not shown."""
     completion: Completion | None
     """None: Ctrl-C stopped it."""
     seconds: float
@@ -46,7 +46,7 @@ def show_answer(pieces: Generator[str, None, Completion], view: ThinkingView | N
     seconds = time.perf_counter() - start
     print(view.finish() if view else "")
     return ShownAnswer(
-        text="".join(texts),
+        text="".join(texts).replace("\0", ""),  # a byte that a model may choose, but that no text may have
         completion=completion,
         seconds=seconds,
         first_seconds=seconds if first_seconds is None else first_seconds,

@@ -125,8 +125,7 @@ class ChatSession:
         view = None if chat_model.completes_text else ThinkingView(self.thinking, opened=opened)
         answer = show_answer(pieces, view)
         print(dim(self._outcome(answer)))
-        text = answer.text.replace("\0", "")  # a byte that a model may choose, but no text
-        message = {"role": "assistant", "content": opened + text if text.strip() else ""}
+        message = {"role": "assistant", "content": opened + answer.text if answer.text.strip() else ""}
         if answer.completion is None or answer.completion.finish_reason == "length":
             self._is_cut, message["content"] = True, close_tags(message["content"])
         if answer.completion is None:

@@ -57,7 +57,7 @@ def test_thinking_on_off_and_how_it_is_shown(talk):
         yield from ["<think>", "hm", "</think>", "8"]
 
     lines = ["/think hide", "1", "/think on", "2", "/think off", "3", "/think", "/think plain", "4"]
-    done = talk(*lines, answer=answer)
+    done = talk(*lines, answer=answer, model=FakeModel(n_positions=200))
     assert done.model.starts == ["", "", "<think></think>", ""]
     answers = done.out.split("tokens in")
     assert ["hm" in text for text in answers[:4]] == [False, True, True, True]
@@ -233,7 +233,7 @@ def test_all_forms_that_training_reads_can_be_loaded(talk, tmp_path):
     ]  # fmt: skip
     path = tmp_path / "a.json"
     path.write_text(json.dumps(records))
-    lines = [line for number in range(4) for line in (f"/load {path} {number}", "r")]
+    lines = [line for number in range(1, 5) for line in (f"/load {path} {number}", "r")]
     done = talk(*lines, f"/save {tmp_path / 'b.jsonl'}")
     assert done.err == ""
     hidden = "<think>\n\n</think>\na"
@@ -260,7 +260,7 @@ GOOD = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assi
     [
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b"{", "no usable record"),
-        ("a.jsonl", b'{"messages": []}', "the conversation is empty"),
+        ("a.jsonl", b'{"messages": []}', "at least one entry"),
         ("a.jsonl", b'{"text": "a"}', "line 1 is a text record, not a conversation"),
         ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "is a preference record"),
         ("a.jsonl", f"{GOOD}\n{GOOD[:-5]}\n".encode(), "line 2: "),  # the last one is meant, not the one before

@@ -188,7 +188,7 @@ def test_tool_results_are_part_of_the_exchange(talk, says):
     done = talk("2+2", "why", answer=says("call", "four", "so", "yes"), respond=with_a_tool, history_turns=1)
     assert done.asked[1] == ["2+2", "call", "4"]
     assert done.asked[2] == ["2+2", "call", "4", "four", "why"]
-    assert [content for content in done.asked[3]][-3:] == ["why", "so", "4"]
+    assert done.asked[3][-3:] == ["why", "so", "4"]
 
 
 def test_thoughts_stay_between_a_tool_and_its_answer(talk, says):
