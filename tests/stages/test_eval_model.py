@@ -296,7 +296,7 @@ def test_chat_remembers_clears_and_ends(run, prompts_seen):
     argv = ("--history_turns", 1, "--max_new_tokens", 3, "--temperature", 0, "--system", "be kind")
     code, shown, _ = run(*argv, questions=questions)
     assert code == 0
-    assert shown.count("tokens/s]") == 4
+    assert shown.count("tokens/s,") == 4
     assert [messages[0] for messages in prompts_seen] == ["be kind"] * 4
     assert [messages[-1] for messages in prompts_seen] == ["one", "two", "three", "four"]
     assert [len(messages) for messages in prompts_seen] == [2, 4, 4, 2]
@@ -310,7 +310,7 @@ def test_chat_forgets_what_does_not_fit_and_survives_a_long_question(run, prompt
     assert "500" not in shown
     assert "error: " in err
     assert "128 positions" in err
-    assert shown.count("tokens/s]") == 3
+    assert shown.count("tokens/s,") == 3
     assert ["b" * 30] in prompts_seen  # 30 + 30 and an answer do not fit
 
 
@@ -334,7 +334,7 @@ def test_interrupting_an_answer_ends_only_the_answer(run, monkeypatch):
 def test_completion_mode_streams_plain_text(run, prompts_seen):
     code, shown, _ = run("--model_mode", 0, "--max_new_tokens", 3, questions=["once", "twice"])
     assert code == 0
-    assert shown.count("tokens/s]") == 2
+    assert shown.count("tokens/s,") == 2
     assert prompts_seen == []
 
 

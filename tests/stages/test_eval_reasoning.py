@@ -102,7 +102,7 @@ def test_a_preference_model_chats_and_answers_like_any_other(run, tmp_path):
     assert set(results["prompts"][0]) == {"prompt", "answer", "finish_reason", "n_tokens"}
     code, shown, _, _ = run("--model_mode", 2, *GREEDY, questions=["hello"])
     assert code == 0
-    assert "tokens/s]" in shown
+    assert "tokens/s," in shown
 
 
 def test_tasks_with_thinking_and_without(run, out, tokenizer, tmp_path):

@@ -262,7 +262,7 @@ def test_pipes_have_no_history_and_no_codes(python, tmp_path):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Two tiny models that never end an answer, and an adapter. Every byte is a token, so a Chinese character is three."""
+    """Two tiny models that never end an answer, and an adapter. Every byte is a token: Chinese characters are three."""
     directory = tmp_path_factory.mktemp("out")
     tokenizer = train_bpe(iter(["a"]), vocab_size=267)
     shape = {"vocab_size": 267, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
