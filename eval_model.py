@@ -40,7 +40,7 @@ from minillm.evaluation.measure import (
 from minillm.evaluation.sample_answers import write_whole
 from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions, complete
-from minillm.inference.chat import ChatModel, chat, speed
+from minillm.inference.chat import ChatModel, ChatSession, chat, speed
 from minillm.inference.thinking import ThinkingView
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         write_whole(Path(args.output), json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     if prompts or measures or not sys.stdin.isatty():
         return
-    chat(
+    session = ChatSession(
         chat_model,
         load=lambda name, lora_name: open_chat_model(replace(args, from_weight=name, lora_name=lora_name)),
         history_turns=args.history_turns if args.model_mode else 0,
@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         system=args.system if args.model_mode else "",
         **options,
     )
+    del model, chat_model  # /model and /lora free the memory of the old model
+    chat(session)
 
 
 def open_chat_model(args: EvalArguments) -> ChatModel:

@@ -9,6 +9,7 @@ import sys
 from tqdm import tqdm
 
 BOLD, DIM, BLACK_ON_GREEN, RESET = "\x1b[1m", "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
+ERASE_LINE = "\r\x1b[K"
 
 
 def use_colour(stream=None) -> bool:

@@ -87,28 +87,27 @@ def _think(session: ChatSession, argument: str) -> str:
     if not session.thinks:
         return "thinking: off, answers begin with an empty think block"
     shown = {"dim": "shown dimmed", "plain": "shown like the answer", "hide": "not shown"}[session.thinking]
-    return f"thinking: on if the model was trained to, {shown}"
+    return f"thinking: {shown}"
 
 
 def _model(session: ChatSession, argument: str) -> str:
-    if argument:
-        _switch(session, argument, "")
-    return _describe(session)
+    return _switch(session, argument, "") if argument else _describe(session)
 
 
 def _lora(session: ChatSession, argument: str) -> str:
-    if argument:
-        _switch(session, session.chat_model.name, "" if argument.lower() == OFF else argument)
-    return _describe(session)
+    if not argument:
+        return _describe(session)
+    return _switch(session, session.chat_model.name, "" if argument.lower() == OFF else argument)
 
 
-def _switch(session: ChatSession, name: str, lora_name: str) -> None:
-    """Load another model and use it from now on; after an error the old one stays."""
+def _switch(session: ChatSession, name: str, lora_name: str) -> str:
+    """Load another model, which says what it is, and use it from now on; after an error the old one stays."""
     try:
         session.chat_model = session.load(name, lora_name)
     except UserError as error:
         message = str(error).replace("--from_weight", "/model").replace("--lora_name", "/lora")
         raise UserError(f"{message}; still {_describe(session)}") from None
+    return "the conversation goes on; /reset forgets it" if session.conversation.exchanges else ""
 
 
 def _describe(session: ChatSession) -> str:

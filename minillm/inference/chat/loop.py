@@ -5,20 +5,15 @@ import sys
 from minillm.errors import UserError
 from minillm.inference.chat.commands import ALIASES, COMMANDS, run_command
 from minillm.inference.chat.lines import LineReader
-from minillm.inference.chat.model import ChatModel
 from minillm.inference.chat.session import ChatSession
 from minillm.terminal import dim
 
 
-def chat(chat_model: ChatModel, **options) -> None:
+def chat(session: ChatSession) -> None:
     """Read questions and commands, and stream answers, until ``/quit`` or the end of the input.
 
     Ctrl-C during an answer ends only this answer. At the prompt it drops the line; twice in a row it ends the chat.
-
-    Args:
-        options: of :class:`~minillm.inference.chat.session.ChatSession`.
     """
-    session = ChatSession(chat_model, **options)
     reader = LineReader([*COMMANDS, *ALIASES])
     print(dim("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat."))
     was_interrupted = False

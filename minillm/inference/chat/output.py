@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from minillm.inference.generate import Completion
 from minillm.inference.thinking import ThinkingView
+from minillm.terminal import ERASE_LINE, dim, use_colour
 
 # A model of bytes may choose any of them: a terminal would obey some, and move the cursor or change its colours.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -30,6 +31,8 @@ def show_answer(pieces: Generator[str, None, Completion], view: ThinkingView | N
     texts: list[str] = []
     start = time.perf_counter()
     first_seconds, completion = None, None
+    hides = view is not None and view.mode == "hide" and use_colour()
+    is_waiting = False  # a note stands where the answer will begin
     try:
         while completion is None:
             try:
@@ -40,11 +43,17 @@ def show_answer(pieces: Generator[str, None, Completion], view: ThinkingView | N
             if first_seconds is None:
                 first_seconds = time.perf_counter() - start
             piece = _CONTROL.sub("\ufffd", texts[-1])
-            print(view.push(piece) if view else piece, end="", flush=True)
+            piece = view.push(piece) if view else piece
+            if piece:
+                piece = ERASE_LINE + piece if is_waiting else piece
+                hides = is_waiting = False
+            elif hides and not is_waiting:
+                piece, is_waiting = dim("thinking…"), True
+            print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pieces.close()
     seconds = time.perf_counter() - start
-    print(view.finish() if view else "")
+    print((ERASE_LINE if is_waiting else "") + (view.finish() if view else ""))
     return ShownAnswer(
         text="".join(texts).replace("\0", ""),  # a byte that a model may choose, but that no text may have
         completion=completion,

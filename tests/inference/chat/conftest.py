@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from minillm.errors import UserError
-from minillm.inference.chat import chat, session
+from minillm.inference.chat import ChatSession, chat, session
 
 
 class FakeModel:
@@ -61,7 +61,7 @@ def talk(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(builtins, "input", read)
         monkeypatch.setattr(session, "stream", stream)
         options |= {"history_turns": history_turns, "max_new_tokens": max_new_tokens, "load": load}
-        chat(model, **options)
+        chat(ChatSession(model, **options))
         shown = capsys.readouterr()
         return SimpleNamespace(model=model, asked=model.asked, calls=calls, out=shown.out, err=shown.err)
 

@@ -99,9 +99,10 @@ def test_another_model_goes_on_with_the_conversation(talk):
 
 def test_the_adapter_is_shown(talk):
     load = FakeModel
-    done = talk("/lora cooking:0.5", "/lora", "/model b", load=load)
-    assert done.out.count("model: small, adapter: cooking:0.5\n") == 2
-    assert "model: b, no adapter" in done.out
+    done = talk("/lora cooking:0.5", "/lora", "/model b", "/model", load=load)
+    assert done.out.count("model: small, adapter: cooking:0.5\n") == 1
+    assert done.out.count("model: b, no adapter\n") == 1
+    assert "the conversation goes on" not in done.out
 
 
 @pytest.mark.parametrize("error", [UserError("no weights 'x'; give --from_weight or --lora_name"), KeyboardInterrupt()])

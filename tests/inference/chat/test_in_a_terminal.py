@@ -34,7 +34,7 @@ PROGRAM = """
 import time
 from types import SimpleNamespace
 from minillm.errors import script
-from minillm.inference.chat import chat, session
+from minillm.inference.chat import ChatSession, chat, session
 from tests.inference.chat.conftest import FakeModel
 
 def stream(model, ids, **options):
@@ -58,7 +58,7 @@ def encode(messages, **options):
 
 model = FakeModel(n_positions=10**6)
 model.encode, session.stream = encode, stream
-main = lambda argv=None: chat(model, load=None, history_turns=3, max_new_tokens=5)
+main = lambda argv=None: chat(ChatSession(model, load=None, history_turns=3, max_new_tokens=5))
 script(main)()
 """
 
@@ -234,6 +234,16 @@ def test_colours(chat, variables, has_colour):
         assert "\x1b" not in terminal.screen
 
 
+def test_a_note_stands_in_for_hidden_thinking(chat):
+    terminal = chat()
+    terminal.ask("/think hide")
+    answer = terminal.ask("think")
+    assert "thinking…said" in answer
+    assert "a thought" not in answer
+    assert "thinking…\x1b[0m\r\x1b[Ksaid" in terminal.screen
+    assert "thinking…" not in chat(NO_COLOR="1").ask("think")
+
+
 def test_a_cache_that_cannot_be_written_costs_only_the_history(chat, tmp_path):
     (tmp_path / "file").write_text("")
     terminal = chat(XDG_CACHE_HOME=str(tmp_path / "file"))
@@ -285,11 +295,12 @@ def test_eval_model_opens_a_chat(start, out, tmp_path):
         r"\[\d+ tokens in [\d.]+ s, \d+ tokens/s, first after \d+ ms; cut at --max_new_tokens 60\]\n\n> $", answer
     )
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", terminal.text)
-    assert "rlhf_32, no adapter" in terminal.ask("/model rlhf")
+    assert "rlhf_32: parameters" in terminal.ask("/model rlhf")
     assert "in " + str(out) in terminal.ask("/model nothing")
-    assert "adapter: cooking" in terminal.ask("/lora cooking")
+    assert "cooking_32: parameters" in terminal.ask("/lora cooking")
+    assert "rlhf_32, adapter: cooking" in terminal.ask("/lora")
     assert "still model" in terminal.ask("/lora baking")
-    assert "no adapter" in terminal.ask("/lora off")
+    assert "rlhf_32: parameters" in terminal.ask("/lora off")
     assert "tokens" in terminal.ask("/retry")
     assert "system message: be kind" in terminal.ask("/system be kind")
     assert "saved 1 answer" in terminal.ask(f"/save {tmp_path / 'chat.jsonl'}")

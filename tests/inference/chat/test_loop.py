@@ -159,6 +159,13 @@ def test_a_reasoning_chat_shows_and_remembers_the_answer(talk, says):
     assert opened.asked[1][1] == "<think>\n\n</think>8"
 
 
+def test_a_note_never_stands_within_an_answer(talk, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "\na b\n" in talk("one", answer=lambda: ["a", " ", "", "b"], thinking="hide").out
+    stopped_thinking = talk("one", answer=lambda: ["<think>", "hm"], thinking="hide").out
+    assert f"{DIM}thinking…{PLAIN}\r\x1b[K\n" in stopped_thinking
+
+
 def test_text_is_shown_and_kept_as_it_is(talk, says):
     done = talk("one", answer=says(REASONED), model=FakeModel(completes_text=True))
     assert f"\n{REASONED}\n[3" in done.out
