@@ -29,7 +29,7 @@ class ChatSession:
     """A chat without its prompt: it answers questions and prints the answers.
 
     Args:
-        load: returns the ``ChatModel`` of a name and a name of adapters, for ``/model`` and ``/lora``; prints what it is.
+        load: returns the ``ChatModel`` of a name and of a name of adapters, and prints both.
         history_turns: number of earlier questions and answers that stay in the prompt. The oldest ones are left out if
             the prompt and an answer exceed the model's positions.
         max_new_tokens: longest answer.

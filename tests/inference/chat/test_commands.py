@@ -219,6 +219,8 @@ def test_a_loaded_chat_goes_on(talk, tmp_path):
     assert "loaded 1 answer from" in done.out
     assert done.asked[1:] == [["three", "ok", "four"], ["s", "one", "ok", "two"]]
     assert len(lines_of(path)) == 3  # what was loaded stays in its own line
+    talk("five", f"/save {path}", f"/load {path}", "six", f"/save {path}")
+    assert [len(record["messages"]) for record in lines_of(path)[3:]] == [2, 4]
 
 
 def test_all_forms_that_training_reads_can_be_loaded(talk, tmp_path):

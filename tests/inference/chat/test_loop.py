@@ -1,5 +1,7 @@
 """The conversation at the prompt: what the model is given, what is kept, how it ends."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from minillm.data import read_records
@@ -81,6 +83,24 @@ def test_ctrl_c_ends_the_answer_only_and_keeps_what_was_said(talk):
     assert closed == [True, True]
     assert done.out.count("hal\n[stopped") == 2
     assert "tokens/s" not in done.out  # an answer that was stopped says nothing about the speed
+
+
+def test_ctrl_c_while_a_piece_is_printed_ends_the_decoding():
+    closed = []
+
+    def pieces():
+        try:
+            yield "a"
+            yield "b"
+        finally:
+            closed.append(True)
+
+    def push(piece):
+        raise KeyboardInterrupt
+
+    running = pieces()
+    answer = output.show_answer(running, SimpleNamespace(mode="plain", push=push, finish=lambda: ""))
+    assert (answer.text, answer.completion, closed) == ("a", None, [True])
 
 
 def test_ctrl_c_before_the_first_word_leaves_no_trace(talk, stopped):
