@@ -62,7 +62,9 @@ def without_thinking(text: str) -> str:
     return _THINKING.sub(NO_THOUGHTS, text)
 
 
-def close_tags(text: str) -> str:
-    """Return an answer that was cut, with its last block closed."""
+def mend_cut(text: str) -> str:
+    """Return an answer that was cut, with its last block closed, and without a tool call that is not complete."""
+    begin, tag, call = text.rpartition("<tool_call>")
+    text = begin.rstrip() if tag and "</tool_call>" not in call else text
     last_tag = (_TAG.findall(text) or [""])[-1]
     return f"{text.rstrip()}\n{last_tag.replace('<', '</')}" if last_tag in (TAGS[0], TAGS[2]) else text

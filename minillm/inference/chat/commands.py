@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.errors import UserError
-from minillm.inference.chat.conversation import load_conversation, save_conversation
+from minillm.inference.chat.conversation import Conversation, load_conversation, save_conversation
 from minillm.inference.chat.session import ChatSession
 
 OFF = "off"
@@ -61,7 +61,7 @@ def _help(session: ChatSession, argument: str) -> str:
 
 
 def _reset(session: ChatSession, argument: str) -> str:
-    session.conversation.exchanges.clear()
+    session.conversation = Conversation(system=session.conversation.system, tools=session.tools)
     session.unanswered, session.saved_line = "", b""
     return "the conversation is forgotten" + ("; the system message stays" if session.conversation.system else "")
 
@@ -134,6 +134,7 @@ def _load(session: ChatSession, argument: str) -> str:
     line = int(number) if file and number.isdecimal() and not Path(argument).expanduser().exists() else None
     path = Path(argument if line is None else file.strip()).expanduser()
     session.conversation, session.unanswered = load_conversation(path, line=line)
+    session.conversation.tools = session.conversation.tools or session.tools
     session.saved_line = b""
     message = f"loaded {_count(session)} from {path}"
     return message + ("; the last question has no answer: /retry answers it" if session.unanswered else "")

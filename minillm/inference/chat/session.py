@@ -7,22 +7,26 @@ from minillm.inference.chat.conversation import Conversation, Exchange, split_ex
 from minillm.inference.chat.model import ChatModel
 from minillm.inference.chat.output import ShownAnswer, show_answer, speed
 from minillm.inference.generate import stream
-from minillm.inference.thinking import ThinkingView, close_tags
+from minillm.inference.thinking import ThinkingView, mend_cut
 from minillm.terminal import dim
 
-Reply = Callable[[list[dict]], dict]
+Reply = Callable[..., str]  # (messages, tools=None) -> text
 
 
 class AnswerStopped(KeyboardInterrupt):
-    """Ctrl-C has stopped an answer; ``message`` is what was said until then."""
+    """Ctrl-C has stopped an answer; ``text`` is what was said until then."""
 
-    def __init__(self, message: dict):
-        self.message = message
+    def __init__(self, text: str):
+        self.text = text
 
 
 def respond_once(reply: Reply, messages: list[dict]) -> Iterable[dict]:
     """Yield the messages that follow a question: here one answer. A loop that calls tools yields their results too."""
-    yield reply(messages)
+    yield _as_message(reply(messages))
+
+
+def _as_message(text: str) -> dict:
+    return {"role": "assistant", "content": text}
 
 
 class ChatSession:
@@ -35,9 +39,9 @@ class ChatSession:
         max_new_tokens: longest answer.
         thinking: how a ``ThinkingView`` shows thinking. Earlier thoughts are never in the prompt.
         system: the system message.
-        respond: called with a function ``reply(messages) -> message``, which prints and returns one answer of the
-            model, and with the conversation up to the question; yields the messages that follow. Replace it to call
-            tools between two replies.
+        tools: functions that the model may call, in OpenAI's form; ``respond`` runs them.
+        respond: called with ``reply`` and the conversation up to the question; yields the messages that follow it, the
+            last of which is the answer. Replace it to call tools between two replies.
         options: of :func:`~minillm.inference.generate.stream`.
     """
 
@@ -50,14 +54,15 @@ class ChatSession:
         max_new_tokens: int,
         thinking: str = "dim",
         system: str = "",
+        tools: list[dict] | None = None,
         respond: Callable[[Reply, list[dict]], Iterable[dict]] = respond_once,
         **options,
     ):
         self.chat_model, self.load = chat_model, load
         self.history_turns, self.max_new_tokens, self.options = history_turns, max_new_tokens, options
         self.thinking, self.thinks = thinking, True
-        self.respond = respond
-        self.conversation = Conversation(system=system)
+        self.tools, self.respond = tools, respond
+        self.conversation = Conversation(system=system, tools=tools)
         self.unanswered = ""  # the last question, if it has no answer
         self.saved_line = b""
         self.is_over = False
@@ -77,9 +82,9 @@ class ChatSession:
             for message in self.respond(self.reply, [*self.conversation.messages, *exchange.messages]):
                 exchange.messages.append(message)
         except AnswerStopped as stopped:
-            exchange.messages.append(stopped.message)
+            exchange.messages.append(_as_message(stopped.text))
         last = exchange.messages[-1]
-        if last["role"] == "assistant" and (last.get("content") or "").strip():
+        if last["role"] != "user" and (last.get("content") or "").strip():
             exchange.is_whole = not self._is_cut
             self.conversation.exchanges.append(exchange)
             self.unanswered = ""
@@ -104,11 +109,14 @@ class ChatSession:
                 exchanges.append(replaced)
                 self.unanswered = ""
 
-    def reply(self, messages: list[dict]) -> dict:
-        """Print the model's answer to ``messages`` and its speed; return it as a message.
+    def reply(self, messages: list[dict], tools: list[dict] | None = None) -> str:
+        """Print the model's answer to ``messages`` and its speed; return its text, "" if it says nothing.
+
+        Args:
+            tools: functions that the model may call; default: those of the conversation.
 
         Raises:
-            AnswerStopped: Ctrl-C; it carries the message.
+            AnswerStopped: Ctrl-C; it carries the text.
             UserError: the prompt is too long, or its template does not accept it.
         """
         chat_model = self.chat_model
@@ -116,7 +124,7 @@ class ChatSession:
         opened = start or chat_model.opens_with
         pieces = stream(
             chat_model.model,
-            self._prompt(messages, start),
+            self._prompt(messages, tools or self.conversation.tools, start),
             tokenizer=chat_model.tokenizer,
             max_new_tokens=self.max_new_tokens,
             eos_token_id=chat_model.tokenizer.end_ids,
@@ -125,21 +133,21 @@ class ChatSession:
         view = None if chat_model.completes_text else ThinkingView(self.thinking, opened=opened)
         answer = show_answer(pieces, view)
         print(dim(self._outcome(answer)))
-        message = {"role": "assistant", "content": opened + answer.text if answer.text.strip() else ""}
+        text = opened + answer.text if answer.text.strip() else ""
         if answer.completion is None or answer.completion.finish_reason == "length":
-            self._is_cut, message["content"] = True, close_tags(message["content"])
+            self._is_cut, text = True, mend_cut(text)
         if answer.completion is None:
-            raise AnswerStopped(message)
-        return message
+            raise AnswerStopped(text)
+        return text
 
-    def _prompt(self, messages: list[dict], start: str) -> list[int]:
+    def _prompt(self, messages: list[dict], tools: list[dict] | None, start: str) -> list[int]:
         """Return the prompt's ids: as many of the last exchanges as ``history_turns`` allows and the model can read."""
         system, exchanges = split_exchanges(without_old_thoughts(messages))
         exchanges = exchanges[-self.history_turns - 1 :]
         n_positions = self.chat_model.model.config.max_position_embeddings
         while True:
             kept = [*system, *(message for exchange in exchanges for message in exchange)]
-            ids = self.chat_model.encode(kept, tools=self.conversation.tools, start=start)
+            ids = self.chat_model.encode(kept, tools=tools, start=start)
             if len(exchanges) == 1 or len(ids) + self.max_new_tokens <= n_positions:
                 return ids
             exchanges = exchanges[1:]

@@ -244,6 +244,8 @@ def test_all_forms_that_training_reads_can_be_loaded(talk, tmp_path):
     assert done.model.tools == [None] * 3 + [tools]
     (saved,) = read_records(tmp_path / "b.jsonl")
     assert saved.tools == tools
+    done = talk(f"/load {path} 1", "r", "/reset", "s", f"/load {path} 4", "/reset", "t", tools=[{"name": "x"}])
+    assert done.model.tools == [[{"name": "x"}]] * 3
 
 
 def test_a_question_without_an_answer_can_be_answered(talk, tmp_path):

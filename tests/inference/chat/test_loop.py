@@ -205,10 +205,9 @@ def test_ctrl_c_while_it_thinks_leaves_no_colour_behind(talk, stopped, monkeypat
 
 def with_a_tool(reply, messages):
     """Call the model, add a tool's result, and call the model again: the form of a loop over tools."""
-    call = reply(messages)
-    yield call
+    yield (call := {"role": "assistant", "content": reply(messages, [{"name": "add"}])})
     yield (result := {"role": "tool", "content": "4"})
-    yield reply([*messages, call, result])
+    yield {"role": "assistant", "content": reply([*messages, call, result])}
 
 
 def test_tool_results_are_part_of_the_exchange(talk, says):
@@ -216,6 +215,15 @@ def test_tool_results_are_part_of_the_exchange(talk, says):
     assert done.asked[1] == ["2+2", "call", "4"]
     assert done.asked[2] == ["2+2", "call", "4", "four", "why"]
     assert done.asked[3][-3:] == ["why", "so", "4"]
+    assert done.model.tools == [[{"name": "add"}], None] * 2
+
+
+def test_a_loop_may_end_with_results(talk):
+    def without_answer(reply, messages):
+        yield {"role": "assistant", "content": reply(messages)}
+        yield {"role": "tool", "content": "not run"}
+
+    assert talk("q", "r", respond=without_answer).asked[1] == ["q", "ok", "not run", "r"]
 
 
 def test_thoughts_stay_between_a_tool_and_its_answer(talk, says):
@@ -234,3 +242,8 @@ def test_an_exchange_that_stops_before_its_answer_is_not_kept(talk):
 
     done = talk("q", "r", answer=answer, respond=with_a_tool)
     assert done.asked[2] == ["r"]
+
+
+def test_a_call_that_was_cut_is_left_out(talk, stopped):
+    done = talk("q", "r", answer=stopped("so", "\n<tool_call>", '\n{"name": '))
+    assert done.asked[1] == ["q", "so", "r"]
