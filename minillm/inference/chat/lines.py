@@ -78,7 +78,8 @@ class LineReader:
     def _set_up(self) -> None:
         self._readline.set_completer(self._complete)
         self._readline.set_completer_delims(" ")
-        self._readline.parse_and_bind("tab: complete")
+        is_libedit = "libedit" in (self._readline.__doc__ or "")  # on macOS
+        self._readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
         if os.environ.get("TERM") != "dumb":
             self._readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
         self._readline.set_history_length(N_HISTORY)
@@ -90,7 +91,7 @@ class LineReader:
         except OSError:  # a chat without a history
             self._keeps_history = False
         else:
-            self._keeps_history = True
+            self._keeps_history = hasattr(self._readline, "append_history_file")  # libedit may lack it
 
     def _keep(self, n_new: int) -> None:
         """Add the newest entries to the file at once: a terminal that is closed ends the program."""
