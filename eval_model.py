@@ -20,6 +20,7 @@ Without a prompt or a file it opens a chat (in mode 0 it completes texts); /help
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,10 +40,8 @@ from minillm.evaluation.measure import (
 from minillm.evaluation.sample_answers import write_whole
 from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions, complete
-from minillm.inference.chat import chat, speed
+from minillm.inference.chat import ChatModel, ChatSession, chat, speed
 from minillm.inference.thinking import ThinkingView
-from minillm.tokenizer import encode_chat
-from minillm.tokenizer.chat_format import chat_format
 
 
 @script
@@ -55,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     measures = bool(args.perplexity or args.task_file or args.pairs_file or suites)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    model, tokenizer, weights = open_from_arguments(args)
+    chat_model = open_chat_model(args)
+    model, tokenizer = chat_model.model, chat_model.tokenizer
     if not (prompts or measures or sys.stdin.isatty()):
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not prompts:
@@ -63,11 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     options = sampling | {
         "max_new_tokens": args.max_new_tokens,
         "stop": args.stop,
-        "eos_token_id": tokenizer.end_ids,
         "generator": torch.Generator().manual_seed(args.seed),
-        "tokenizer": tokenizer,
     }
-    results: dict = {"weights": str(weights), "model_mode": args.model_mode, "lora_name": args.lora_name}
+    results: dict = {"weights": chat_model.name, "model_mode": args.model_mode, "lora_name": args.lora_name}
     if args.perplexity:
         results["perplexity"] = measure_perplexity(args, model, tokenizer)
     if args.task_file and args.model_mode == 3:
@@ -79,43 +77,42 @@ def main(argv: list[str] | None = None) -> None:
     if suites:
         results["suites"] = measure_suites(args, model, tokenizer, suites, results)
     if prompts:
-        results["prompts"] = answer_prompts(args, model, tokenizer, prompts, options)
+        results["prompts"] = answer_prompts(args, chat_model, prompts, options)
         results["sampling"] = sampling | {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if args.output:
         write_whole(Path(args.output), json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     if prompts or measures or not sys.stdin.isatty():
         return
-    if args.model_mode == 3:
-        options |= {"thinking": args.thinking, "opened": chat_format(tokenizer).opens_with}
-    chat(
-        model,
-        lambda turns: encode_prompt(args, tokenizer, turns),
+    session = ChatSession(
+        chat_model,
+        load=lambda name, lora_name: open_chat_model(replace(args, from_weight=name, lora_name=lora_name)),
         history_turns=args.history_turns if args.model_mode else 0,
+        thinking=args.thinking,
+        system=args.system if args.model_mode else "",
         **options,
     )
+    del model, chat_model  # /model and /lora free the memory of the old model
+    chat(session)
 
 
-# ---- the prompt ----------------------------------------------------------------------------------
-
-
-def encode_prompt(args: EvalArguments, tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Return the ids before the answer: a conversation in the chat modes, plain text in mode 0."""
-    if args.model_mode == 0:
-        text = prompt if isinstance(prompt, str) else "\n".join(turn.get("content") or "" for turn in prompt)
-        return tokenizer.open_document(tokenizer.encode(text))
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if args.system and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": args.system}, *turns]
-    return encode_chat(tokenizer, turns, add_generation_prompt=True)[0]
+def open_chat_model(args: EvalArguments) -> ChatModel:
+    """Open the model of the arguments and say what it is."""
+    model, tokenizer, weights = open_from_arguments(args)
+    text_only = args.model_mode == 0
+    return ChatModel(
+        model=model, tokenizer=tokenizer, name=str(weights), lora_name=args.lora_name, completes_text=text_only
+    )
 
 
 # ---- answering -----------------------------------------------------------------------------------
 
 
-def answer_prompts(args: EvalArguments, model, tokenizer, prompts, options: dict) -> list[dict]:
+def answer_prompts(args: EvalArguments, chat_model: ChatModel, prompts, options: dict) -> list[dict]:
     """Answer the prompts in batches, print each answer, and return all of them."""
-    encoded = [encode_prompt(args, tokenizer, prompt) for prompt in prompts]
-    opened = chat_format(tokenizer).opens_with if args.model_mode == 3 else ""  # beginning of the answer in the prompt
+    model, tokenizer = chat_model.model, chat_model.tokenizer
+    options = options | {"tokenizer": tokenizer, "eos_token_id": tokenizer.end_ids}
+    encoded = [chat_model.encode(to_messages(args, prompt)) for prompt in prompts]
+    opened = chat_model.opens_with if args.model_mode == 3 else ""  # beginning of the answer in the prompt
     answers, n_tokens, start = [], 0, time.perf_counter()
     for first in range(0, len(prompts), args.batch_size):
         batch = slice(first, first + args.batch_size)
@@ -132,6 +129,14 @@ def answer_prompts(args: EvalArguments, model, tokenizer, prompts, options: dict
             answers.append({"prompt": prompt} | answer | outcome)
     print(speed(n_tokens, time.perf_counter() - start))
     return answers
+
+
+def to_messages(args: EvalArguments, prompt: str | list[dict]) -> list[dict]:
+    """Return a prompt as messages, in the chat modes with the system message of the flags if it has none."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if args.model_mode and args.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": args.system}, *messages]
+    return messages
 
 
 if __name__ == "__main__":

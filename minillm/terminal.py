@@ -8,7 +8,8 @@ import sys
 
 from tqdm import tqdm
 
-DIM, BLACK_ON_GREEN, RESET = "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
+BOLD, DIM, BLACK_ON_GREEN, RESET = "\x1b[1m", "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
+ERASE_LINE = "\r\x1b[K"
 
 
 def use_colour(stream=None) -> bool:
@@ -22,6 +23,11 @@ def use_colour(stream=None) -> bool:
     if os.environ.get("FORCE_COLOR"):
         return True
     return os.environ.get("TERM") != "dumb" and (stream or sys.stdout).isatty()
+
+
+def dim(text: str) -> str:
+    """Return ``text``, dimmed if stdout has colours."""
+    return f"{DIM}{text}{RESET}" if use_colour() else text
 
 
 def shows_progress() -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from minillm.errors import UserError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+DIRECT = "<think>\n\n</think>\n<answer>\n"  # the beginning of an answer without thinking
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 
 

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from minillm.data.reasoning import find_answer, parse_reasoning, same_answer
+from minillm.data.reasoning import DIRECT, find_answer, parse_reasoning, same_answer
 from minillm.data.schema import Record
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import task_fields
 from minillm.inference import Completion, SamplingOptions, complete
 from minillm.terminal import progress
-from minillm.tokenizer import encode_chats
+from minillm.tokenizer import encode_chats, encode_started
 from minillm.tokenizer.chat_format import chat_format
-
-DIRECT = "<think>\n\n</think>\n<answer>\n"  # the beginning of an answer without thinking
 
 
 class ReadAnswer(NamedTuple):
@@ -279,10 +277,8 @@ def _prompts(model, tokenizer, conversations: list[list[dict]], *, think: bool) 
     """Return the ids before each answer; without thinking they include the start of the answer's turn."""
     if think:
         prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
-    else:  # a turn with only the start, without its end token
-        start_turn = {"role": "assistant", "content": DIRECT}
-        encoded = encode_chats(tokenizer, [[*turns, start_turn] for turns in conversations], train_on="last")
-        prompts = [ids[: len(ids) - 1 - mask[::-1].index(1)] for ids, mask in encoded]
+    else:
+        prompts = encode_started(tokenizer, conversations, start=DIRECT)
     limit = model.config.max_position_embeddings
     for number, ids in enumerate(prompts):
         if len(ids) >= limit:

@@ -7,6 +7,7 @@ from minillm.terminal import DIM, RESET, use_colour
 
 _TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
 _UNDECIDED = re.compile(r"\s*(<[/a-z]{0,7})?\Z")  # white space that may end a block, and the beginning of a tag
+NO_THOUGHTS = "<think>\n\n</think>"
 _THINKING = re.compile(r"<think>.*?(</think>|(?=<answer>)|\Z)", re.DOTALL)
 
 
@@ -57,8 +58,13 @@ class ThinkingView:
 
 
 def without_thinking(text: str) -> str:
-    """Return an answer with an empty think block: the same form, without the thoughts.
+    """Return an answer with an empty think block: the same form, without the thoughts."""
+    return _THINKING.sub(NO_THOUGHTS, text)
 
-    Earlier answers in the prompts of DeepSeek-R1 (2025) and its successors also have no thoughts.
-    """
-    return _THINKING.sub("<think>\n\n</think>", text)
+
+def mend_cut(text: str) -> str:
+    """Return an answer that was cut, with its last block closed, and without a tool call that is not complete."""
+    begin, tag, call = text.rpartition("<tool_call>")
+    text = begin.rstrip() if tag and "</tool_call>" not in call else text
+    last_tag = (_TAG.findall(text) or [""])[-1]
+    return f"{text.rstrip()}\n{last_tag.replace('<', '</')}" if last_tag in (TAGS[0], TAGS[2]) else text

@@ -102,6 +102,20 @@ def encode_chats(
     return encoded
 
 
+def encode_started(
+    tokenizer: Tokenizer,
+    conversations: list[list[dict]],
+    *,
+    start: str,
+    tools: list[list[dict] | None] | None = None,
+) -> list[list[int]]:
+    """Return the ids of a prompt for each conversation, with ``start`` as the beginning of the answer."""
+    start_turn = {"role": "assistant", "content": start}
+    turns = [[*messages, start_turn] for messages in conversations]
+    encoded = encode_chats(tokenizer, turns, tools=tools, train_on="last")
+    return [ids[: len(ids) - 1 - mask[::-1].index(1)] for ids, mask in encoded]  # up to the end token of the turn
+
+
 def check_messages(messages, *, need_answer: bool = True) -> None:
     """Raise UserError unless ``messages`` is a conversation that ``encode_chat`` accepts.
 

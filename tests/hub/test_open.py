@@ -130,6 +130,24 @@ def test_an_adapter_is_opened_on_the_model_it_was_made_for(out, arguments):
     assert open_from_arguments(arguments(lora_name="cooking"))[2] == out / "full_sft_32"
 
 
+def test_an_adapter_beside_the_model_is_found_unless_the_directory_has_one(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def weight(lora_name):
+        args = EvalArguments(from_weight=str(out / "full_sft_32"), lora_name=lora_name, device="cpu")
+        return open_from_arguments(args)[0].model.layers[0].self_attn.q_proj.weight
+
+    beside = weight("cooking")
+    assert not torch.equal(beside, weight(""))
+    assert not torch.equal(beside, weight("cooking:0.5"))
+    other = tiny_model(0)
+    apply_lora(other, rank=2)  # which changes nothing
+    save_lora(other, "out/lora/cooking_32")
+    assert torch.equal(weight("cooking"), weight(""))
+    with pytest.raises(UserError, match="no adapter 'baking'"):
+        weight("baking")
+
+
 @pytest.mark.parametrize("name", ["full_sft", "full_sft_32", "{out}/full_sft_32", "{out}/weights/model.pth"])
 def test_a_path_opens_what_the_flags_open(out, arguments, name):
     wanted, wanted_tokenizer, _ = open_from_arguments(arguments())

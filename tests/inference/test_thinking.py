@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from minillm.inference.thinking import ThinkingView, without_thinking
+from minillm.inference.thinking import ThinkingView, mend_cut, without_thinking
 
 REASONED = "<think>\n1 < 2\n\nso\n</think>\n<answer>\na </b> c\n</answer>\n"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -82,3 +82,17 @@ def test_thinking_that_the_prompt_has_opened(terminal):
 )  # fmt: skip
 def test_thoughts_are_not_remembered(said, kept):
     assert without_thinking(said) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "mended"),
+    [
+        ("", ""), ("a b ", "a b "), ("<think>\na \n", "<think>\na\n</think>"),
+        ("<think>a</think>\n<answer>8", "<think>a</think>\n<answer>8\n</answer>"), (REASONED, REASONED),
+        ("<think>a<answer>b", "<think>a<answer>b\n</answer>"), ("</think> a", "</think> a"),
+        ("a\n<tool_call>{", "a"), ("<tool_call>{}</tool_call>\n<tool_call>", "<tool_call>{}</tool_call>"),
+        ("<think>a <tool_call>{", "<think>a\n</think>"), ("<think>a</think><tool_call>{}</tool_call>",) * 2,
+    ],
+)  # fmt: skip
+def test_an_answer_that_was_cut_is_whole_again(text, mended):
+    assert mend_cut(text) == mended

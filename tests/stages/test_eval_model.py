@@ -13,6 +13,7 @@ from minillm.config import ModelConfig
 from minillm.evaluation import measure
 from minillm.hub.huggingface import save_model
 from minillm.inference import generate
+from minillm.inference.chat import model as chat_model
 from minillm.model import Transformer
 from minillm.tokenizer import encode_chat, train_bpe
 from tests.evaluation.suite_files import make_originals
@@ -280,13 +281,13 @@ def test_without_a_terminal_questions_come_from_standard_input(run, monkeypatch)
 @pytest.fixture
 def prompts_seen(monkeypatch):
     """Record the conversations that the script encodes."""
-    seen, encode = [], eval_model.encode_chat
+    seen, encode = [], chat_model.encode_chat
 
     def spy(tokenizer, messages, **options):
         seen.append([message["content"] for message in messages])
         return encode(tokenizer, messages, **options)
 
-    monkeypatch.setattr(eval_model, "encode_chat", spy)
+    monkeypatch.setattr(chat_model, "encode_chat", spy)
     return seen
 
 
@@ -295,7 +296,7 @@ def test_chat_remembers_clears_and_ends(run, prompts_seen):
     argv = ("--history_turns", 1, "--max_new_tokens", 3, "--temperature", 0, "--system", "be kind")
     code, shown, _ = run(*argv, questions=questions)
     assert code == 0
-    assert shown.count("tokens/s]") == 4
+    assert shown.count("tokens/s,") == 4
     assert [messages[0] for messages in prompts_seen] == ["be kind"] * 4
     assert [messages[-1] for messages in prompts_seen] == ["one", "two", "three", "four"]
     assert [len(messages) for messages in prompts_seen] == [2, 4, 4, 2]
@@ -309,7 +310,7 @@ def test_chat_forgets_what_does_not_fit_and_survives_a_long_question(run, prompt
     assert "500" not in shown
     assert "error: " in err
     assert "128 positions" in err
-    assert shown.count("tokens/s]") == 3
+    assert shown.count("tokens/s,") == 3
     assert ["b" * 30] in prompts_seen  # 30 + 30 and an answer do not fit
 
 
@@ -324,7 +325,7 @@ def test_interrupting_an_answer_ends_only_the_answer(run, monkeypatch):
         yield "he"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minillm.inference.chat.stream", interrupted)
+    monkeypatch.setattr("minillm.inference.chat.session.stream", interrupted)
     code, shown, _ = run(questions=["hello", "again"])
     assert code == 0
     assert shown.count("he\n") == 2
@@ -333,7 +334,7 @@ def test_interrupting_an_answer_ends_only_the_answer(run, monkeypatch):
 def test_completion_mode_streams_plain_text(run, prompts_seen):
     code, shown, _ = run("--model_mode", 0, "--max_new_tokens", 3, questions=["once", "twice"])
     assert code == 0
-    assert shown.count("tokens/s]") == 2
+    assert shown.count("tokens/s,") == 2
     assert prompts_seen == []
 
 

@@ -13,6 +13,7 @@ from minillm.data.records import read_records
 from minillm.evaluation import evaluate_reasoning, preference_accuracy
 from minillm.hub.huggingface import load_model, save_model
 from minillm.inference import Completion
+from minillm.inference.chat import model as chat_model
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
 
@@ -101,7 +102,7 @@ def test_a_preference_model_chats_and_answers_like_any_other(run, tmp_path):
     assert set(results["prompts"][0]) == {"prompt", "answer", "finish_reason", "n_tokens"}
     code, shown, _, _ = run("--model_mode", 2, *GREEDY, questions=["hello"])
     assert code == 0
-    assert "tokens/s]" in shown
+    assert "tokens/s," in shown
 
 
 def test_tasks_with_thinking_and_without(run, out, tokenizer, tmp_path):
@@ -146,7 +147,7 @@ def say(monkeypatch):
             return Completion(ids=[1, 2], text=text, finish_reason="eos")
 
         monkeypatch.setattr(eval_model, "complete", answer)
-        monkeypatch.setattr("minillm.inference.chat.stream", stream)
+        monkeypatch.setattr("minillm.inference.chat.session.stream", stream)
 
     return say
 
@@ -173,7 +174,7 @@ def test_prompts_are_answered_in_parts(run, say, tmp_path, monkeypatch, thinking
 
 def test_what_the_prompt_has_opened_belongs_to_the_answer(run, say, tmp_path, monkeypatch):
     """Some templates begin the thinking themselves."""
-    monkeypatch.setattr(eval_model, "chat_format", lambda tokenizer: SimpleNamespace(opens_with="<think>\n"))
+    monkeypatch.setattr(chat_model, "chat_format", lambda tokenizer: SimpleNamespace(opens_with="<think>\n"))
     (tmp_path / "prompts.txt").write_text("q\n")
     say(form(8, "hm").removeprefix("<think>\n"))
     _, shown, _, results = run("--model_mode", 3, "--prompts", tmp_path / "prompts.txt", "--thinking", "hide")
@@ -183,13 +184,13 @@ def test_what_the_prompt_has_opened_belongs_to_the_answer(run, say, tmp_path, mo
 
 
 def test_the_chat_hides_the_thinking_and_forgets_it(run, say, monkeypatch):
-    seen, encode = [], eval_model.encode_chat
+    seen, encode = [], chat_model.encode_chat
 
     def spy(tokenizer, messages, **options):
         seen.append([message["content"] for message in messages])
         return encode(tokenizer, messages, **options)
 
-    monkeypatch.setattr(eval_model, "encode_chat", spy)
+    monkeypatch.setattr(chat_model, "encode_chat", spy)
     say(form(8, "hm"))
     code, shown, err, _ = run("--model_mode", 3, "--thinking", "hide", questions=["one", "two"])
     assert code == 0, err

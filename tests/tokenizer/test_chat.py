@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.errors import UserError
-from minillm.tokenizer import check_messages, encode_chat, encode_chats, load_tokenizer, train_bpe
+from minillm.tokenizer import check_messages, encode_chat, encode_chats, encode_started, load_tokenizer, train_bpe
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -223,6 +223,18 @@ def test_many_at_once(tokenizer):
 
 
 ANSWER = say("assistant", "a")
+
+
+def test_a_prompt_may_begin_the_answer(tokenizer):
+    conversations = [[say("user", "hi")], [say("system", "s"), *CONVERSATIONS["ends with a question"]]]
+    start = "<think>\n\n</think>\nso "
+    tools = [None, [{"name": "add"}]]
+    for ids, messages, declared in zip(
+        encode_started(tokenizer, conversations, start=start, tools=tools), conversations, tools, strict=True
+    ):
+        prompt, _ = encode_chat(tokenizer, messages, tools=declared, add_generation_prompt=True)
+        tags = [tokenizer.token_id("<think>"), *tokenizer.encode("\n\n"), tokenizer.token_id("</think>")]
+        assert ids == prompt + tags + tokenizer.encode("\nso ")
 
 
 @pytest.mark.parametrize(
