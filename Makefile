@@ -1,5 +1,6 @@
 # make demo: installs into .venv, makes the demo world, trains every stage, evaluates, lets you chat.
 # make test: installs into .venv and runs the tests.
+# make docs-check: runs every command of the course and compares what it prints with the chapter (make test: the short ones).
 # make test-report: the same with ten times the examples of the property tests, line coverage, the 20 slowest tests.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ RESULTS = $(DEMO)/results
 EVAL = python eval_model.py --save_dir $(DEMO) --preset demo --max_new_tokens 96
 STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 400 --learning_rate 5e-3  # as in configs/demo/distill.yaml
 
-.PHONY: demo demo-run test test-report lint bench clean
+.PHONY: demo demo-run test test-report docs-check lint bench clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +75,9 @@ test: $(VENV)/.installed-dev
 
 test-report: $(VENV)/.installed-dev
 	MINILLM_FUZZ_EXAMPLES=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov=minillm --cov-report=term:skip-covered --durations=20
+
+docs-check: $(VENV)/.installed-dev
+	MINILLM_DOCS=1 $(BIN)/python -m pytest tests/docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

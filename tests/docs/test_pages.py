@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md", ROOT / "dataset/README.md"]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md", ROOT / "dataset/README.md"]
 SOURCES = [path for folder in ("minillm", "tests", "benchmarks", "dataset") for path in (ROOT / folder).rglob("*.py")]
-SOURCES += ROOT.glob("*.py")
+SOURCES += [*ROOT.glob("*.py"), *(ROOT / "docs").rglob("*.py")]
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.M | re.S)
 FILE_AND_SYMBOL = re.compile(r"`([\w/]+\.py)`, `(\w[\w.]*)(?<!\.py)`")
 # What a page names although it is not here: the example of CONTRIBUTING, the files of the first design, data of users.

@@ -1,0 +1,79 @@
+"""The course: both languages say the same, and its commands print what the chapters promise.
+
+``make test`` runs the commands of up to three seconds; ``make docs-check`` (``MINILLM_DOCS=1``) runs all of them.
+"""
+
+import os
+import re
+
+import pytest
+
+from tests.docs.course import COURSE, ROOT, Example, Expected, chapters, check, examples, run
+
+ALL = os.environ.get("MINILLM_DOCS") == "1"
+SHORT = 3.0  # seconds
+PAIRS = [(page, COURSE / "zh" / page.name) for page in chapters("en")]
+EXAMPLES = [
+    pytest.param(example, id=f"{page.stem}-{index}")
+    for page in chapters("en")
+    for index, example in enumerate(examples(page))
+]
+HEADINGS = (
+    "The question",
+    "Your prediction",
+    "The mathematics",
+    "In the code",
+    "Run it",
+    "If yours differs",
+    "Exercises",
+)
+HEADINGS_ZH = ("问题", "先猜一猜", "数学", "代码在哪里", "动手运行", "结果不一样？", "练习")
+
+
+def test_both_languages_have_the_same_chapters():
+    assert [page.name for page in chapters("en")] == [page.name for page in chapters("zh")]
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: page.stem)
+def test_both_languages_say_the_same(english, chinese):
+    texts = [page.read_text(encoding="utf-8") for page in (english, chinese)]
+    for name, pattern in {
+        "commands and comments": r"```\w*\n(.*?)```|(<!--.*?-->)",
+        "links": r"\]\(([^)#]+)[^)]*\)",
+        "files and symbols": r"`([\w/]+\.py(?:`, `\w[\w.]*)?)`",
+        "formulas": r"\$\$(.+?)\$\$",
+    }.items():
+        first, second = (sorted(map(str, re.findall(pattern, text, flags=re.S))) for text in texts)
+        first, second = (
+            [re.sub(r"#[^\n]*|/(en|zh)/|\\text\{[^}]*\}|_zh", "", item) for item in items] for items in (first, second)
+        )
+        assert first == second, name
+
+
+@pytest.mark.parametrize(
+    "page", [page for pair in PAIRS for page in pair], ids=lambda page: f"{page.parent.name}-{page.stem}"
+)
+def test_a_chapter_has_its_parts(page):
+    headings = re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    wanted = HEADINGS if page.parent.name == "en" else HEADINGS_ZH
+    assert [heading for heading in headings if heading in wanted] == list(wanted)
+    assert examples(page), "nothing to run"
+    assert all(example.expected for example in examples(page)), "a command without an expectation"
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_commands_print_what_the_chapters_say(example):
+    if example.seconds > SHORT and not ALL:
+        pytest.skip("longer than three seconds: make docs-check runs it")
+    if example.needs == "demo" and not (ROOT / "out/demo/full_sft_128").is_dir():
+        pytest.skip("needs out/demo: run make demo")
+    check(example, run(example))
+
+
+def test_a_wrong_number_is_found():
+    example = Example("x", 1.0, "", (Expected("loss", 6.93, 0.05),))
+    check(example, "loss: 6.95 nats")
+    with pytest.raises(AssertionError, match=r"6\.93 ± 0\.05"):
+        check(example, "loss: 7.95 nats")
+    with pytest.raises(AssertionError, match="does not print 'loss'"):
+        check(example, "6.93")
