@@ -1,8 +1,9 @@
-"""Helpers for files: SHA-256 of their content, permissions that follow the user's umask, atomic replacement."""
+"""Helpers for files: SHA-256 of their content, the user's umask, atomic replacement, the system's errors."""
 
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,3 +45,27 @@ def replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """Return the system's error beneath another one, such as a full disk; None if there is none.
+
+    safetensors writes its number into a text; torch's writer, if it was given an open file, raises another one over it.
+    """
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """Return a context for writers of tensors, in which the system's errors are ``OSError``s as of any file."""
+    try:
+        yield
+    except Exception as error:
+        beneath = system_error(error)
+        if beneath is None or beneath is error:
+            raise
+        raise beneath from None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from minillm.errors import UserError
-from minillm.files import sha256
+from minillm.files import sha256, system_error
 
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
@@ -66,7 +66,7 @@ def save_checkpoint(
         _sync(directory)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        of_system = _system_error(error)
+        of_system = system_error(error)
         if of_system is None:
             raise
         raise _no_room(directory, final, of_system, n_bytes) from error
@@ -117,13 +117,6 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what processes left that were killed while they wrote a checkpoint."""
     for leftover in directory.glob(".step-*.tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """Return the system's error beneath: torch's writer closes its file over a full disk and raises another one."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _no_room(directory: Path, final: Path, error: OSError, n_bytes: int) -> UserError:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import UserError
-from minillm.files import use_umask
+from minillm.files import system_errors, use_umask
 from minillm.hub.adapters import adapter_directory
 from minillm.hub.huggingface import load_model, save_model
 from minillm.hub.names import run_name
@@ -87,7 +87,8 @@ class AdapterAlone(WholeModel):
         """Write the adapter as others read it, and once more as it is trained."""
         save_lora(model, path)
         _save_grown(tokenizer, path)
-        save_file(trained_state(model), path / TRAINED)
+        with system_errors():
+            save_file(trained_state(model), path / TRAINED)
         use_umask(path / TRAINED)
 
     def read_checkpoint(self, model, path: Path) -> None:

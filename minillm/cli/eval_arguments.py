@@ -123,6 +123,8 @@ class EvalArguments(OpenArguments):
         for name in ("n_shot", "suite_limit", "suite_random", "suite_resume"):
             require(bool(self.suite) or not getattr(self, name), f"--{name} needs --suite with suites to measure")
         require(bool(self.output) or not self.suite_resume, "--suite_resume needs --output with earlier results")
+        is_json = not self.suite or not self.output.endswith((".md", ".png"))
+        require(is_json, f"--output {self.output}: is for JSON, next to which suites write .md and .png; name a .json")
         require(not self.suite or os.path.isdir(self.suite_dir), f"--suite_dir {self.suite_dir}: no such directory")
         if self.n_samples > 1:
             flag = f"--n_samples {self.n_samples}"

@@ -69,7 +69,8 @@ def read_scores(path: str) -> dict[str, dict]:
         suites = json.loads(Path(path).read_text(encoding="utf-8"))["suites"]
         for score in suites.values():
             _ = [(question["id"], question["correct"]) for question in score["questions"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _ = [float(number) for number in (score["accuracy"], score["chance"], *score["interval"])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: no suites with questions in it ({error}); eval_model.py --suite writes them"
         ) from None

@@ -200,8 +200,11 @@ def tasks(*, suite: str, suite_dir: Path, output: Path, suite_limit: int = 0) ->
         output: directory for the tasks, for --include_path.
         suite_limit: only this many questions of each, evenly spaced (0: all).
     """
-    for name in write_tasks(choose_suites(suite), data_dir=suite_dir, output=output, limit=suite_limit):
-        print(name)
+    try:
+        names = write_tasks(choose_suites(suite), data_dir=suite_dir, output=output, limit=suite_limit)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; choose another --output") from None
+    print("\n".join(names))
 
 
 if __name__ == "__main__":

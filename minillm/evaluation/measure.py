@@ -1,5 +1,6 @@
 """What eval_model.py measures: each function prints its figures and returns them for ``--output``."""
 
+import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from minillm.evaluation.preference import like_chosen, preference_accuracy
 from minillm.evaluation.reasoning import evaluate_reasoning
 from minillm.evaluation.sample_answers import write_whole
 from minillm.evaluation.suites.report import describe, draw_radar, line, markdown
-from minillm.evaluation.suites.run import random_model, run_suite
+from minillm.evaluation.suites.run import check_suite, random_model, run_suite
 from minillm.evaluation.suites.table import SUITES, Suite, choose_suites, find_files
 from minillm.evaluation.text_metrics import bleu, rouge
 from minillm.files import sha256
@@ -98,10 +99,10 @@ def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
 
 
 def suites_with_files(args: EvalArguments) -> list[Suite]:
-    """Return the suites of --suite. Of zh, en and all, those without files are left out and named.
+    """Return the suites of --suite, all of them read once. Of zh, en and all, those without files are left out.
 
     Raises:
-        UserError: an unknown suite; no files of one that was named, or of any.
+        UserError: an unknown suite; no files of one that was named, or of any; a wrong record; too few examples.
     """
     if not args.suite:
         return []
@@ -111,13 +112,15 @@ def suites_with_files(args: EvalArguments) -> list[Suite]:
             find_files(suite, args.suite_dir)
             with_files.append(suite)
         except UserError as error:
-            if suite.name in args.suite.split(","):
+            if suite.name in map(str.strip, args.suite.split(",")):
                 raise
             errors.append((suite.name, error))
     if not with_files:
         raise UserError(f"--suite_dir {args.suite_dir} has no files of any suite; {errors[0][1]}")
     if errors:
         print(f"no files in {args.suite_dir} of: {', '.join(name for name, _ in errors)}")
+    for suite in with_files:
+        check_suite(suite, args.suite_dir, n_shot=args.n_shot, limit=args.suite_limit)
     return with_files
 
 
@@ -128,27 +131,22 @@ def measure_suites(args: EvalArguments, model, tokenizer, suites: list[Suite], r
     picture. ``results`` are the other results for the JSON file.
     """
     output = Path(args.output) if args.output else None
-    finished = _finished(output) if args.suite_resume else {}
-    scores: dict[str, dict] = {}
     untrained = random_model(model, seed=args.seed) if args.suite_random else None
     how = {"n_shot": args.n_shot, "limit": args.suite_limit, "max_new_tokens": args.max_new_tokens}
     how |= {"chat": args.model_mode != 0}
-    identity = {"model": _identity(results["weights"], args)} | how | {"random": args.suite_random}
+    identity = {"model": _identity(model, tokenizer, args, results["weights"])} | how | {"random": args.suite_random}
+    settings_of = {suite.name: identity | {"files": _hashes(suite, args.suite_dir)} for suite in suites}
+    scores = _finished(output, identity, settings_of) if args.suite_resume else {}
     print(f"\n{line()}")
     for suite in suites:
-        files = find_files(suite, args.suite_dir)
-        paths = [*files.questions, *files.examples]
-        settings = identity | {"files": {str(path.relative_to(args.suite_dir)): sha256(path) for path in paths}}
-        if finished.get(suite.name, {}).get("settings") == settings:
-            scores[suite.name] = finished[suite.name]
-        else:
+        if suite.name not in scores:
             start = time.perf_counter()
             options = how | {"data_dir": args.suite_dir, "batch_size": args.batch_size}
             score = run_suite(suite.name, model, tokenizer, **options).as_dict()
-            score |= {"settings": settings, "seconds": time.perf_counter() - start}
+            score |= {"settings": settings_of[suite.name], "seconds": time.perf_counter() - start}
             if untrained is not None:
                 score["random"] = run_suite(suite.name, untrained, tokenizer, **options).as_dict(questions=False)
-            scores[suite.name] = score
+            scores = _in_order(scores | {suite.name: score})
         print(line(suite.title, scores[suite.name]), flush=True)
         if output:
             text = json.dumps(results | {"suites": scores}, ensure_ascii=False, indent=2) + "\n"
@@ -164,19 +162,36 @@ def measure_suites(args: EvalArguments, model, tokenizer, suites: list[Suite], r
     return scores
 
 
-def _finished(output: Path | None) -> dict[str, dict]:
-    """Return the suites of an earlier result file; none if there is no such file."""
+def _finished(output: Path | None, identity: dict, settings_of: dict[str, dict]) -> dict[str, dict]:
+    """Return the suites of an earlier result file with the same model and settings, and the same files if asked again.
+
+    Args:
+        identity: of the model and how it is asked. settings_of: of the suites that are asked, with their files.
+    """
     if output is None or not output.is_file():
         return {}
     try:
-        return json.loads(output.read_text(encoding="utf-8")).get("suites", {})
-    except (ValueError, AttributeError):
+        suites = json.loads(output.read_text(encoding="utf-8")).get("suites", {})
+        found = {name: dict(score["settings"]) for name, score in suites.items() if name in SUITES}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"--output {output}: not a result file; remove it or leave out --suite_resume") from None
+    same = [name for name, settings in found.items() if settings == settings_of.get(name, settings | identity)]
+    return _in_order({name: suites[name] for name in same})
 
 
-def _identity(weights: str, args: EvalArguments) -> dict:
-    """Return what tells two models apart without reading all of them: path, sizes and times of the weight files."""
-    path = Path(weights)
-    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    facts = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    return {"weights": weights, "files": facts, "lora_name": args.lora_name, "dtype": args.dtype}
+def _in_order(scores: dict[str, dict]) -> dict[str, dict]:
+    return {name: scores[name] for name in SUITES if name in scores}
+
+
+def _hashes(suite: Suite, suite_dir: str) -> dict[str, str]:
+    files = find_files(suite, suite_dir)
+    return {str(path.relative_to(suite_dir)): sha256(path) for path in (*files.questions, *files.examples)}
+
+
+def _identity(model, tokenizer, args: EvalArguments, weights: str) -> dict:
+    """Return what tells two models apart without reading all of them: the beginning of each tensor, with adapters."""
+    digest = hashlib.sha256(json.dumps(model.config.to_hf(), sort_keys=True).encode())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    hashes = {"model": digest.hexdigest(), "tokenizer": tokenizer.encoding_hash}
+    return {"weights": weights, "hashes": hashes, "lora_name": args.lora_name, "dtype": args.dtype}

@@ -171,8 +171,7 @@ def multiple_choice(
     if not questions:
         raise UserError("there are no questions to measure")
     pool = unique_questions(examples, what="example")
-    for question in [*questions, *(pool if n_shot else [])]:
-        _check_style(question, style)
+    check_style([*questions, *(pool if n_shot else [])], style)
     pool_of = choose_pool(pool, same_subject=same_subject)
     groups = []
     for question in questions:
@@ -229,11 +228,13 @@ def _answers(question: Question, style: Style) -> list[str]:
     return [choice.strip() for choice in question.choices]
 
 
-def _check_style(question: Question, style: Style) -> None:
-    where = question.where or question.id
-    if not question.choices:
-        raise UserError(f"{where}: no choices to compare: give choices and answer")
-    if style == "letters" and len(question.choices) > len(LETTERS):
-        raise UserError(f"{where}: {len(question.choices)} choices and {len(LETTERS)} letters: use style='texts'")
-    if style == "blank" and not question.question.partition("_")[2].strip():
-        raise UserError(f"{where}: style 'blank' needs a question with a blank '_' and words behind it")
+def check_style(questions: Iterable[Question], style: Style) -> None:
+    """Raise ``UserError`` for the first question that cannot be asked in this style."""
+    for question in questions:
+        where = question.where or question.id
+        if not question.choices:
+            raise UserError(f"{where}: no choices to compare: give choices and answer")
+        if style == "letters" and len(question.choices) > len(LETTERS):
+            raise UserError(f"{where}: {len(question.choices)} choices and {len(LETTERS)} letters: use style='texts'")
+        if style == "blank" and not question.question.partition("_")[2].strip():
+            raise UserError(f"{where}: style 'blank' needs a question with a blank '_' and words behind it")

@@ -4,8 +4,10 @@ A question with choices is ``{"id", "question", "choices": [str], "answer": int 
 answer is a number has ``"final"`` instead of choices and answer.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from minillm.errors import UserError
 from minillm.evaluation.statistics import wilson_interval
@@ -101,7 +103,12 @@ def parse_question(record: dict, where: str) -> Question:
             raise UserError(f"{where}: {message}")
 
     require(isinstance(record, dict), "not a JSON object: give id, question, choices, answer, subject")
-    texts = {"id": str(record.get("id", where)), "question": record.get("question"), "where": where}
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a lone surrogate, which has no UTF-8 form: repair the \\u escapes") from None
+    number = record.get("id")
+    texts = {"id": where if number is None else str(number), "question": record.get("question"), "where": where}
     texts["subject"] = str(record.get("subject") or "all")
     require(isinstance(texts["question"], str) and bool(texts["question"].strip()), "question must be a text")
     if "choices" not in record:
@@ -152,16 +159,17 @@ def choose_examples(
     if n_shot == 0:
         return []
     asked = (question.question.strip(), question.choices)
-    others = [
+    others = (
         example
         for example in pool
         if (not same_subject or example.subject == question.subject)
         and (example.question.strip(), example.choices) != asked
-    ]
-    if len(others) < n_shot:
+    )
+    chosen = list(islice(others, n_shot))
+    if len(chosen) < n_shot:
         of_subject = f" of the subject {question.subject!r}" if same_subject else ""
         raise UserError(
-            f"n_shot {n_shot}: {question.where or question.id} has only {len(others)} other questions{of_subject} to "
+            f"n_shot {n_shot}: {question.where or question.id} has only {len(chosen)} other questions{of_subject} to "
             "choose examples from: lower n_shot, or give more examples"
         )
-    return others[:n_shot]
+    return chosen

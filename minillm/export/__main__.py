@@ -9,6 +9,7 @@ docs/export.md tells what each format is for and how it was checked.
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,13 @@ from minillm.cli.export_arguments import SUFFIXES, ExportArguments
 from minillm.config import PRESETS
 from minillm.errors import UserError
 from minillm.export.modelfile import modelfile
+from minillm.files import replace_text
 from minillm.hub.gguf import export_gguf
 from minillm.hub.huggingface import save_model, save_pth
 from minillm.hub.names import find_weights
 from minillm.hub.onnx import export_onnx
 from minillm.hub.open import open_from_arguments
-from minillm.tokenizer import load_tokenizer
+from minillm.tokenizer import has_tokenizer, load_tokenizer
 
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -59,13 +61,23 @@ def _default_output(args: ExportArguments, source: Path) -> Path:
 
 def _check_output(output: Path, args: ExportArguments) -> None:
     """Raise UserError if something is in the way, before any work."""
-    is_there = output.exists() and (output.is_file() or args.format != "hf" or any(output.iterdir()))
-    if output.is_dir() and args.format != "hf":
+    if args.format == "hf":
+        if output.exists() and (output.is_file() or any(output.iterdir())):
+            raise UserError(
+                f"--output {output}: exists, and a directory is not replaced; choose a new one, or remove it"
+            )
+        return
+    if output.is_dir():
         raise UserError(f"--output {output}: is a directory; name a file")
-    if is_there and not args.overwrite:
-        raise UserError(f"--output {output}: exists already; choose another name, or add --overwrite")
-    if is_there and args.format == "hf":
-        raise UserError(f"--output {output}: a directory is not replaced; choose a new one, or remove it first")
+    for path in filter(None, [output, _companion(output, args.format)]):
+        if path.exists() and not args.overwrite:
+            raise UserError(f"--output {output}: {path} exists already; choose another name, or add --overwrite")
+
+
+def _companion(output: Path, form: str) -> Path | None:
+    """Return the file that is written next to ``output``; None if there is none of that format."""
+    suffix = {"gguf": ".Modelfile", "pth": ".config.json"}.get(form)
+    return output.with_suffix(suffix) if suffix else None
 
 
 def _open(args: ExportArguments):
@@ -103,32 +115,30 @@ def _write_gguf(args: ExportArguments, source: Path, output: Path) -> list[str]:
             allow_token_differences=args.allow_token_differences,
         )
         text, note = modelfile(output, load_tokenizer(directory), directory)
-    path = output.with_suffix(".Modelfile")
-    path.write_text(text, encoding="utf-8")
+    path = _companion(output, "gguf")
+    replace_text(path, text)
     return [*notes, f"{path} is for `ollama create NAME -f {path}`; {note}"]
 
 
 def _write_onnx(args: ExportArguments, source: Path, output: Path) -> list[str]:
     model, tokenizer = _open(args)
+    folder = output.parent
+    if has_tokenizer(folder) and load_tokenizer(folder).encoding_hash != tokenizer.encoding_hash and not args.overwrite:
+        raise UserError(
+            f"--output {output}: {folder} has the tokenizer of another model, and this model's would replace it; name "
+            "a file in a directory of its own, or add --overwrite"
+        )
     export_onnx(model, output, overwrite=args.overwrite)
-    tokenizer.save(output.parent)
-    return [f"the tokenizer is in {output.parent}"]
+    tokenizer.save(folder)
+    return [f"the tokenizer is in {folder}"]
 
 
 def _write_pth(args: ExportArguments, source: Path, output: Path) -> list[str]:
-    model, _ = _open(args)
+    model, tokenizer = _open(args)
     save_pth(model, output, dtype=TORCH_DTYPES[args.chosen_dtype])
-    config = model.config
-    flags = {
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "rope_theta": config.rope_theta,
-    }
-    if config.num_experts:
-        flags |= {"num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": int(config.norm_topk_prob)}
-    text = " ".join(f"--{name} {value:g}" for name, value in flags.items())
-    use_moe = "--use_moe " if config.num_experts else ""
-    return [f"it holds weights alone; open it with --from_weight {output} {use_moe}{text}"]
+    config = _companion(output, "pth")
+    replace_text(config, json.dumps(model.config.to_hf(), indent=2) + "\n")
+    return [f"{config} is its configuration; open it with --from_weight {output} --tokenizer_path {tokenizer.origin}"]
 
 
 def _write_hf(args: ExportArguments, source: Path, output: Path) -> list[str]:

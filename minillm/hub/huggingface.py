@@ -29,7 +29,7 @@ from minillm.config.experts_on_disk import (
     zero_gates,
 )
 from minillm.errors import UserError
-from minillm.files import atomic_file, replace_text, use_umask
+from minillm.files import atomic_file, replace_text, system_errors, use_umask
 from minillm.hub.pth import load_pth
 from minillm.model.transformer import Transformer
 
@@ -176,8 +176,8 @@ def save_pth(model: Transformer, path: str | Path, *, dtype: torch.dtype | None 
     if model.config.tie_word_embeddings:
         tensors[TIED] = tensors["model.embed_tokens.weight"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        torch.save(tensors, temporary)
+    with atomic_file(path) as temporary, system_errors(), temporary.open("wb") as file:
+        torch.save(tensors, file)
 
 
 def _usual_name(name: str) -> str:
@@ -276,10 +276,8 @@ def _check_finite(weights: dict[str, tuple[Tensor, torch.dtype, float]]) -> None
 
 def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
     with atomic_file(path) as temporary:
-        try:
+        with system_errors():
             save_file(shard, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps the system's errors, such as a full disk
-            raise OSError(str(error)) from error
         use_umask(temporary)
 
 

@@ -21,6 +21,7 @@ from minillm.hub.names import (
     how_to_make,
     is_model,
 )
+from minillm.hub.pth import config_beside
 from minillm.hub.vocabulary import grow_for_adapters
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
 from minillm.lora.more.base import BASE
@@ -44,7 +45,7 @@ def open_model(
     """Return the model, in evaluation mode on its device, and its tokenizer.
 
     Args:
-        path: a model directory, a ``.pth`` with a ``config.json`` next to it, a stage (``full_sft``) or a run
+        path: a model directory, a ``.pth`` with its configuration next to it, a stage (``full_sft``) or a run
             (``full_sft_512``) in ``save_dir``, or a model on a hub (``Qwen/Qwen3-0.6B``), which is downloaded.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         dtype: of the weights: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
@@ -119,7 +120,10 @@ def _open(
     tokenizer = load_tokenizer(tokenizer_path or default_tokenizer)
     config = None
     if path.suffix == ".pth":
-        config = ModelConfig.from_hf(model_dir) if args is None else pth_config(path, args, tokenizer)
+        if args is None:
+            config = ModelConfig.from_hf(config_beside(path) or model_dir)
+        else:
+            config = pth_config(path, args, tokenizer)
     # An adapter is merged in float32: its changes can be smaller than the last digit of bfloat16.
     load_dtype = torch.float32 if lora_name else dtype
     model = load_model(path, device=device, dtype=load_dtype, config=config).eval()

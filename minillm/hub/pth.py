@@ -7,9 +7,9 @@ Three layouts are supported:
 - LLaMA's own (Touvron et al., 2023; ``layers.0.attention.wq.weight``), also used by llama2.c, MiniMind 1 and the first
   releases of MiniMind 2. In it the two numbers of a rotary pair are neighbours, instead of one in each half of a head.
 
-Such a file has no configuration, except for llama2.c's ``model_args``. ``infer_config`` takes what the shapes tell; the
-caller must give the rest. Nothing is guessed, because wrong heads, rotary angles or expert weights load without an
-error and answer nonsense.
+Such a file has no configuration, except for llama2.c's ``model_args``; our own export writes one next to it. Without
+one ``infer_config`` takes what the shapes tell; the caller must give the rest. Nothing is guessed, because wrong heads,
+rotary angles or expert weights load without an error and answer nonsense.
 """
 
 import math
@@ -116,6 +116,12 @@ def load_pth(path: Path, config: ModelConfig, *, shards: Sequence[Path] = ()) ->
     if config.model_type == "mixtral":  # MiniMind 2's experts, without shared ones, have other names than Mixtral's
         weights = {_MIXTRAL.sub(_mixtral_name, name): tensor for name, tensor in weights.items()}
     return weights
+
+
+def config_beside(path: Path) -> Path | None:
+    """Return the configuration next to a ``.pth``, ``NAME.config.json`` or ``config.json``; None if there is none."""
+    files = (path.with_suffix(".config.json"), path.with_name("config.json"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def infer_config(

@@ -15,7 +15,7 @@ from minillm.distributed.launcher import on_first_rank
 from minillm.errors import UserError
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import DEMO, find_weights, run_name
-from minillm.hub.pth import infer_config
+from minillm.hub.pth import config_beside, infer_config
 from minillm.hub.vocabulary import grow_vocabulary
 from minillm.model import Transformer
 from minillm.model.rope import original_length
@@ -111,7 +111,7 @@ def create_model(args, tokenizer, *, dtype: torch.dtype = torch.float32) -> Tran
 
 
 def pth_config(path: Path, args, tokenizer) -> ModelConfig:
-    """Return the shape of a ``.pth``: from a ``config.json`` next to it, else from its tensors and the flags.
+    """Return the shape of a ``.pth``: from its configuration next to it, else from its tensors and the flags.
 
     What the tensors do not tell comes from the flags, then from ``--preset``. The preset's number of heads is used only
     if its width is that of the weights: a wrong number of heads would load without an error and answer nonsense.
@@ -119,8 +119,8 @@ def pth_config(path: Path, args, tokenizer) -> ModelConfig:
     Raises:
         UserError: the number of heads is unknown, a flag contradicts the tensors, or the architecture is unsupported.
     """
-    if (path.parent / "config.json").is_file():
-        return ModelConfig.from_hf(path.parent)
+    if (file := config_beside(path)) is not None:
+        return ModelConfig.from_hf(file)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     given = {name: value for name, value in args.model_overrides().items() if value != defaults.get(name)}
     fallback = PRESETS[args.preset] | args.expert_defaults()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minillm.checkpoints.outputs import WholeModel
-from minillm.files import use_umask
+from minillm.files import system_errors, use_umask
 from minillm.losses import forward_with_head, hidden_distance, linear_distill_loss, linear_top_k_distill_loss
 from minillm.objectives.objective import Batch, Objective
 from minillm.objectives.on_policy import OnPolicy
@@ -103,7 +103,8 @@ class StudentAlone(WholeModel):
         self.export(model, path, tokenizer=tokenizer, dtype=torch.float32)
         if PROJECTION in model._modules:
             file = path / f"{PROJECTION}.safetensors"
-            save_file(getattr(model, PROJECTION).state_dict(), file)
+            with system_errors():
+                save_file(getattr(model, PROJECTION).state_dict(), file)
             use_umask(file)
 
     def read_checkpoint(self, model, path: Path) -> None:

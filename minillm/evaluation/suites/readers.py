@@ -1,17 +1,17 @@
 """Readers of suites: our JSON Lines, and the files of the original releases as they were published.
 
 Each reader takes a path and yields ``Question``s; ``.jsonl`` may also be ``.jsonl.gz``. A wrong record is a
-``UserError`` with its file and line.
+``UserError`` with its file and line; so is a file that is damaged or not UTF-8.
 """
 
 import csv
-import gzip
-import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from minillm.data.sources.encodings import named_errors, open_text
+from minillm.data.sources.raw_records import read_lines
 from minillm.errors import UserError
 from minillm.evaluation.questions import Question, parse_question
 
@@ -38,23 +38,22 @@ def read_ours(path: Path) -> Iterator[Question]:
 def read_subject_csv(path: Path) -> Iterator[Question]:
     """Yield C-Eval's and CMMLU's rows: a header with question, A, B, C, D, answer; the file's name is the subject."""
     subject = re.sub(r"_(dev|val)$", "", path.stem)
-    rows = csv.DictReader(_open_csv(path))
-    missing = {"question", "a", "b", "c", "d", "answer"} - {name.lower() for name in rows.fieldnames or ()}
+    rows = _rows(path)
+    _, head = next(rows, ("", []))
+    names = [name.strip().lower() or "id" for name in head]
+    missing = {"question", "a", "b", "c", "d", "answer"} - set(names)
     if missing:
         raise UserError(f"{path}: the header has no {', '.join(sorted(missing))}: is it a file of the release?")
-    for number, cells in enumerate(rows):
-        row = {(name or "id").lower(): text for name, text in cells.items() if isinstance(text, str)}
+    for number, (where, cells) in enumerate(rows):
+        row = dict(zip(names, cells, strict=False))
         record = {"id": f"{subject}-{row.get('id') or number}", "question": row.get("question"), "subject": subject}
-        where = f"{path}, line {rows.line_num}"
         yield _lettered(record, [row.get(letter) for letter in "abcd"], row.get("answer"), where)
 
 
 def read_mmlu_csv(path: Path) -> Iterator[Question]:
     """Yield MMLU's rows: question, four choices and a letter, without a header; the file's name is the subject."""
     subject = re.sub(r"_(dev|val|test)$", "", path.stem)
-    rows = csv.reader(_open_csv(path))
-    for number, row in enumerate(rows):
-        where = f"{path}, line {rows.line_num}"
+    for number, (where, row) in enumerate(_rows(path)):
         if len(row) != 6:
             raise UserError(f"{where}: {len(row)} columns; MMLU has 6: question, four choices, letter")
         record = {"id": f"{subject}-{number}", "question": row[0], "subject": subject}
@@ -82,7 +81,7 @@ def read_piqa(path: Path) -> Iterator[Question]:
     labels_path = path.with_name(f"{_stem(path)}-labels.lst")
     if not labels_path.is_file():
         raise UserError(f"{labels_path}: no such file; PIQA's labels belong next to {path.name}")
-    labels = labels_path.read_text(encoding="utf-8").split()
+    labels = [line.strip() for _, line in read_lines(labels_path)]
     lines = list(_lines(path))
     if len(labels) != len(lines):
         raise UserError(f"{labels_path} has {len(labels)} labels and {path.name} {len(lines)} questions: not a pair")
@@ -110,7 +109,8 @@ def read_hellaswag(path: Path) -> Iterator[Question]:
     for number, (where, record) in enumerate(_lines(path)):
         try:
             context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-            choices, label = list(map(clean_hellaswag, record["endings"])), int(record["label"])
+            choices = [clean_hellaswag(ending) for ending in record["endings"] + []]  # not of a text
+            label = int(str(record["label"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise _not_of_the_release(where, "activity_label, ctx_a, ctx_b, endings and label", error) from None
         fields = {"id": f"hellaswag-{number}", "question": clean_hellaswag(context), "choices": choices}
@@ -137,49 +137,46 @@ def read_cmath(path: Path) -> Iterator[Question]:
     """Yield CMath's records: question, golden (a number), grade; the grade is the subject."""
     for number, (where, record) in enumerate(_lines(path)):
         final = record.get("golden", record.get("answer"))
+        final = str(final) if type(final) in (int, float) else final
         fields = {
             "id": f"cmath-{number}",
             "question": record.get("question"),
             "subject": f"grade {record.get('grade')}",
         }
-        yield parse_question(fields | {"final": None if final is None else str(final)}, where)
+        yield parse_question(fields | {"final": final}, where)
 
 
 def _lettered(record: dict, choices: list, letter: str | None, where: str) -> Question:
     """Return a question whose answer is a letter."""
-    answer = "ABCD".find((letter or "").strip().upper() or "?")
-    if answer < 0:
+    name = (letter or "").strip().upper()
+    if name not in tuple("ABCD"):
         raise UserError(f"{where}: answer {letter!r}: A, B, C or D (the test files of C-Eval have no answers)")
-    return parse_question(record | {"choices": choices, "answer": answer}, where)
+    return parse_question(record | {"choices": choices, "answer": "ABCD".index(name)}, where)
 
 
-def _open_csv(path: Path) -> io.StringIO:
-    """Return the text of a table, to be read by ``csv``; line ends within cells stay as they are."""
-    try:
-        return io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}); convert it, or download it again") from None
+def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (file and line, cells) of a table; empty lines are left out, line ends within cells stay as they are."""
+    with named_errors(path), open_text(path, newline="") as file:
+        rows = csv.reader(file)
+        try:
+            for cells in rows:
+                if cells:
+                    yield f"{path}, line {rows.line_num}", cells
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: broken table ({error}); download it again") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield (file and line, object) of JSON Lines; empty lines are left out."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: broken JSON ({error})") from None
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: {type(record).__name__}, not a JSON object")
-                yield where, record
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}, after line {number}: damaged ({error}); copy or download it again") from None
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # also huge numbers and deep nesting
+            raise UserError(f"{where}: broken JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: {type(record).__name__}, not a JSON object")
+        yield where, record
 
 
 def _stem(path: Path) -> str:

@@ -6,6 +6,7 @@ Every score stands with its 95 % interval and with chance; many differences are 
 import math
 from pathlib import Path
 
+from minillm.errors import UserError
 from minillm.files import atomic_file
 
 _HEADS = ("suite", "questions", "accuracy", "95 % interval", "by subject", "per byte", "chance", "untrained", "seconds")
@@ -63,6 +64,7 @@ def draw_radar(path: Path, scores_of: dict[str, dict[str, dict]]) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
+        UserError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -92,8 +94,11 @@ def draw_radar(path: Path, scores_of: dict[str, dict[str, dict]]) -> None:
     axes.set_ylim(0, max(0.5, *(value for shares in lines.values() for value in shares.values())))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     figure.legend(loc="outside lower center", ncols=2)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    try:
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
 
 
 def _percent(share: float | None) -> str:

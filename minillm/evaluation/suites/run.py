@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from minillm.errors import UserError
-from minillm.evaluation.multiple_choice import Score, multiple_choice
-from minillm.evaluation.questions import Question
+from minillm.evaluation.multiple_choice import Score, check_style, choose_pool, multiple_choice
+from minillm.evaluation.questions import Question, choose_examples
 from minillm.evaluation.suites.numbers import NumberScore, measure_numbers
-from minillm.evaluation.suites.table import find_suite, read_suite
+from minillm.evaluation.suites.table import Suite, find_suite, read_suite
 from minillm.model import Transformer
 
 
@@ -38,12 +38,27 @@ def run_suite(
         UserError: an unknown suite; no files of it; a wrong record; fewer examples than ``n_shot``.
     """
     suite = find_suite(name)
-    questions, examples, _ = read_suite(suite, data_dir, with_examples=n_shot > 0)
-    settings = {"n_shot": n_shot, "examples": examples or questions, "batch_size": batch_size, "prompt": suite.prompt}
-    chosen = evenly_spaced(questions, limit)
+    chosen, examples = _read(suite, data_dir, n_shot=n_shot, limit=limit)
+    settings = {"n_shot": n_shot, "examples": examples, "batch_size": batch_size, "prompt": suite.prompt}
     if suite.style == "number":
         return measure_numbers(model, tokenizer, chosen, max_new_tokens=max_new_tokens, chat=chat, **settings)
     return multiple_choice(model, tokenizer, chosen, style=suite.style, **settings)
+
+
+def check_suite(suite: Suite, data_dir: str | Path, *, n_shot: int = 0, limit: int = 0) -> None:
+    """Raise the ``UserError`` with which ``run_suite`` would end because of the files, without a model."""
+    questions, examples = _read(suite, data_dir, n_shot=n_shot, limit=limit)
+    if suite.style != "number":
+        check_style([*questions, *(examples if n_shot else [])], suite.style)
+    pool_of = choose_pool(examples, same_subject=suite.style != "number")
+    for question in questions:
+        choose_examples(question, pool_of(question), n_shot=n_shot, same_subject=suite.style != "number")
+
+
+def _read(suite: Suite, data_dir: str | Path, *, n_shot: int, limit: int) -> tuple[list[Question], list[Question]]:
+    """Return the questions to measure, and those from which examples are chosen."""
+    questions, examples, _ = read_suite(suite, data_dir, with_examples=n_shot > 0)
+    return evenly_spaced(questions, limit), examples or questions
 
 
 def evenly_spaced(questions: list[Question], limit: int) -> list[Question]:

@@ -3,6 +3,7 @@
 Prompts are those of lm-evaluation-harness; the Chinese ones have no blank between ``答案：`` and the letter.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -278,6 +279,8 @@ def read_suite(
         raise UserError(f"{names}: no questions of {suite.name} in there; copy or download it again")
     if wrong := next((q for q in [*questions, *examples] if bool(q.choices) == (suite.style == "number")), None):
         raise UserError(f"{wrong.where}: the suite {suite.name} needs " + ("final" if wrong.choices else "choices"))
+    if wrong := next((q for q in [*questions, *examples] if not (q.choices or re.search(r"\d", q.final))), None):
+        raise UserError(f"{wrong.where}: final is {wrong.final!r}; the suite {suite.name} compares numbers in digits")
     return questions, examples, files
 
 

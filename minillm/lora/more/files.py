@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minillm.config.experts_on_disk import stored_scale
 from minillm.errors import UserError
-from minillm.files import atomic_file, replace_text, use_umask
+from minillm.files import atomic_file, replace_text, system_errors, use_umask
 from minillm.lora import core
 from minillm.lora.core import adapted_layers, ends_with
 from minillm.lora.more.adapters import Adapter, Adapters, adapters_of, ensure_slots, set_adapter, store_active
@@ -73,14 +73,15 @@ def save_lora(model: nn.Module, path: str | Path, *, adapter_name: str | None = 
             flat: dict[str, Any] = {_flat_name(name, adapter.names): tensor for name, tensor in tensors.items()}
             settings = dataclasses.asdict(adapter.config).items()
             flat["lora_config"] = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
-            with atomic_file(path) as temporary:
-                torch.save(flat, temporary)
+            with atomic_file(path) as temporary, system_errors(), temporary.open("wb") as file:
+                torch.save(flat, file)
             return
         path.mkdir(parents=True, exist_ok=True)
         layers = dict(model.named_modules())
         stored = dict(_to_peft(name, tensor, adapter.names, layers) for name, tensor in tensors.items())
         with atomic_file(path / WEIGHTS) as temporary:
-            save_file(stored, temporary, metadata={"format": "pt"})
+            with system_errors():
+                save_file(stored, temporary, metadata={"format": "pt"})
             use_umask(temporary)
         base = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "origin", None)
         if base and Path(base).exists():  # an absolute path, valid in any working directory
