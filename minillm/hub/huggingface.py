@@ -192,8 +192,7 @@ def _generation_config(model: Transformer, tokenizer) -> dict:
     loaded = model.generation_config
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     ends = loaded.get("eos_token_id")
-    if not isinstance(ends, list):
-        ends = [] if ends is None else [ends]
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
     if tokenizer is not None:
         ids["pad_token_id"] = tokenizer.pad_token_id
         if not set(tokenizer.end_ids) <= set(ends):

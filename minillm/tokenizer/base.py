@@ -68,6 +68,7 @@ class Tokenizer:
         self._plain = _backend({**spec, "model": plain_model, "added_tokens": [], "post_processor": None}, origin)
         settings = files.get("tokenizer_config.json", "{}")
         self._settings = _parse_json(settings, f"{origin}: tokenizer_config.json")
+        _parse_json(files.get("special_tokens_map.json", "{}"), f"{origin}: special_tokens_map.json")
         added = self._full.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)

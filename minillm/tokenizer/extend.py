@@ -50,7 +50,7 @@ def add_tokens(tokenizer: Tokenizer, names: list[str]) -> Tokenizer:
     spec["added_tokens"] = [*(spec.get("added_tokens") or ()), *entries]
     files = tokenizer.files | {"tokenizer.json": json.dumps(spec, ensure_ascii=False)}
     settings = json.loads(files.get("tokenizer_config.json", "{}"))
-    if "added_tokens_decoder" in settings:  # transformers reads this copy of the entries, too
+    if isinstance(settings.get("added_tokens_decoder"), dict):  # transformers reads this copy of the entries, too
         copies = {str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in entries}
         settings["added_tokens_decoder"] |= copies
         files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
@@ -84,7 +84,7 @@ def set_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
         text = resources.files("minillm.tokenizer").joinpath(FILE).read_text(encoding="utf-8")
     else:
         try:
-            text = Path(template).read_text(encoding="utf-8")
+            text = Path(template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--chat_template {template}: cannot be read ({error}); give chatml, or a jinja file such as a "

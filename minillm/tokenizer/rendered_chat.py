@@ -9,9 +9,10 @@ tell where an answer is in its text. To find it, the conversation is rendered a 
     after mark 0               <|end|>\\n<|assistant|>\\n                      the same in both; then the answer begins
     targets                                         Hello! <|end|>          up to the end token after mark 1
 
-The proof has four parts. Without its marks the second rendering equals the first one. It contains every message. After
-the message before the answer, the prompt and the full rendering agree. The answer ends with one of the model's end
-tokens, before the next message begins. If one of these fails, the conversation is refused with the reason.
+The proof has five parts. Without its marks the second rendering equals the first one. It contains every message. After
+the message before the answer, the prompt and the full rendering agree. The answer holds the words of its
+message unchanged. It ends with one of the model's end tokens, before the next message begins. If one of these fails,
+the conversation is refused with the reason.
 
 Where an answer begins:
 - If the prompt already contains the beginning of the answer (such as an empty think block), that part is not a target.
@@ -352,7 +353,7 @@ class _Renderer:
         text = _PRIVATE.sub("", answer)
         content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
         before_tag, end_tag, after_thinking = content.rpartition("</think>")
-        if index not in marks and after_thinking.strip() not in text:
+        if after_thinking.strip() not in text:
             raise UserError(f"the chat template changes the content of message {index}")
         for call in message.get("tool_calls") or ():
             call, written = call.get("function") or call, self._elsewhere.sub("", text)

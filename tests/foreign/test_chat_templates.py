@@ -324,8 +324,11 @@ UNPROVEN = {
         PLAIN.replace(LOOP, "{% for m in messages if m['content'][:2] != 'Hi' %}"), "leaves out message 0"
     ),
     "a message twice": (PLAIN.replace(LOOP, "{% for m in messages + messages[:1] %}"), "more than once"),
-    "other words": (PLAIN.replace("m['content']", "m['content'] | upper | replace('!', '')"), None),
-    "an answer rewritten": (PLAIN.replace("m['content']", "m['content'][:1]"), "leaves out message 0|does not write"),
+    "capital letters": (PLAIN.replace("m['content']", "m['content'] | upper"), "changes the content of message 1"),
+    "a word replaced": (
+        PLAIN.replace("m['content']", "m['content'] | replace('Hello', 'Bye')"), "changes the content of message 1"
+    ),
+    "an answer cut": (PLAIN.replace("m['content']", "m['content'][:1]"), "leaves out message 0|does not write"),
 }  # fmt: skip
 
 
@@ -333,9 +336,6 @@ UNPROVEN = {
 def test_what_cannot_be_proven_is_refused(tmp_path, name):
     template, reason = UNPROVEN[name]
     ours = load_tokenizer(make_tokenizer("qwen2", tmp_path, template=template))
-    if reason is None:  # the words change and their places are known all the same
-        assert learned(ours, turns("Hi", "Hello!")) == ["HELLO<|im_end|>"]
-        return
     with pytest.raises(UserError, match=reason):
         encode_chat(ours, turns("Hi", "Hello!"))
 
