@@ -137,3 +137,12 @@ def torchrun(python):
         return output
 
     return torchrun
+
+
+@pytest.fixture
+def largest_file():
+    """Call it with a number of bytes: no file can become larger, which is as near as a test comes to a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -18,7 +18,8 @@ from minillm.data.records import read_questions
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import greedy_texts
 from minillm.evaluation.suites import run_suite
-from minillm.evaluation.suites.table import find_suite, read_suite
+from minillm.evaluation.suites.run import check_suite
+from minillm.evaluation.suites.table import find_suite
 from minillm.evaluation.text_metrics import bleu, rouge, token_f1
 from minillm.inference import samples
 from minillm.tokenizer import encode_chat
@@ -78,7 +79,7 @@ class ValidationMetrics:
         self.args, self.tokenizer, self.names = args, tokenizer, args.metric_names
         self.suites = [name.removeprefix("suite:") for name in self.names if name.startswith("suite:")]
         for name in self.suites:
-            read_suite(find_suite(name), args.suite_dir, with_examples=False)  # reports what is wrong before training
+            check_suite(find_suite(name), args.suite_dir, limit=args.eval_samples)  # what is wrong, before training
         self.questions = self._held_out_questions() if args.answer_metrics else []
         self.samples = self._sample_questions(is_sharded=engine.is_sharded)
         self.opening = chat_format(tokenizer).opens_with if args.answer_metrics else ""

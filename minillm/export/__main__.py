@@ -2,7 +2,7 @@
 
     python -m minillm.export --from_weight full_sft --format gguf --dtype q8_0
     python -m minillm.export --from_weight full_sft --lora_name cooking --format hf --output out/cooking_merged
-    python -m minillm.export --from_weight full_sft --format onnx --output out/model.onnx
+    python -m minillm.export --from_weight full_sft --format onnx --output out/onnx/model.onnx
 
 docs/export.md tells what each format is for and how it was checked.
 """

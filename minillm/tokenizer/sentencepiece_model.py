@@ -65,7 +65,16 @@ def convert_model(content: bytes, origin: str, files: dict[str, str]) -> dict[st
     settings = _read_json(files, "tokenizer_config.json", origin)
     names = {key: name for key, name in model.names.items() if settings.get(key) is None}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | names | settings
-    added = _added_tokens(model, settings, _read_json(files, "added_tokens.json", origin), origin)
+    older = _read_json(files, "added_tokens.json", origin)
+    try:
+        added = _added_tokens(model, settings, older, origin)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the added tokens in tokenizer_config.json or added_tokens.json next to {origin} are damaged ({error!r}): "
+            "copy these files again"
+        ) from None
     parts = _spaces(model, settings)
     spec = {
         "version": "1.0", "truncation": None, "padding": None,
@@ -265,10 +274,10 @@ def _added_tokens(model: _Model, settings: dict, older: dict, origin: str) -> li
                 f"{entry['content']!r}: take all files from one release"
             )
     last = max(entries, default=-1)
-    missing = [token_id for token_id in range(n_pieces, last + 1) if token_id not in entries]
-    if missing:
+    missing = next((token_id for token_id in range(n_pieces, last + 1) if token_id not in entries), None)
+    if missing is not None:
         raise UserError(
-            f"{origin} has {n_pieces} pieces, and the added tokens next to it leave out the id {missing[0]}: take all "
+            f"{origin} has {n_pieces} pieces, and the added tokens next to it leave out the id {missing}: take all "
             "files from one release"
         )
     return [entries[token_id] for token_id in sorted(entries)]

@@ -99,3 +99,9 @@ def test_pictures(tmp_path, n):
     draw_radar(tmp_path / "x.png", {"one": scores, "two": {"suite 0": score(SECOND)}})
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_written(files, capsys):
+    code, _, err = run(capsys, files / "a.json", files / "b.json", "--picture", files / "missing/x.png")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "missing/x.png: No such file or directory" in err

@@ -173,6 +173,13 @@ def test_command_lines(folder, tmp_path, monkeypatch, capsys):
             harness.main(argv)
         assert end.value.code == 2
     assert "no suite 'none'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        harness.main(
+            ["tasks", "--suite", "piqa", "--suite_dir", str(folder / "eval"), "--output", str(tmp_path / "file/x")]
+        )
+    assert end.value.code == 2
+    assert "Not a directory; choose another --output" in capsys.readouterr().err
 
 
 def test_the_benchmark(folder, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """Suites: the files of the original releases and ours, their prompts, their scores, and what is wrong with them."""
 
+import csv
 import gzip
 import json
 import sys
@@ -16,11 +17,11 @@ from minillm.evaluation.suites import SUITES, choose_suites, random_model
 from minillm.evaluation.suites.numbers import extract_number, measure_numbers
 from minillm.evaluation.suites.readers import clean_hellaswag
 from minillm.evaluation.suites.run import evenly_spaced
-from minillm.evaluation.suites.table import read_suite
+from minillm.evaluation.suites.table import find_files, read_suite
 from minillm.inference import generate
 from minillm.model import Transformer
 from minillm.tokenizer import train_bpe
-from tests.evaluation.suite_files import CEVAL_HEAD, EXPECTED, arc, make_originals, write_csv, write_lines
+from tests.evaluation.suite_files import CEVAL_HEAD, EXPECTED, arc, hellaswag, make_originals, write_csv, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,11 @@ def wrong(folder, name, records):
         ("mmlu", "mmlu_test.jsonl", ["[]"], ["line 1", "list"]),
         ("mmlu", "mmlu_test.jsonl", [""], ["mmlu_test.jsonl", "no questions"]),
         ("mmlu", "mmlu_test.jsonl", [{"question": "1+1", "final": "2"}], ["line 1", "needs choices"]),
+        ("mmlu", "mmlu_test.jsonl", ["[" * 100_000], ["line 1", "broken JSON"]),
+        ("mmlu", "mmlu_test.jsonl", ['{"question": "\\ud800", "choices": ["1", "2"]}'], ["line 1", "lone surrogate"]),
         ("gsm8k", "gsm8k_test.jsonl", [FOUR], ["line 1", "needs final"]),
+        ("gsm8k", "gsm8k_test.jsonl", [{"question": "a", "final": "many"}], ["line 1", "'many'", "digits"]),
+        ("cmath", "cmath_dev.jsonl", [{"question": "a", "golden": [7]}], ["line 1", "final (a text)"]),
         ("gsm8k", "gsm8k_test.jsonl", [{"conversations": [{"content": "a"}]}], ["line 1", "conversations"]),
         ("gsm8k", "gsm8k/test.jsonl", [{"question": "a", "answer": "5"}], ["line 1", "####"]),
         ("arc_easy", "ARC-Easy-Test.jsonl", [arc(1, "q", ["a", "b"], "C")], ["line 1", "'C'", "A, B"]),
@@ -262,6 +267,8 @@ def wrong(folder, name, records):
         ("piqa", "piqa/valid.jsonl", [{"goal": "g", "sol1": "a", "sol2": "b"}], ["valid-labels.lst", "no such file"]),
         ("winogrande", "winogrande/dev.jsonl", [{"sentence": "_ a"}], ["line 1", "answer None"]),
         ("hellaswag", "hellaswag_val.jsonl", [{"ctx_a": "a"}], ["line 1", "endings"]),
+        ("hellaswag", "hellaswag_val.jsonl", [hellaswag(1) | {"endings": "abcd"}], ["line 1", "endings"]),
+        ("hellaswag", "hellaswag_val.jsonl", [hellaswag(1.7)], ["line 1", "1.7"]),
     ],
 )
 def test_wrong_records_are_named_with_their_line(model, tokenizer, tmp_path, suite, name, records, words):
@@ -274,6 +281,7 @@ def test_wrong_records_are_named_with_their_line(model, tokenizer, tmp_path, sui
 def test_wrong_tables(model, tokenizer, tmp_path):
     for name, suite, rows, words in [
         ("ceval/val/law_val.csv", "ceval", [CEVAL_HEAD, [0, "q", 1, 2, 3, 4, "E"]], ["line 2", "'E'"]),
+        ("ceval/val/law_val.csv", "ceval", [CEVAL_HEAD, [0, "q", 1, 2, 3, 4, "BC"]], ["line 2", "'BC'"]),
         ("ceval/val/law_val.csv", "ceval", [CEVAL_HEAD[:-1], [0, "q", 1, 2, 3, 4]], ["no answer"]),
         ("ceval/val/law_val.csv", "ceval", [CEVAL_HEAD, [0, "q", 1, 2, 3]], ["line 2"]),
         ("mmlu/test/law_test.csv", "mmlu", [["q", 1, 2, 3, 4, "A"], ["q", 1]], ["line 2", "2 columns"]),
@@ -283,17 +291,43 @@ def test_wrong_tables(model, tokenizer, tmp_path):
             run_suite(suite, model, tokenizer, data_dir=tmp_path)
         assert all(word in str(error.value) for word in words), error.value
     (tmp_path / "ceval/val/law_val.csv").write_bytes(b"id,question,A,B,C,D,answer\n0,\xff,1,2,3,4,A\n")
-    with pytest.raises(UserError, match="UTF-8"):
+    with pytest.raises(UserError, match="line 2: not UTF-8 text"):
         run_suite("ceval", model, tokenizer, data_dir=tmp_path)
+
+
+def test_files_of_other_editors(tmp_path):
+    """A byte order mark and Windows' line ends are no content; UTF-16 is named."""
+    make_originals(tmp_path)
+    for name in ("piqa", "gsm8k", "ceval"):
+        expected, *_ = read_suite(SUITES[name], tmp_path)
+        for path in [*find_files(SUITES[name], tmp_path).questions, *tmp_path.glob("piqa/*.lst")]:
+            lines = path.read_bytes().replace(b"\r\n", b"\n")
+            path.write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
+        found, *_ = read_suite(SUITES[name], tmp_path)
+        assert [(q.id, q.choices, q.answer, q.final) for q in found] == [
+            (q.id, q.choices, q.answer, q.final) for q in expected
+        ]
+    write_lines(tmp_path / "mmlu_test.jsonl", [FOUR | {"id": None}, FOUR | {"id": None, "question": "b?"}])
+    assert len({question.id for question in read_suite(SUITES["mmlu"], tmp_path)[0]}) == 2
+    for name in ("gsm8k/test.jsonl", "piqa/valid-labels.lst", "ceval-exam/val/law_val.csv"):
+        (tmp_path / name).write_text((tmp_path / name).read_text(encoding="utf-8"), encoding="utf-16")
+        with pytest.raises(UserError, match="is UTF-16 text"):
+            read_suite(SUITES[name.split("/")[0].split("-")[0]], tmp_path)
 
 
 def test_damaged_files(model, tokenizer, tmp_path):
     whole = gzip.compress(json.dumps(FOUR).encode() * 100)
-    (tmp_path / "mmlu_test.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="damaged"):
-        run_suite("mmlu", model, tokenizer, data_dir=tmp_path)
+    for damaged in (whole[: len(whole) // 2], whole[:30] + b"\xff\x00" + whole[32:]):
+        (tmp_path / "mmlu_test.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            run_suite("mmlu", model, tokenizer, data_dir=tmp_path)
     (tmp_path / "mmlu_test.jsonl.gz").unlink()
     make_originals(tmp_path)
+    before = csv.field_size_limit(30)
+    write_csv(tmp_path / "ceval-exam/val/law_val.csv", [CEVAL_HEAD, [0, "q" * 40, 1, 2, 3, 4, "A"]])
+    with pytest.raises(UserError, match=r"law_val.csv, line 2: broken table \(field larger than field limit"):
+        run_suite("ceval", model, tokenizer, data_dir=tmp_path)
+    csv.field_size_limit(before)
     (tmp_path / "piqa/valid-labels.lst").write_text("0\n")
     with pytest.raises(UserError, match=r"1 labels and .* 2 questions"):
         run_suite("piqa", model, tokenizer, data_dir=tmp_path)

@@ -366,6 +366,9 @@ def test_a_suite_is_the_evaluations(model, tokenizer, answered, tmp_path, n_samp
         args = arguments(path, eval_metric=f"suite:{name}", **settings)
         with pytest.raises(UserError, match=words):
             ValidationMetrics(args, tokenizer, ENGINE)
+    (tmp_path / "winogrande.jsonl").write_text(json.dumps(questions[0]) + "\n")
+    with pytest.raises(UserError, match="needs a question with a blank"):  # not after the first steps
+        ValidationMetrics(arguments(path, eval_metric="suite:winogrande", **settings), tokenizer, ENGINE)
 
 
 def test_every_metric_of_answers_that_the_flags_know_is_there():

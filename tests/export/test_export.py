@@ -1,7 +1,9 @@
 """``python -m minillm.export``: every format opens again with the same logits; bad requests end before any work."""
 
 import errno
+import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from minillm.hub.pth import infer_config
 from minillm.lora import apply_lora, save_lora
 from minillm.tokenizer import load_tokenizer
 from tests.foreign.layouts import CHATML, make_tokenizer
+from tests.foreign.test_open_models import make_release
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,15 @@ def test_a_pth_of_experts_has_their_names_on_disk(tmp_path):
     assert torch.equal(logits_of(tmp_path / "x.pth", config=config), logits_of(directory))
 
 
+def test_ends_that_are_no_ids_are_not_copied(base, tmp_path):
+    directory = tmp_path / "base"
+    shutil.copytree(base, directory)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [[1], 2]}')
+    call("--from_weight", directory, "--format", "hf", "--output", tmp_path / "out")
+    ends = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
+    assert set(ends) >= {2, *load_tokenizer(base).end_ids}
+
+
 def test_an_adapter_is_merged(base, adapter, tmp_path):
     call("--from_weight", base, "--lora_name", adapter, "--format", "hf", "--output", tmp_path / "out")
     merged = logits_of(tmp_path / "out")
@@ -101,8 +113,8 @@ def test_gguf_of_a_pth_and_of_an_adapter(base, adapter, tmp_path, monkeypatch):
     assert a.keys() == b.keys() == c.keys()
     assert all((a[name] == b[name]).all() for name in a)
     assert not (c["blk.0.attn_q.weight"] == b["blk.0.attn_q.weight"]).all()
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["a.Modelfile", "a.gguf", "b.Modelfile", "b.gguf", "c.Modelfile", "c.gguf", "x.pth"]
+    names = sorted(path.name for path in tmp_path.iterdir() if path.stem in ("a", "b", "c"))
+    assert names == ["a.Modelfile", "a.gguf", "b.Modelfile", "b.gguf", "c.Modelfile", "c.gguf"]
 
 
 def test_default_names(base, tmp_path, monkeypatch, capsys):
@@ -139,6 +151,44 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, monkeypatch, capsys, form):
     output = tmp_path / ("x.pth" if form == "pth" else "x")
     assert "No space left on device" in fails(capsys, "--from_weight", base, "--format", form, "--output", output)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.pth", "x"])
+def test_a_limit_on_the_size_of_files_leaves_nothing(base, tmp_path, capsys, largest_file, name):
+    form = {".gguf": "gguf", ".pth": "pth", "": "hf"}[(tmp_path / name).suffix]
+    largest_file(20_000)
+    line = fails(capsys, "--from_weight", base, "--format", form, "--output", tmp_path / name)
+    assert "File too large" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("release", ["GLM-4.5", "Llama-3.2-1B-Instruct", "Qwen2.5-0.5B-Instruct"])
+def test_a_pth_is_the_same_model_when_it_is_opened(release, tmp_path, capsys):
+    """Shapes do not tell the eps, the scaling of RoPE, the share of a head that is rotated, ..."""
+    (tmp_path / "base").mkdir()
+    directory = make_release(release, tmp_path / "base")
+    call("--from_weight", directory, "--format", "pth", "--dtype", "f32", "--output", tmp_path / "x.pth")
+    assert f"--from_weight {tmp_path / 'x.pth'} --tokenizer_path {directory}" in capsys.readouterr().out
+    ids = torch.arange(40)[None]
+    model = open_model(tmp_path / "x.pth", tokenizer_path=str(directory), device="cpu")[0]
+    with torch.no_grad():
+        assert torch.equal(model(ids), load_model(directory).eval()(ids))
+    call("--from_weight", tmp_path / "x.pth", "--tokenizer_path", directory, "--format", "hf", "--dtype", "f32",
+         "--output", tmp_path / "again")  # fmt: skip
+    assert torch.equal(logits_of(tmp_path / "again"), logits_of(directory))
+
+
+def test_files_next_to_the_output_are_not_replaced(base, tmp_path, capsys):
+    for form, name, other in (("gguf", "x.gguf", "x.Modelfile"), ("pth", "x.pth", "x.config.json")):
+        (tmp_path / other).write_text("mine")
+        line = fails(capsys, "--from_weight", base, "--format", form, "--output", tmp_path / name)
+        assert f"{other} exists already" in line
+        assert (tmp_path / other).read_text() == "mine"
+    make_tokenizer("qwen2", tmp_path / "onnx")
+    before = (tmp_path / "onnx/tokenizer.json").read_bytes()
+    line = fails(capsys, "--from_weight", base, "--format", "onnx", "--output", tmp_path / "onnx/x.onnx")
+    assert "has the tokenizer of another model" in line
+    assert (tmp_path / "onnx/tokenizer.json").read_bytes() == before
 
 
 def test_the_flags_have_one_default_each():

@@ -16,6 +16,7 @@ from minillm.hub import load_model, open_model
 from minillm.lora.__main__ import main as lora_program
 from minillm.reports.tracking import read_metrics
 from minillm.tokenizer import add_tokens, encode_chat, load_tokenizer, token_names, with_chat
+from minillm.tokenizer.extend import set_template
 from tests.foreign.layouts import LAYOUTS, make_tokenizer
 from tests.foreign.models import make_model
 from tests.foreign.test_open_models import difference, losses, run_stage, their_model, write
@@ -159,6 +160,16 @@ def test_a_template_of_ones_own(tmp_path, data, capsys):
     ids, mask = encode_chat(tokenizer, TALK)
     targets = [token for token, is_target in zip(ids, mask, strict=True) if is_target]
     assert tokenizer.decode(targets) == "Hello!<|im_end|>"
+
+
+def test_files_of_other_editors(tmp_path):
+    """A byte order mark is no text of a template, and a damaged copy of the added tokens is not read."""
+    directory = make_tokenizer("mistral_chat", tmp_path / "t", added_tokens_decoder=[])
+    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "mine.jinja").write_text(template, encoding="utf-8-sig")
+    tokenizer = set_template(add_tokens(load_tokenizer(directory), ["<|x|>"]), str(tmp_path / "mine.jinja"))
+    assert tokenizer.files["chat_template.jinja"] == template
+    assert tokenizer.token_id("<|x|>") == tokenizer.vocab_size - 1
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------

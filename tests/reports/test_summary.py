@@ -320,6 +320,8 @@ def test_the_best_value_and_an_early_end_are_facts(run):
     assert facts_of(run)["stopped early"].startswith(
         "stopped after step 3 of 9: f1 has not been better in 1 validation"
     )
+
+
 def test_speed_memory_and_use_of_the_machine_are_drawn_last(run, drawn):
     rows = [{"step": s, "split": "train", "loss": 1 / s, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 100.0 * s,
              "cpu_memory_gib": 0.5, "gpu_peak_gib": 2.0 * s, "gpu_percent": 90 if s > 1 else None, "cpu_percent": 101.0}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import eval_model
+from minillm.cli.eval_arguments import EvalArguments
 from minillm.config import ModelConfig
 from minillm.evaluation import measure
 from minillm.hub.huggingface import save_model
@@ -246,6 +247,54 @@ def test_an_interrupted_suite_keeps_the_finished_ones(run, tmp_path, monkeypatch
     monkeypatch.setattr(measure, "run_suite", fails)
     assert run("--suite", "piqa,mmlu", "--suite_dir", folder, "--output", output)[0] == 130
     assert list(json.loads(output.read_text(encoding="utf-8"))["suites"]) == ["piqa"]
+
+
+def test_resume_keeps_suites_that_are_not_asked_again(run, out, tmp_path):
+    folder, output = tmp_path / "eval", tmp_path / "scores.json"
+    make_originals(folder)
+    call = ("--suite_dir", folder, "--output", output)
+    assert run("--suite", "piqa,mmlu", *call)[0] == 0
+    assert run("--suite", "arc_easy", *call, "--suite_resume")[0] == 0
+    assert list(json.loads(output.read_text(encoding="utf-8"))["suites"]) == ["mmlu", "arc_easy", "piqa"]
+    assert "| PIQA |" in output.with_suffix(".md").read_text(encoding="utf-8")
+    assert run("--suite", "arc_easy", *call, "--suite_resume", "--dtype", "bfloat16")[0] == 0  # another model
+    assert list(json.loads(output.read_text(encoding="utf-8"))["suites"]) == ["arc_easy"]
+    output.write_text('{"suites": []}')
+    code, _, err = run("--suite", "arc_easy", *call, "--suite_resume")
+    assert (code, "not a result file" in err) == (2, True)
+
+
+def test_resume_tells_a_model_from_the_same_one_with_another_adapter(tokenizer):
+    """An adapter that was trained again has the same name, and its model's files are the same."""
+    model, args = tiny_model(0), EvalArguments(lora_name="cooking")
+    before = measure._identity(model, tokenizer, args, "out/full_sft_32")
+    assert before == measure._identity(tiny_model(0), tokenizer, args, "out/full_sft_32")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0] += 1e-3
+    assert before != measure._identity(model, tokenizer, args, "out/full_sft_32")
+
+
+def test_wrong_files_end_it_before_anything_is_computed(run, tmp_path, monkeypatch):
+    """Also those of the last suite, a style that they do not fit, and too few examples."""
+    folder = tmp_path / "eval"
+    make_originals(folder)
+    monkeypatch.setattr(measure, "run_suite", lambda *_, **__: pytest.fail("measured"))
+    call = ("--suite_dir", folder, "--output", tmp_path / "x.json")
+    question = {"id": "a", "question": "no blank", "choices": ["1", "2"], "answer": 0}
+    for record, suites, words in [
+        (question | {"answer": 5}, "mmlu, winogrande", ["line 1", "answer 5 with 2 choices"]),
+        (question, "mmlu,winogrande", ["line 1", "needs a question with a blank"]),
+        (question, "en", ["line 1", "needs a question with a blank"]),
+    ]:
+        (folder / "winogrande.jsonl").write_text(json.dumps(record) + "\n")
+        code, _, err = run("--suite", suites, *call)
+        assert (code, all(word in err for word in words)) == (2, True), err
+    code, _, err = run("--suite", "gsm8k,cmath", *call, "--n_shot", 2)
+    assert (code, "n_shot 2" in err and "cmath" in err) == (2, True), err
+    code, _, err = run("--suite", "mmlu, gaokao_mcq", *call)
+    assert (code, "gaokao_mcq.jsonl" in err) == (2, True), err
+    code, _, err = run("--suite", "mmlu", "--suite_dir", folder, "--output", tmp_path / "x.md")
+    assert (code, "name a .json" in err) == (2, True), err
 
 
 def test_suites_that_cannot_be_measured(run, tmp_path):

@@ -147,6 +147,11 @@ def test_load_errors(tmp_path, saved):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(UserError, match="not a tokenizer"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((saved / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
+    for text, words in (("{", "broken JSON"), ("[]", "not a JSON object")):
+        (tmp_path / "special_tokens_map.json").write_text(text)
+        with pytest.raises(UserError, match=rf"special_tokens_map\.json .*{words}"):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot read"):
         load_tokenizer(tmp_path)

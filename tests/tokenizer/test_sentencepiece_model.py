@@ -163,6 +163,15 @@ def test_bad_files(models, tmp_path):
     assert f"has {n} pieces, and the added tokens next to it leave out the id {n}" in reason(
         content, added_tokens={"<x>": n + 1}
     )
+    assert f"leave out the id {n}" in reason(content, added_tokens={"<x>": 10**12})
+    for files in (
+        {"added_tokens": {"<x>": "y"}},
+        {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<x>"}}}},
+        {"tokenizer_config": {"added_tokens_decoder": {str(n): {}}}},
+        {"tokenizer_config": {"added_tokens_decoder": {str(n): "<x>"}}},
+        {"tokenizer_config": {"additional_special_tokens": [["<x>"]]}},
+    ):
+        assert "are damaged" in reason(content, **files)
     assert "as token 5, and the files next to it '<x>'" in reason(content, added_tokens={"<x>": 5})
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.model").write_bytes(content)

@@ -124,6 +124,8 @@ def _mix(
         written = n_whole * size + int(sizes[records[chosen]].sum())
         mixture.append({"source": source.name, "share": source.share, "available": size, "written": written})
     everything = sum(entry["written"] for entry in mixture)
+    if not everything:
+        raise UserError(f"--mix_size {settings.mix_size}: is less than half of any record, so nothing would be written")
     return [
         entry | {"written_share": entry["written"] / everything, "repeats": entry["written"] / entry["available"]}
         for entry in mixture

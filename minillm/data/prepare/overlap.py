@@ -82,4 +82,7 @@ def _questions(file: Path, line: int, value: object) -> list[str]:
     try:
         return questions_of(parse_record(value, line))
     except UserError as error:
-        raise UserError(f"--eval_files {file}, line {line}: {error}") from None
+        raise UserError(
+            f"--eval_files {file}, line {line}: no question found ({error}). Published suites are converted by "
+            "python -m minillm.evaluation.harness tasks --suite NAME --suite_dir DIR --output eval"
+        ) from None

@@ -114,7 +114,7 @@ class PrepareSettings:
             raise UserError("tokens are to be counted: give --tokenizer_path a directory with tokenizer.json")
         try:
             "".encode(self.encoding)
-        except LookupError:
+        except (LookupError, UnicodeError):
             raise UserError(f"--encoding {self.encoding}: unknown; for example utf-8, gb18030, utf-16, big5") from None
         parse_columns(self.columns)
 

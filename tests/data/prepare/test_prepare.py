@@ -328,6 +328,8 @@ def test_normalisation_and_html_are_counted(go, write, tmp_path):
         ({"mix_size": "huge"}, "--mix_size huge: allowed: smallest, largest"),
         ({"max_tokens": 5}, "give --tokenizer_path"),
         ({"encoding": "klingon"}, "--encoding klingon: unknown"),
+        ({"encoding": "undefined"}, "--encoding undefined: unknown"),
+        ({"data_path": "FILE:1", "mix_size": "1"}, "--mix_size 1: is less than half of any record"),
         ({"columns": "x"}, "--columns"),
         ({"data_path": "missing.jsonl"}, "no such data file"),
         ({"data_path": "FILE:0.5,FILE"}, "has no share"),
@@ -340,11 +342,13 @@ def test_normalisation_and_html_are_counted(go, write, tmp_path):
         ({"valid_ratio": 0.0001}, "holds out none"),
         ({"data_path": "FILE:1", "mix_size": "1000000000"}, "would be repeated"),
         ({"eval_files": "EMPTY"}, "is empty"),
+        ({"eval_files": "PIQA"}, "line 1: no question found .*goal.*minillm.evaluation.harness tasks"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(write, tmp_path, settings, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"FILE": str(numbered(write, "n.jsonl", 20)), "EMPTY": str(write("empty.jsonl", []))}
+    names["PIQA"] = str(write("piqa.jsonl", [{"goal": "g", "sol1": "a", "sol2": "b"}]))
     settings = {"data_path": "FILE", "output": "out/a.jsonl"} | settings
     for name, path in names.items():
         settings = {k: v.replace(name, path) if isinstance(v, str) else v for k, v in settings.items()}

@@ -287,6 +287,16 @@ def test_a_full_disk_leaves_the_old_adapter(tools, saved, monkeypatch):
     torch.testing.assert_close(tools.logits(model), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["x", "x.pth"])
+def test_the_systems_error_is_named(tools, tmp_path, largest_file, name):
+    """torch and safetensors wrap it in errors of their own."""
+    model = adapted(tools)
+    largest_file(1000)
+    with pytest.raises(UserError, match=r"cannot write the adapter to .*: File too large; choose another path"):
+        save_lora(model, tmp_path / name)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_pefts_own_file_of_a_mixture_is_one_adapter(tools, tmp_path):
     """peft's weighted sum, saved by it, is opened here as what it is."""
     base = tools.hf("qwen2")
