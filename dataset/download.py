@@ -361,12 +361,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     files = choose_files(args.names)
     addresses = [file.address(args.source, args.endpoint) for file in files]  # reports what is not on this hub
-    output.mkdir(parents=True, exist_ok=True)
-    lock = Lock(output / LOCK)
-    for file, url in zip(files, addresses, strict=True):
-        print(f"{output / file.target} from {url}", flush=True)
-        outcome = download(file, output=output, url=url, lock=lock, retries=args.retries, timeout=args.timeout)
-        print(f"  {outcome}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = Lock(output / LOCK)
+        for file, url in zip(files, addresses, strict=True):
+            print(f"{output / file.target} from {url}", flush=True)
+            outcome = download(file, output=output, url=url, lock=lock, retries=args.retries, timeout=args.timeout)
+            print(f"  {outcome}")
+    except OSError as error:  # of the disk: those of the network have become UserErrors
+        raise UserError(f"--output {output}: {error.strerror or error}; choose another directory") from None
 
 
 if __name__ == "__main__":

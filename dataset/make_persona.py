@@ -17,6 +17,7 @@ sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
 from demo_world.identity import QUESTIONS  # noqa: E402
 
 from minillm.cli.command_line import parse, require, script  # noqa: E402
+from minillm.errors import UserError  # noqa: E402
 from minillm.evaluation.sample_answers import write_whole  # noqa: E402
 
 ANSWERS = {
@@ -68,7 +69,12 @@ def main(argv: list[str] | None = None):
     args = parse(PersonaArguments, argv)
     records = persona_records(args.name, args.maker)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {args.output}: its folder cannot be made ({error.strerror}); choose another"
+        ) from None
     write_whole(Path(args.output), "".join(lines))
     print(f"{len(records)} conversations; {args.name}, made by {args.maker}")
 

@@ -258,6 +258,10 @@ def test_names_and_addresses(tmp_path, capsys):
         with pytest.raises(SystemExit):
             download.main([*argv, "--output", str(tmp_path)])
         assert word in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        download.main(["gsm8k", "--output", str(tmp_path / "file")])
+    assert "file: File exists; choose another directory" in capsys.readouterr().err
     download.main(["--list"])
     assert "dataset/eval/ceval" in capsys.readouterr().out.replace("\\", "/")
     assert set(download.GROUPS["all"]) == set(SUITES) - {"gaokao_mcq", "tal_math_zh"}

@@ -43,6 +43,13 @@ def test_an_empty_name_is_refused(make_persona, capsys):
     assert "--name: is empty" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(make_persona, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        make_persona.main(["--output", str(tmp_path / "file/x/p.jsonl")])
+    assert "its folder cannot be made (Not a directory)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_run(make_persona, tmp_path, recipe):
     """The page's three commands, on a small random model in place of the download."""
