@@ -21,12 +21,17 @@ Where an answer begins:
 - A token with characters of both header and answer belongs to the answer, because the model must generate it. A control
   token of the header does not, even if it includes the white space after it.
 
+The ids of a prompt are the beginning of those in training. A tokenizer may cut white space by what follows it: GPT-2's
+expression makes one token of ``\\n\\n`` at the end of a text, and two before a letter. So a prompt that ends with white
+space is encoded with a word after it, and cut where it ends. (transformers encodes it alone.)
+
 Text in a message that looks like a control token stays text. For the template such text is broken up by another
 invisible character; for the tokenizer the real control tokens are written as private characters instead.
 """
 
 import json
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
@@ -35,12 +40,13 @@ import tokenizers
 
 from minillm.errors import UserError
 from minillm.tokenizer.base import CONTROL_TOKENS, TAG_TOKENS, Tokenizer, bad_text
-from minillm.tokenizer.chat_format import ChatFormat, chat_format, split_opening
+from minillm.tokenizer.chat_format import ANSWER, ChatFormat, chat_format, split_opening
 
 # Characters of Unicode's last private plane: the first mark, the first name of a control token, and the character that
 # breaks up text which looks like a control token.
 MARKS, NAMES, BREAKER = 0x100000, 0x108000, "\U0010fffd"
 MAX_MARKS = NAMES - MARKS
+NEXT_WORD = ANSWER[0]["content"]  # after the white space at the end of a prompt
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 _MARK = re.compile("[\U00100000-\U00107fff]")
 
@@ -80,10 +86,13 @@ class _Text:
         spans: the ranges of the answers in ``text``; ``self.spans`` are the ranges in ``self.text``.
         names: the private character for each control token; None: control tokens stay unchanged.
         tail: a control token after the text, which is a target.
+        is_prompt: whether an answer follows the text.
     """
 
-    def __init__(self, text: str, spans: list[Span], names: dict[str, str] | None, tail: str = ""):
-        self.is_guarded, self.tail = names is not None, tail
+    def __init__(
+        self, text: str, spans: list[Span], names: dict[str, str] | None, *, tail: str = "", is_prompt: bool = False
+    ):
+        self.is_guarded, self.tail, self.is_prompt = names is not None, tail, is_prompt
         replacements = [(match.start(), match.end(), "") for match in _PRIVATE.finditer(text)]
         if names is not None:
             replacements += [(match.start(), match.end(), names[match[0]]) for match in _pattern(names).finditer(text)]
@@ -119,6 +128,7 @@ class _Renderer:
         self._names = {token: chr(NAMES + index) for index, token in enumerate(control)}
         self._spec = spec
         self._added_ids = {token["id"] for token in spec.get("added_tokens", ())}
+        self._has_warned = False
         # Which control tokens stay text in an answer (an assistant may write tags and the like), and elsewhere.
         text_in_answers = [
             token for token in control if token not in TAG_TOKENS and (added[token] or token in known_tokens)
@@ -135,10 +145,10 @@ class _Renderer:
         self._check_tools(messages, tools, plain, add_generation_prompt=True)
         broken, broken_tools = self._break_control_texts(messages), self._break_tools(tools)
         if broken == messages and broken_tools == tools:
-            return _Text(plain, [], None)
+            return _Text(plain, [], None, is_prompt=True)
         text = self.template.render(broken, tools=broken_tools, add_generation_prompt=True)
         self._check_same(text, plain)
-        return _Text(text, [], self._names)
+        return _Text(text, [], self._names, is_prompt=True)
 
     def conversation(self, messages: list[dict], tools: list[dict] | None, train_on: str) -> _Text:
         """Return the text of a conversation with its answers; the module's docstring explains the proof."""
@@ -171,7 +181,7 @@ class _Renderer:
                     "text"
                 )
             spans.append((start, end))
-        return _Text(text, spans, self._names if has_broken else None, tail)
+        return _Text(text, spans, self._names if has_broken else None, tail=tail)
 
     def _with_arguments(self, messages: list[dict]) -> list[dict]:
         """Return the messages with the arguments of tool calls in the form that the template takes."""
@@ -382,9 +392,10 @@ class _Renderer:
         encodings: dict[int, tokenizers.Encoding] = {}
         for is_guarded in (False, True):
             indices = [index for index, text in enumerate(texts) if text.is_guarded == is_guarded]
-            encoder = self._guarded if is_guarded and indices else self._full
+            encoder = self._encoder(is_guarded and bool(indices))
+            to_encode = [_with_next_word(texts[i].text) if texts[i].is_prompt else texts[i].text for i in indices]
             try:
-                batch = encoder.encode_batch([texts[index].text for index in indices], add_special_tokens=False)
+                batch = encoder.encode_batch(to_encode, add_special_tokens=False)
             except (TypeError, UnicodeEncodeError):
                 for index in indices:
                     if not _is_utf8(texts[index].text):
@@ -393,8 +404,15 @@ class _Renderer:
             encodings |= zip(indices, batch, strict=True)
         return [self._with_mask(text, encodings[index]) for index, text in enumerate(texts)]
 
+    def _encoder(self, is_guarded: bool) -> tokenizers.Tokenizer:
+        return self._guarded if is_guarded else self._full
+
     def _with_mask(self, text: _Text, encoding: tokenizers.Encoding) -> tuple[list[int], list[int]]:
+        if text.is_prompt:
+            ids = self._prompt_ids(text.text, encoding, is_guarded=text.is_guarded)
+            return ids, [0] * len(ids)
         ids, mask = encoding.ids, [0] * len(encoding.ids)
+        seams = {start for start, _ in text.spans if text.text[max(0, start - 1) : start + 1].isspace()}
         if text.spans:
             spans = iter(text.spans)
             span_start, span_end = next(spans)
@@ -402,11 +420,53 @@ class _Renderer:
                 while start >= span_end:
                     span_start, span_end = next(spans, (len(text.text) + 1, len(text.text) + 1))
                 mask[index] = int(end > span_start and (start >= span_start or ids[index] not in self._added_ids))
+                if mask[index] and start < span_start:
+                    seams.add(span_start)
+        for seam in sorted(seams):
+            self._check_seam(text, encoding, seam)
         if text.tail:
             ids, mask = [*ids, self.tokenizer.token_id(text.tail)], [*mask, 1]
         if mask:
             mask[0] = 0  # no token before it could predict it
         return ids, mask
+
+    # ---- where a prompt ends and the answer begins -----------------------------------------------
+
+    def _prompt_ids(self, prompt: str, encoding: tokenizers.Encoding, *, is_guarded: bool) -> list[int]:
+        """Return the ids of ``prompt``, given the encoding of it ``_with_next_word``."""
+        n = _n_tokens_before(len(prompt), encoding)
+        if n == len(encoding.ids) or encoding.offsets[n][0] >= len(prompt):
+            return encoding.ids[:n]
+        # The word and the white space before it share a token, so the prompt has no ids that every answer continues.
+        ids = self._encoder(is_guarded).encode(prompt, add_special_tokens=False).ids
+        self._warn_of_seam(in_training=encoding.ids[n : n + 1], in_prompt=ids[n:])
+        return ids
+
+    def _check_seam(self, text: _Text, encoding: tokenizers.Encoding, start: int) -> None:
+        """Warn if the ids before the answer that begins at character ``start`` are not those of its prompt."""
+        if self._has_warned:
+            return
+        prompt, is_guarded = text.text[:start], text.is_guarded
+        with_word = self._encoder(is_guarded).encode(_with_next_word(prompt), add_special_tokens=False)
+        prompt_ids = self._prompt_ids(prompt, with_word, is_guarded=is_guarded)
+        pairs = enumerate(zip(prompt_ids, encoding.ids, strict=False))
+        n_equal = next((n for n, (in_prompt, in_training) in pairs if in_prompt != in_training), len(prompt_ids))
+        if n_equal < len(prompt_ids):
+            n_before = _n_tokens_before(start, encoding)
+            self._warn_of_seam(in_training=encoding.ids[n_equal : n_before + 1], in_prompt=prompt_ids[n_equal:])
+
+    def _warn_of_seam(self, *, in_training: list[int], in_prompt: list[int]) -> None:
+        """Warn of tokens that differ between training and prompts, once for each tokenizer."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        trained, asked = (" ".join(repr(self.tokenizer.decode([i])) for i in ids) for ids in (in_training, in_prompt))
+        warnings.warn(
+            f"{self.tokenizer.origin}: where an answer begins, training has {trained}, and a prompt ends with {asked}; "
+            "the model has not learned to answer such a prompt: remove the white space before answers from the data "
+            "or from the chat template",
+            stacklevel=2,
+        )
 
     @cached_property
     def _guarded(self) -> tokenizers.Tokenizer:
@@ -423,6 +483,16 @@ class _Renderer:
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def _with_next_word(prompt: str) -> str:
+    """Return a prompt that ends with white space with a word after it; any other prompt unchanged."""
+    return prompt + NEXT_WORD if prompt[-1:].isspace() else prompt
+
+
+def _n_tokens_before(position: int, encoding: tokenizers.Encoding) -> int:
+    """Return how many tokens end at or before a character."""
+    return next((n for n, (_, end) in enumerate(encoding.offsets) if end > position), len(encoding.ids))
 
 
 @lru_cache(maxsize=16)
