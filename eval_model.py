@@ -27,7 +27,8 @@ import torch
 
 from minillm.cli.command_line import parse, script
 from minillm.cli.eval_arguments import EvalArguments
-from minillm.data import read_prompts
+from minillm.data import Prompt, read_prompts
+from minillm.errors import UserError
 from minillm.evaluation import read_answer
 from minillm.evaluation.measure import (
     measure_perplexity,
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(EvalArguments, argv)
     sampling = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
     SamplingOptions(**sampling)  # reports invalid options before the weights are loaded
-    prompts = [*args.prompt, *(read_prompts(args.prompts, columns=args.columns) if args.prompts else [])]
+    prompts = [Prompt(content=text) for text in args.prompt]
+    prompts += read_prompts(args.prompts, columns=args.columns) if args.prompts else []
     suites = suites_with_files(args)
     measures = bool(args.perplexity or args.task_file or args.pairs_file or suites)
     if args.num_threads:
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     chat_model = open_chat_model(args)
     model, tokenizer = chat_model.model, chat_model.tokenizer
     if not (prompts or measures or sys.stdin.isatty()):
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = [Prompt(content=line.rstrip("\n")) for line in sys.stdin if line.strip()]
         if not prompts:
             print("no terminal and no questions on standard input: give --prompt TEXT or --prompts FILE")
     options = sampling | {
@@ -107,36 +109,41 @@ def open_chat_model(args: EvalArguments) -> ChatModel:
 # ---- answering -----------------------------------------------------------------------------------
 
 
-def answer_prompts(args: EvalArguments, chat_model: ChatModel, prompts, options: dict) -> list[dict]:
+def answer_prompts(args: EvalArguments, chat_model: ChatModel, prompts: list[Prompt], options: dict) -> list[dict]:
     """Answer the prompts in batches, print each answer, and return all of them."""
     model, tokenizer = chat_model.model, chat_model.tokenizer
     options = options | {"tokenizer": tokenizer, "eos_token_id": tokenizer.end_ids}
-    encoded = [chat_model.encode(to_messages(args, prompt)) for prompt in prompts]
+    encoded = [encode_prompt(args, chat_model, prompt) for prompt in prompts]
     opened = chat_model.opens_with if args.model_mode == 3 else ""  # beginning of the answer in the prompt
     answers, n_tokens, start = [], 0, time.perf_counter()
     for first in range(0, len(prompts), args.batch_size):
         batch = slice(first, first + args.batch_size)
         for prompt, completion in zip(prompts[batch], complete(model, encoded[batch], **options), strict=True):
-            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             output, answer = completion.text, {"answer": completion.text}
             if args.model_mode == 3:
                 view = ThinkingView(args.thinking, opened=opened)
                 output = view.push(completion.text) + view.finish()
                 answer = read_answer(opened + completion.text)._asdict() | {"text": opened + completion.text}
-            print(f"\n> {question}\n{output}")
+            print(f"\n> {prompt.question}\n{output}")
             n_tokens += len(completion.ids)
             outcome = {"finish_reason": completion.finish_reason, "n_tokens": len(completion.ids)}
-            answers.append({"prompt": prompt} | answer | outcome)
+            asked = {"prompt": prompt.content} | ({"tools": prompt.tools} if prompt.tools else {})
+            answers.append(asked | answer | outcome)
     print(speed(n_tokens, time.perf_counter() - start))
     return answers
 
 
-def to_messages(args: EvalArguments, prompt: str | list[dict]) -> list[dict]:
-    """Return a prompt as messages, in the chat modes with the system message of the flags if it has none."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def encode_prompt(args: EvalArguments, chat_model: ChatModel, prompt: Prompt) -> list[int]:
+    """Return the ids before the answer, in the chat modes with the flags' system message if the prompt has none."""
+    messages = prompt.turns
+    if args.model_mode == 0 and prompt.tools:
+        raise UserError(
+            f"--model_mode 0 completes texts, which have no tools, and a prompt declares them: "
+            f"{prompt.question[:60]!r}; remove the key tools, or choose --model_mode 1"
+        )
     if args.model_mode and args.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": args.system}, *messages]
-    return messages
+    return chat_model.encode(messages, tools=prompt.tools)
 
 
 if __name__ == "__main__":

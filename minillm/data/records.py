@@ -3,9 +3,10 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from minillm.data.schema import Record, parse_prompt, parse_record
+from minillm.data.schema import Prompt, Record, parse_prompt, parse_record
 from minillm.data.sources.columns import ANSWERS, QUESTIONS, parse_columns, rename_columns
 from minillm.data.sources.paths import data_suffix, expand_paths
 from minillm.data.sources.raw_records import check_file, read_lines, read_raw
@@ -45,12 +46,7 @@ def read_records(
     return (record for file in files for record in _read(file, strict, on_reject, file_names))
 
 
-def read_prompts(path: str | Path, *, columns: str = "") -> list[str | list[dict]]:
-    """Return the prompts of a file: those of ``read_questions``, without the answers."""
-    return [prompt for prompt, _ in read_questions(path, columns=columns)]
-
-
-def read_questions(path: str | Path, *, columns: str = "") -> list[tuple[str | list[dict], str]]:
+def read_prompts(path: str | Path, *, columns: str = "") -> list[Prompt]:
     """Return the prompts of a file with the answers that it expects, "" where it names none.
 
     In a file of records, each record without its last answer is a prompt (``parse_prompt``); of preferences the chosen
@@ -59,21 +55,21 @@ def read_questions(path: str | Path, *, columns: str = "") -> list[tuple[str | l
     Raises:
         UserError: the file cannot be read, holds no prompt, or has a bad record.
     """
-    questions: list[tuple[str | list[dict], str]] = []
+    prompts: list[Prompt] = []
     file_names = parse_columns(columns)
     for file in expand_paths(path):
         if data_suffix(file) not in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
-            questions += [(line, "") for _, line in read_lines(file)]
+            prompts += [Prompt(content=line) for _, line in read_lines(file)]
             continue
         for line, _, value in read_raw(check_file(file)):
             try:
                 value = with_our_names(value, file_names, data_suffix(file) in TABLES)
-                questions.append((parse_prompt(value), _expected_answer(value, line)))
+                prompts.append(replace(parse_prompt(value), expected=_expected_answer(value, line)))
             except UserError as error:
                 raise UserError(f"{file}, line {line}: {error}") from None
-    if not questions:
+    if not prompts:
         raise UserError(f"{path} holds no prompt; write one per line")
-    return questions
+    return prompts
 
 
 def _expected_answer(value: object, line: int) -> str:

@@ -51,6 +51,25 @@ class Record:
     extra: dict = field(default_factory=dict)  # all other keys of the record, untouched
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """What a model is asked: a text, or a conversation that waits for an answer."""
+
+    content: str | list[dict]
+    tools: list[dict] | None = None  # functions that the assistant may call, in OpenAI's form
+    expected: str = ""  # the answer that the file expects
+
+    @property
+    def turns(self) -> list[dict]:
+        """The conversation; a text is the only turn, the user's."""
+        return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
+
+    @property
+    def question(self) -> str:
+        """The text, or that of the last turn."""
+        return self.turns[-1].get("content") or ""
+
+
 def parse_record(value: object, line: int) -> Record:
     """Return a JSON value as a ``Record``; UserError with the reason when it fits no schema or violates it."""
     fields, used_keys = _parse(_without_nulls(value), need_answer=True)
@@ -64,23 +83,21 @@ def parse_record(value: object, line: int) -> Record:
     return Record(line=line, log_prob=_log_prob(value), extra=extra, **fields)
 
 
-def parse_prompt(value: object) -> str | list[dict]:
-    """Return the part of a record before its last answer: a text, or a conversation that waits for an answer.
+def parse_prompt(value: object) -> Prompt:
+    """Return the part of a record before its last answer, with its tools.
 
     The answer may be missing. ``{"prompt"}`` and ``{"text"}`` alone give their text; any other record gives turns.
     """
     value = _without_nulls(value)
     fields, _ = _parse(value, need_answer=False)
     if fields["kind"] == "text":
-        return fields["text"]
-    if fields.get("tools"):
-        raise UserError("a prompt with tools: write the tools into the system message and remove the key tools")
+        return Prompt(content=fields["text"])
     messages = fields["messages"]
     if fields["kind"] == "chat" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
         check_messages(messages, need_answer=False)
     is_plain = messages == [{"role": "user", "content": value.get("prompt")}]
-    return value["prompt"] if is_plain else messages
+    return Prompt(content=value["prompt"] if is_plain else messages, tools=fields.get("tools"))
 
 
 # ---- from keys to a kind of record -----------------------------------------------------------------------

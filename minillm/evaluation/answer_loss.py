@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minillm.data.schema import Record
 from minillm.errors import UserError
-from minillm.evaluation.exact_match import task_fields
+from minillm.evaluation.exact_match import read_task
 from minillm.losses import IGNORE_INDEX, causal_lm_loss
 from minillm.terminal import progress
 from minillm.tokenizer import encode_chats
@@ -46,10 +46,11 @@ def answer_loss(model, tokenizer, records: Iterable[dict | Record], *, batch_siz
     Raises:
         UserError: no records, or one whose last turn is not an assistant's or that exceeds the model's positions.
     """
-    turns = [task_fields(number, record)[0] for number, record in enumerate(records)]
-    if not turns:
+    tasks = [read_task(number, record) for number, record in enumerate(records)]
+    if not tasks:
         raise UserError("no records to measure the loss of answers on")
-    encoded = encode_chats(tokenizer, turns, train_on="last")
+    turns, tools = [task.turns for task in tasks], [task.tools for task in tasks]
+    encoded = encode_chats(tokenizer, turns, tools=tools, train_on="last")
     limit = model.config.max_position_embeddings
     for number, (ids, _) in enumerate(encoded):
         if len(ids) - 1 > limit:

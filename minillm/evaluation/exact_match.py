@@ -6,12 +6,25 @@ say where a record counts, e.g. task "facts" with groups "asked" and "derived".
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from minillm.data.schema import Record
+from minillm.data.sources.messages import normal_tools
 from minillm.errors import UserError
 from minillm.inference import complete
 from minillm.terminal import progress
 from minillm.tokenizer import encode_chats
+
+
+class Task(NamedTuple):
+    """A record to measure."""
+
+    turns: list[dict]
+    """The conversation; the last turn is the expected answer."""
+    extra: dict
+    """The record's other keys."""
+    tools: list[dict] | None
+    """The functions that the assistant may call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,30 +119,31 @@ def exact_match(
     """Return how many greedy answers equal the expected last turn, both without white space around them.
 
     Args:
-        records: ``{"conversations": [...], "task"?, "group"?}`` (or "messages") as dicts or from ``read_records``;
-            messages with ``role`` and ``content``, of which the last is the assistant's.
+        records: ``{"conversations": [...], "tools"?, "task"?, "group"?}`` (or "messages") as dicts or from
+            ``read_records``; messages with ``role`` and ``content``, of which the last is the assistant's.
         max_new_tokens: longest answer; choose it larger than any expected answer.
         batch_size: prompts per batch. Prompts of similar length share a batch, and finished rows leave it.
 
     Raises:
         UserError: no records; a record whose last turn is not an assistant's; a prompt that does not fit.
     """
-    fields = [task_fields(number, record) for number, record in enumerate(records)]
-    if not fields:
+    tasks = [read_task(number, record) for number, record in enumerate(records)]
+    if not tasks:
         raise UserError("no records to measure exact match on")
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    texts = greedy_answers(model, tokenizer, [turns[:-1] for turns, _ in fields], **limits)
+    questions, tools = [task.turns[:-1] for task in tasks], [task.tools for task in tasks]
+    texts = greedy_answers(model, tokenizer, questions, tools=tools, **limits)
     answers = []
-    for number, (turns, extra) in enumerate(fields):
-        expected = turns[-1]["content"].strip()
+    for task, text in zip(tasks, texts, strict=True):
+        expected = task.turns[-1]["content"].strip()
         answers.append(
             Answer(
-                task=str(extra.get("task", "all")),
-                group=str(extra.get("group", "")),
-                question=turns[-2].get("content") or "",
+                task=str(task.extra.get("task", "all")),
+                group=str(task.extra.get("group", "")),
+                question=task.turns[-2].get("content") or "",
                 expected=expected,
-                answer=texts[number],
-                correct=texts[number] == expected,
+                answer=text,
+                correct=text == expected,
             )
         )
     return ExactMatch(answers=answers)
@@ -182,14 +196,12 @@ def greedy_texts(
     return [texts[number] for number in range(len(prompts))]
 
 
-def task_fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
-    """Return the record's turns and its other keys; UserError unless it has a question and an expected answer."""
+def read_task(number: int, record: dict | Record) -> Task:
+    """Return the task of a record; UserError unless it has a question and an expected answer, a text."""
     if isinstance(record, Record):
         turns, extra, tools = record.messages, record.extra, record.tools
     else:
-        turns, extra, tools = record.get("conversations") or record.get("messages"), record, record.get("tools")
-    if tools:
-        raise UserError(f"record {number}: a task with tools: write them into the system message")
+        turns, extra, tools = record.get("conversations") or record.get("messages"), record, normal_tools(record)
     if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"record {number}: a task needs 'conversations': at least a question and its answer")
     if turns[-1].get("role") != "assistant" or not isinstance(turns[-1].get("content"), str):
@@ -197,4 +209,9 @@ def task_fields(number: int, record: dict | Record) -> tuple[list[dict], dict]:
             f"record {number}: the last turn must be the assistant's expected answer, a text; "
             f"its role is {turns[-1].get('role')!r}"
         )
-    return turns, extra
+    if turns[-1].get("tool_calls"):
+        raise UserError(
+            f"record {number}: the expected answer has tool_calls, and answers are compared as texts: write the calls "
+            "into its content, as the chat template writes them"
+        )
+    return Task(turns, extra, tools)

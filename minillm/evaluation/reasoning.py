@@ -13,7 +13,7 @@ from typing import NamedTuple
 from minillm.data.reasoning import DIRECT, find_answer, parse_reasoning, same_answer
 from minillm.data.schema import Record
 from minillm.errors import UserError
-from minillm.evaluation.exact_match import task_fields
+from minillm.evaluation.exact_match import Task, read_task
 from minillm.inference import Completion, SamplingOptions, complete
 from minillm.terminal import progress
 from minillm.tokenizer import encode_chats, encode_started
@@ -171,11 +171,11 @@ def evaluate_reasoning(
         raise UserError(f"n_samples {n_samples}: must be at least 1")
     if n_samples > 1 and SamplingOptions(temperature=temperature).greedy:
         raise UserError(f"n_samples {n_samples} at temperature {temperature}: all would be equal; raise it, say to 0.8")
-    fields = [task_fields(number, record) for number, record in enumerate(records)]
-    if not fields:
+    tasks = [read_task(number, record) for number, record in enumerate(records)]
+    if not tasks:
         raise UserError("no records to measure reasoning on")
-    expected = [_expected(number, turns[-1]["content"], extra) for number, (turns, extra) in enumerate(fields)]
-    prompts = _prompts(model, tokenizer, [turns[:-1] for turns, _ in fields], think=think)
+    expected = [_expected(number, task.turns[-1]["content"], task.extra) for number, task in enumerate(tasks)]
+    prompts = _prompts(model, tokenizer, tasks, think=think)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # batches of similar lengths
     queue = [number for number in order for _ in range(n_samples)]
     completions_of: dict[int, list[Completion]] = {number: [] for number in order}
@@ -196,7 +196,7 @@ def evaluate_reasoning(
         report(first + len(batch), len(queue))
     opened = chat_format(tokenizer).opens_with if think else DIRECT
     answers = []
-    for number, (turns, extra) in enumerate(fields):
+    for number, task in enumerate(tasks):
         completions = completions_of[number]
         texts = [opened + completion.text for completion in completions]
         parsed = list(map(read_answer, texts))
@@ -206,9 +206,9 @@ def evaluate_reasoning(
             given_answers = [completion.text.partition("</answer>")[0].strip() for completion in completions]
         answers.append(
             ReasonedAnswer(
-                task=str(extra.get("task", "all")),
-                group=str(extra.get("group", "")),
-                question=turns[-2].get("content") or "",
+                task=str(task.extra.get("task", "all")),
+                group=str(task.extra.get("group", "")),
+                question=task.turns[-2].get("content") or "",
                 expected=expected[number],
                 texts=texts,
                 answers=given_answers,
@@ -273,12 +273,14 @@ def _expected(number: int, content: str, extra: dict) -> str:
         raise UserError(f"record {number}: {error}") from None
 
 
-def _prompts(model, tokenizer, conversations: list[list[dict]], *, think: bool) -> list[list[int]]:
+def _prompts(model, tokenizer, tasks: list[Task], *, think: bool) -> list[list[int]]:
     """Return the ids before each answer; without thinking they include the start of the answer's turn."""
+    conversations, tools = [task.turns[:-1] for task in tasks], [task.tools for task in tasks]
     if think:
-        prompts = [ids for ids, _ in encode_chats(tokenizer, conversations, add_generation_prompt=True)]
+        encoded = encode_chats(tokenizer, conversations, tools=tools, add_generation_prompt=True)
+        prompts = [ids for ids, _ in encoded]
     else:
-        prompts = encode_started(tokenizer, conversations, start=DIRECT)
+        prompts = encode_started(tokenizer, conversations, start=DIRECT, tools=tools)
     limit = model.config.max_position_embeddings
     for number, ids in enumerate(prompts):
         if len(ids) >= limit:

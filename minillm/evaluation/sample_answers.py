@@ -23,7 +23,7 @@ from minillm.data.schema import Record
 from minillm.data.sources.columns import parse_columns
 from minillm.data.sources.paths import expand_paths
 from minillm.errors import UserError
-from minillm.evaluation.exact_match import task_fields
+from minillm.evaluation.exact_match import read_task
 from minillm.evaluation.reasoning import evaluate_reasoning, final_answer
 from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions
@@ -120,8 +120,9 @@ def read_problems(path: str, *, columns: str = "") -> list[Record]:
     problems = []
     for number, record in enumerate(read_records(path, columns=columns)):
         try:
-            turns, extra = task_fields(number, record)
-            problems.append(replace(record, extra=extra | {"final": final_answer(turns[-1]["content"], extra)}))
+            task = read_task(number, record)
+            final = final_answer(task.turns[-1]["content"], task.extra)
+            problems.append(replace(record, extra=task.extra | {"final": final}))
         except UserError as error:
             raise UserError(f"{path}, line {record.line}: no right answer ({error}); add it as final") from None
     return problems
@@ -132,8 +133,8 @@ def sample_answers(
 ) -> tuple[list[dict], dict[str, int]]:
     """Return the records to train on, in the order of the problems, and a few counts.
 
-    A record has the problem's turns with a sampled answer as the last one (``conversations``), its other keys, and
-    ``n_samples``, ``n_correct`` and ``n_well_formed``, which tell how hard the problem was.
+    A record has the problem's turns with a sampled answer as the last one (``conversations``), its tools and other
+    keys, and ``n_samples``, ``n_correct`` and ``n_well_formed``, which tell how hard the problem was.
 
     Args:
         problems: as from ``read_problems``.
@@ -158,7 +159,8 @@ def sample_answers(
         }  # fmt: skip
         for text in distinct_texts[: keep or None]:
             turns = [*problem.messages[:-1], {"role": "assistant", "content": text}]
-            rows.append(problem.extra | {"conversations": turns} | difficulty)
+            tools = {"tools": problem.tools} if problem.tools else {}
+            rows.append(problem.extra | {"conversations": turns} | tools | difficulty)
     counts = {
         "problems": len(problems),
         "solved": n_solved,

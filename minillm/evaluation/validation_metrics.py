@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from minillm.data import DataFiles, Record, read_records
+from minillm.data import DataFiles, Record, read_prompts, read_records
 from minillm.data.reasoning import find_answer
-from minillm.data.records import read_questions
 from minillm.errors import UserError
 from minillm.evaluation.exact_match import greedy_texts
 from minillm.evaluation.suites import run_suite
@@ -166,14 +165,17 @@ class ValidationMetrics:
             found = (self._question(record) or self._beginning(record) for record in self._records())
             return list(islice(self._usable(filter(None, found)), N_SAMPLES))
         questions = []
-        for prompt, expected in read_questions(args.sample_prompts, columns=args.columns):
+        for prompt in read_prompts(args.sample_prompts, columns=args.columns):
             if args.has_answers:
-                turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                questions.append(self._chat_question(turns, expected))
+                questions.append(self._chat_question(prompt.turns, prompt.expected, tools=prompt.tools))
+            elif prompt.tools:
+                raise UserError(
+                    f"--sample_prompts {args.sample_prompts}: a question has tools, and this stage learns from texts, "
+                    "which have none: remove the key tools"
+                )
             else:
-                text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                ids = self.tokenizer.open_document(self.tokenizer.encode(text))
-                questions.append(Question(text=text, prompt=ids, expected=expected))
+                ids = self.tokenizer.open_document(self.tokenizer.encode(prompt.question))
+                questions.append(Question(text=prompt.question, prompt=ids, expected=prompt.expected))
         for question in questions:
             if len(question.prompt) >= args.max_seq_len:
                 raise UserError(

@@ -14,6 +14,10 @@ the message before the answer, the prompt and the full rendering agree. The answ
 message unchanged. It ends with one of the model's end tokens, before the next message begins. If one of these fails,
 the conversation is refused with the reason.
 
+Some templates end an earlier answer with another token than the last one (gpt-oss: ``<|end|>`` and ``<|return|>``). If
+the model's end token stands there when the conversation ends with that answer, its text is a target and the other token
+is not: a model that wrote it would not stop.
+
 Where an answer begins:
 - If the prompt already contains the beginning of the answer (such as an empty think block), that part is not a target.
 - If the full rendering begins the answer differently from the prompt (a template that drops older thoughts, or an
@@ -168,7 +172,7 @@ class _Renderer:
         spans, tail = [], ""
         for index in answers if train_on == "all" else answers[-1:]:
             start = self._answer_start(index, marked, tools, text, marks)
-            end = self._answer_end(index, marked, text, marks, start)
+            end = self._answer_end(index, marked, tools, text, marks, start)
             if end is None:
                 end, tail = len(text), self._closing_token(marked, tools, text, max(start, marks.get(index, 0)))
             inner = [other for other, place in marks.items() if other != index and start <= place < end]
@@ -306,8 +310,19 @@ class _Renderer:
             )
         return position + len(header)
 
-    def _answer_end(self, index: int, marked: list[dict], text: str, marks: dict[int, int], start: int) -> int | None:
-        """Return where answer ``index`` ends, after its end token; None if it is the last and has no end token."""
+    def _answer_end(
+        self,
+        index: int,
+        marked: list[dict],
+        tools: list[dict] | None,
+        text: str,
+        marks: dict[int, int],
+        start: int,
+    ) -> int | None:
+        """Return where answer ``index`` ends, after its end token; None if it is the last and has no end token.
+
+        An earlier answer with another end than a last one ends before that token.
+        """
         content_end = marks.get(index, start)
         if content_end < start:
             raise UserError(f"the chat template writes content of message {index} before the answer begins")
@@ -318,6 +333,11 @@ class _Renderer:
             return match.end()
         if index == len(marked) - 1:
             return None
+        other_end = len(text) - len(text[content_end + 1 :].lstrip())
+        if index in marks and self._elsewhere.match(text, other_end):
+            as_last = self.template.render(marked[: index + 1], tools=tools)
+            if self._end.match(as_last.partition(chr(MARKS + index))[2].lstrip()):
+                return other_end
         raise UserError(self._no_end(index, text[content_end:limit]))
 
     def _closing_token(self, marked: list[dict], tools: list[dict] | None, text: str, content_end: int) -> str:

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from minillm.data.records import read_prompts, read_records
-from minillm.data.schema import parse_prompt, parse_record
+from minillm.data.schema import Prompt, parse_prompt, parse_record
 from minillm.data.sources.rejects import reason_kind
 from minillm.errors import UserError
 
@@ -397,7 +397,7 @@ def test_other_keys_stay_in_extra():
 @pytest.mark.parametrize("name", CHATS)
 def test_every_chat_is_a_prompt_without_its_answer(name):
     record, messages = CHATS[name]
-    prompt = parse_prompt(record)
+    prompt = parse_prompt(record).content
     assert prompt == messages[:-1] or (messages[:-1] == [turn("user", prompt)] and record["prompt"].strip() == prompt)
 
 
@@ -417,15 +417,18 @@ def test_every_chat_is_a_prompt_without_its_answer(name):
     ],
 )
 def test_prompts(record, prompt):
-    assert parse_prompt(record) == prompt
+    assert parse_prompt(record) == Prompt(content=prompt)
 
 
 def test_a_file_of_prompts(write, tmp_path):
-    assert read_prompts(write("a.jsonl", [{"prompt": "q"}, {"question": "q"}])) == ["q", [USER]]
+    prompts = read_prompts(write("a.jsonl", [{"prompt": "q"}, {"question": "q", "answer": "a"}]))
+    assert prompts == [Prompt(content="q"), Prompt(content=[USER], expected="a")]
+    assert [prompt.turns for prompt in prompts] == [[USER], [USER]]
+    assert [prompt.question for prompt in prompts] == ["q", "q"]
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfwho,what\nx,q\n")
-    assert read_prompts(tmp_path / "a.csv", columns="prompt=what") == ["q"]
+    assert read_prompts(tmp_path / "a.csv", columns="prompt=what") == [Prompt(content="q")]
     (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbfq\r\n\r\nr\n")
-    assert read_prompts(tmp_path / "a.md") == ["q", "r"]
+    assert read_prompts(tmp_path / "a.md") == [Prompt(content="q"), Prompt(content="r")]
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: the keys fit no schema"):
         read_prompts(write("a.jsonl", [{"prompt": "q"}, {"kind": "q"}]))
     (tmp_path / "a.txt").write_bytes("你好吗\n".encode("gbk"))
@@ -615,8 +618,7 @@ def test_declared_tools(record):
     parsed = parse_record(record, 1)
     assert parsed.tools == [{"type": "function", "function": {"name": "f"}}]
     assert not {"tools", "functions"} & parsed.extra.keys()
-    with pytest.raises(UserError, match="a prompt with tools"):
-        parse_prompt(record)
+    assert parse_prompt(record).tools == parsed.tools
 
 
 @pytest.mark.parametrize("tools", [None, [], "[]", ""])

@@ -19,7 +19,7 @@ def tokenizer():
 def model():
     shape = {"vocab_size": 267, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**shape, max_position_embeddings=80, initializer_range=0.3)).double().eval()
+    return Transformer(ModelConfig(**shape, max_position_embeddings=160, initializer_range=0.3)).double().eval()
 
 
 def said(*texts):
@@ -28,12 +28,14 @@ def said(*texts):
 
 
 RECORDS = [said("a", "the cat"), said("who?", "b", "and?", "你好"), said("?", "the longest of all answers")]
+RECORDS.append(said("a", "the cat") | {"tools": [{"type": "function", "function": {"name": "f"}}]})
 
 
 def slow_loss(model, tokenizer, record):
     """−Σ log p of the last turn and its end, each from a forward pass of its own."""
-    ids, _ = encode_chat(tokenizer, record["conversations"])
-    prompt, _ = encode_chat(tokenizer, record["conversations"][:-1], add_generation_prompt=True)
+    turns, tools = record["conversations"], record.get("tools")
+    ids, _ = encode_chat(tokenizer, turns, tools=tools)
+    prompt, _ = encode_chat(tokenizer, turns[:-1], tools=tools, add_generation_prompt=True)
     end = len(ids) - ids[::-1].index(tokenizer.im_end_id)  # the newline behind it is not the answer's
     total = 0.0
     for place in range(len(prompt), end):
@@ -55,7 +57,7 @@ def test_bad_records_are_named(model, tokenizer):
     for records, words in [
         ([], "no records"),
         ([RECORDS[0], {"text": "a"}], "record 1"),
-        ([RECORDS[0], said("x" * 90, "b")], "record 1 has .* tokens and the model reads 80"),
+        ([RECORDS[0], said("x" * 170, "b")], "record 1 has .* tokens and the model reads 160"),
     ]:
         with pytest.raises(UserError, match=words):
             answer_loss(model, tokenizer, records)

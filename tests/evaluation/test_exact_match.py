@@ -7,9 +7,10 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.data.records import read_records
+from minillm.data.schema import parse_record
 from minillm.errors import UserError
 from minillm.evaluation import exact_match
-from minillm.inference import generate
+from minillm.inference import complete, generate
 from minillm.model import Transformer
 from minillm.tokenizer import encode_chat, train_bpe
 
@@ -130,6 +131,31 @@ def test_hundreds_of_short_prompts_take_seconds(tokenizer):
     start = time.perf_counter()
     exact_match(model, tokenizer, records, max_new_tokens=8)
     assert time.perf_counter() - start < 20  # about one second on an idle core
+
+
+@pytest.mark.parametrize("form", ["dicts", "records"])
+def test_tools_are_in_the_prompt(tokenizer, form, monkeypatch):
+    tools = [{"type": "function", "function": {"name": "weigh", "parameters": {}}}]
+    tasks = [task("say a", "a", tools=[tools[0]["function"]]), task("say b", "b")]
+    records = tasks if form == "dicts" else [parse_record(record, 1) for record in tasks]
+    prompts = []
+    monkeypatch.setattr(
+        "minillm.evaluation.exact_match.complete",
+        lambda model, batch, **options: prompts.extend(batch) or complete(model, batch, **options),
+    )
+    assert exact_match(Echo(tokenizer), tokenizer, records).accuracy == 1
+    questions = [record["conversations"][:1] for record in tasks]
+    wanted = [encode_chat(tokenizer, questions[0], tools=tools, add_generation_prompt=True)[0],
+              encode_chat(tokenizer, questions[1], add_generation_prompt=True)[0]]  # fmt: skip
+    assert sorted(prompts) == sorted(wanted)
+    assert "weigh" in tokenizer.decode(wanted[0])
+
+
+def test_a_call_as_the_expected_answer_is_refused(tokenizer):
+    turns = task("say a", "")["conversations"]
+    turns[1]["tool_calls"] = [{"function": {"name": "weigh", "arguments": {}}}]
+    with pytest.raises(UserError, match=r"record 0: the expected answer has tool_calls.*write the calls into its con"):
+        exact_match(Echo(tokenizer), tokenizer, [{"conversations": turns}])
 
 
 def test_bad_records_are_named(tokenizer):

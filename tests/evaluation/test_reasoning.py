@@ -92,6 +92,14 @@ def test_what_counts_as_the_right_answer(tokenizer, say):
     assert [answer.correct for answer in score.answers] == [[True], [True], [True], [False]]
 
 
+@pytest.mark.parametrize("think", [True, False])
+def test_tools_are_in_the_prompt(tokenizer, say, think):
+    asked = say({"a": ["8"], "b": ["8"]})
+    records = [problem("a", "8", tools=[{"name": "weigh"}]), problem("b", "8")]
+    evaluate_reasoning(MODEL, tokenizer, records, **LIMITS, think=think)
+    assert ["weigh" in prompt for prompt in asked] == [False, True]  # by length
+
+
 def test_several_answers(tokenizer, say):
     say({"a": [form(7), form("8.0"), form(8), form(7), "8"], "b": [form(8)] * 3 + [form(7)] * 2, "c": ["8"] * 5})
     records = [problem(question, "8") for question in "abc"]

@@ -102,6 +102,7 @@ def test_what_is_kept_and_counted(tokenizer, tmp_path, monkeypatch):
     earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     records = [problem("a", form(8), source="s"), problem("b", "9", final="8"), problem("c", "?", final="1", task="t")]
     records[2]["conversations"] = earlier + records[2]["conversations"]
+    records[2]["tools"] = [{"type": "function", "function": {"name": "f"}}]
     problems = read_problems(write(tmp_path / "p.jsonl", *records))
     rows, counts = sample_answers(Model, tokenizer, problems, n_samples=6, keep=2, temperature=1.0, max_new_tokens=9,
                                   batch_size=4)  # fmt: skip
@@ -114,6 +115,7 @@ def test_what_is_kept_and_counted(tokenizer, tmp_path, monkeypatch):
         found | {"source": "s", "final": "8"}
     )
     assert (rows[2]["task"], rows[2]["final"], rows[2]["n_correct"]) == ("t", "1", 6)
+    assert rows[2]["tools"] == records[2]["tools"]
     assert counts == {
         "problems": 3, "solved": 2, "answers": 18, "well_formed": 11, "correct": 11, "duplicates": 6, "kept": 3
     }  # fmt: skip

@@ -203,6 +203,19 @@ def test_sample_prompts_from_files(model, tokenizer, answered, tmp_path):
     assert rows[1]["answer"] == answer_alone(model, tokenizer, records[1]["messages"])
 
 
+def test_sample_prompts_may_have_tools(tokenizer, answered, tmp_path):
+    path, _ = answered
+    tools = [{"type": "function", "function": {"name": "weigh", "parameters": {}}}]
+    questions = write(tmp_path / "questions.jsonl", [{"prompt": "fox", "tools": tools}])
+    metrics = ValidationMetrics(arguments(path, sample_prompts=questions), tokenizer, ENGINE)
+    turns = [{"role": "user", "content": "fox"}]
+    assert metrics.samples[0].prompt == encode_chat(tokenizer, turns, tools=tools, add_generation_prompt=True)[0]
+    texts = write(tmp_path / "text.jsonl", [{"text": "the little fox"}])
+    args = arguments(texts, PretrainArguments, from_weight="", sample_prompts=questions)
+    with pytest.raises(UserError, match="a question has tools, and this stage learns from texts"):
+        ValidationMetrics(args, tokenizer, ENGINE)
+
+
 def test_pretraining_samples_continue_texts(model, tokenizer, tmp_path):
     texts = [" ".join(WORDS[(n * k) % 8] for k in range(1, 12)) for n in range(1, 6)]
     path = write(tmp_path / "text.jsonl", [{"text": text} for text in texts])

@@ -101,8 +101,56 @@ def test_ids_are_those_of_apply_chat_template(opened, layout):
             prompt = messages[:-1]
             ids, mask = encode_chat(ours, prompt, add_generation_prompt=True)
             wanted = theirs.apply_chat_template(prompt, return_dict=True, add_generation_prompt=True)["input_ids"]
+            if layout in ENDS_WITH_TWO_NEWLINES:
+                newline, two = ours.encode("\n"), ours.encode("\n\n")
+                assert (len(newline), len(two)) == (1, 1)
+                assert wanted[-1:] == two
+                wanted = wanted[:-1] + newline * 2
             assert ids == wanted, name
             assert not any(mask)
+
+
+ENDS_WITH_TWO_NEWLINES = ("llama3", "minimind3")  # GPT-2's expression makes them one token only where nothing follows
+ANSWERS = ("Hello!", "你好", "1 + 1", "(a)", "é", "…", "Hi\n\n")
+
+
+@pytest.mark.parametrize("layout", WITH_CHAT)
+def test_a_prompt_is_the_beginning_of_what_is_learned(opened, layout):
+    ours, _ = opened(layout)
+    for answer in ANSWERS:
+        messages = turns("q?\n", "Hi", "and <|im_end|> r", answer)
+        ids, mask = encode_chat(ours, messages)
+        for n in (1, 3):
+            prompt, _ = encode_chat(ours, messages[:n], add_generation_prompt=True)
+            assert ids[: len(prompt)] == prompt, (answer, n)
+            assert mask[len(prompt)] == 1, (answer, n)
+
+
+def test_an_answer_that_joins_its_header_is_warned_of(tmp_path):
+    """In training the newline of the header and the blanks of the answer are one token; a prompt has the newline."""
+    ours = load_tokenizer(make_tokenizer("qwen2", tmp_path))
+    reason = r"training has '\\n ', and a prompt ends with '\\n'; the model has not learned to answer such a prompt"
+    with pytest.warns(UserWarning, match=reason) as caught:
+        encode_chats(ours, [turns("q", "a"), turns("q", "  a"), turns("q", "a", "r", "\n  a")])
+    assert len(caught) == 1
+
+
+def test_a_prompt_that_ends_with_a_blank_is_warned_of(tmp_path):
+    """The blank belongs to the first word of every answer, so no ids of the prompt begin those of the conversation."""
+    template = PLAIN.replace("'\n' + m", "': ' + m").replace("assistant\n", "assistant: ")
+    directory = make_tokenizer("qwen2", tmp_path, template=template)
+    ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    with pytest.warns(UserWarning, match="training has ' an', and a prompt ends with ' '; the model has not learned"):
+        ids, _ = encode_chat(ours, turns("q"), add_generation_prompt=True)
+    assert ids == theirs.apply_chat_template(turns("q"), return_dict=True, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("layout", WITH_CHAT)
+def test_ordinary_conversations_are_not_warned_of(layout, tmp_path):
+    ours = load_tokenizer(make_tokenizer(layout, tmp_path))
+    encode_chats(ours, [turns("q", answer) for answer in ANSWERS])
+    encode_chat(ours, turns("q"), add_generation_prompt=True)
 
 
 REASONED = [say("user", "q"), say("assistant", "a", reasoning_content="r")]

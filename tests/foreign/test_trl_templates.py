@@ -9,7 +9,7 @@ import re
 import pytest
 
 from minillm.errors import UserError
-from minillm.tokenizer import encode_chat
+from minillm.tokenizer import encode_chat, load_tokenizer
 from minillm.tokenizer.chat_format import chat_format
 from tests.foreign import releases
 from tests.foreign.releases import (
@@ -62,8 +62,6 @@ REFUSED = [  # reason, conversations, templates
     (WORDS_DROPPED, ("call after words",), "gptoss llama3_1 llama3_2 muse_glimmer"),
     ("writes message 2 inside the answer in message 1", ("call after words",), "gemma4 gemma4_v3 gemma4_v4"),
     ("ends the answer in message 1 with", ("call after words",), "diffusion_gemma gemma4_v5"),
-    # only the last answer ends with <|return|>, earlier ones with <|end|>, which ends no answer of the model
-    (r"ends the answer in message 1 with '<\|end\|>", ("two turns", "reasoning twice"), "gptoss"),
 ]  # fmt: skip
 REASONS = {
     (name, conversation): reason
@@ -72,7 +70,21 @@ REASONS = {
     for conversation in conversations
 }
 # What trl's masks have otherwise than ours, beyond the table FACTS.
+GPT_OSS_END = (
+    "trl marks <|end|> after an earlier answer; the model ends an answer with <|return|>, and would go on after <|end|>"
+)
 DIFFERENT = {
+    ("gptoss", "two turns"): (
+        GPT_OSS_END,
+        ["<|channel|>final<|message|>Hello!", "<|channel|>final<|message|>2<|return|>"],
+    ),
+    ("gptoss", "reasoning twice"): (
+        GPT_OSS_END,
+        [
+            "<|channel|>final<|message|>Hello",
+            "<|channel|>analysis<|message|>v<|end|><|start|>assistant<|channel|>final<|message|>Ho<|return|>",
+        ],
+    ),
     ("diffusion_gemma", "chinese"): (
         "transformers leaves out the last bytes of a character of several tokens at the end of a generation block",
         ["我是一个助手。\n\n  - 一\n  - 二<turn|>"],
@@ -264,13 +276,30 @@ def test_of_several_end_tokens_in_a_row_all_are_learned(release):
     assert compare(opened, *CONVERSATIONS["one turn"]).learned == ("Hello!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",)
 
 
-def test_an_earlier_answer_without_the_models_end_can_only_be_context(release):
+def test_an_earlier_answer_is_learned_without_an_end_that_is_not_the_models(release):
     """gpt-oss ends its answers with <|return|>, which its template writes after the last one alone."""
-    opened, (messages, _) = release("gptoss"), CONVERSATIONS["two turns"]
-    ids, mask = encode_chat(opened.ours, messages, train_on="last")
-    assert opened.theirs.decode([token for token, is_target in zip(ids, mask, strict=True) if is_target]) == (
-        "<|channel|>final<|message|>2<|return|>"
-    )
+    opened, messages = release("gptoss"), turns("Hi", "Hello \n", "1 + 1?", "2", "", "two\n", system="Be kind.")
+    final = "<|channel|>final<|message|>"
+    for train_on, learned in (
+        ("all", [f"{final}Hello \n", f"{final}2", f"{final}two\n<|return|>"]),
+        ("last", [f"{final}two\n<|return|>"]),
+    ):
+        ids, mask = encode_chat(opened.ours, messages, train_on=train_on)
+        assert [opened.theirs.decode(ids[start:end]) for start, end in releases.stretches(mask)] == learned
+    # Each answer is learned behind the ids of its own prompt.
+    starts = [start for start, _ in releases.stretches(encode_chat(opened.ours, messages)[1])]
+    for start, n in zip(starts, (2, 4, 6), strict=True):
+        prompt, _ = encode_chat(opened.ours, messages[:n], add_generation_prompt=True)
+        assert ids[:start] == prompt
+
+
+def test_an_earlier_answer_is_refused_if_none_has_the_models_end(tmp_path):
+    open_release("gptoss", tmp_path)
+    path = tmp_path / "gptoss" / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8").replace("<|return|>", ""), encoding="utf-8")
+    ours = load_tokenizer(path.parent)
+    with pytest.raises(UserError, match=r"ends the answer in message 1 with '<\|end\|>"):
+        encode_chat(ours, CONVERSATIONS["two turns"][0])
 
 
 def test_the_table_names_only_templates_that_are_there():

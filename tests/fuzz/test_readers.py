@@ -365,8 +365,9 @@ def test_a_prompt_is_what_comes_before_the_answer(value):
     if isinstance(record, UserError) or isinstance(prompt, UserError):
         return
     if record.kind == "text":
-        assert prompt == record.text
+        assert prompt.content == record.text
         return
     whole = record.messages
     asked = whole[:-1] if record.kind == "chat" and whole[-1]["role"] == "assistant" else whole
-    assert prompt in (asked, asked[0]["content"])
+    assert prompt.content in (asked, asked[0]["content"])
+    assert prompt.tools == record.tools

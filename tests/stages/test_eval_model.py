@@ -134,6 +134,19 @@ def test_prompts_of_every_layout(run, tmp_path, prompts_seen):
         assert shown.count("> q\n") == len(expected)
 
 
+def test_prompts_with_tools(run, tmp_path, prompts_seen):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    file = write(tmp_path / "prompts.jsonl", {"prompt": "q", "tools": [{"name": "f"}]}, {"prompt": "r"})
+    code, _, err = run("--prompts", file, "--output", tmp_path / "out.json", *GREEDY)
+    assert code == 0, err
+    assert prompts_seen.tools == [tools, None]
+    answers = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["prompts"]
+    assert [(answer["prompt"], answer.get("tools")) for answer in answers] == [("q", tools), ("r", None)]
+    code, _, err = run("--model_mode", 0, "--prompts", file, *GREEDY)
+    assert code == 2
+    assert "--model_mode 0 completes texts, which have no tools" in err
+
+
 def test_measures_read_every_layout(run, tmp_path):
     (tmp_path / "valid.csv").write_text("body,kind\nthe cat,facts\n1+2=3,sums\n")
     (tmp_path / "tasks.tsv").write_text("ask\treply\ttask\n1+1=\t2\taddition\n")
@@ -327,14 +340,23 @@ def test_without_a_terminal_questions_come_from_standard_input(run, monkeypatch)
     assert "no questions on standard input: give --prompt TEXT or --prompts FILE" in shown
 
 
+class Seen(list):
+    """The texts of each conversation."""
+
+    def __init__(self):
+        super().__init__()
+        self.tools = []
+
+
 @pytest.fixture
 def prompts_seen(monkeypatch):
-    """Record the conversations that the script encodes."""
-    seen, encode = [], chat_model.encode_chat
+    """Record the conversations that the script encodes, and their tools."""
+    seen, encode = Seen(), chat_model.encode_chat
 
-    def spy(tokenizer, messages, **options):
+    def spy(tokenizer, messages, *, tools, **options):
         seen.append([message["content"] for message in messages])
-        return encode(tokenizer, messages, **options)
+        seen.tools.append(tools)
+        return encode(tokenizer, messages, tools=tools, **options)
 
     monkeypatch.setattr(chat_model, "encode_chat", spy)
     return seen
