@@ -1,10 +1,9 @@
-"""Finds adapters by their names and merges them into a model."""
+"""Finds adapters by their names."""
 
 from pathlib import Path
 
 from minillm.errors import UserError
 from minillm.hub.names import find_adapter, run_name
-from minillm.lora.more.merge import merge_adapters
 
 
 def adapter_directory(name: str, *, save_dir: str, config) -> Path:
@@ -12,21 +11,14 @@ def adapter_directory(name: str, *, save_dir: str, config) -> Path:
     return Path(save_dir) / "lora" / (name + _model_suffix(config))
 
 
-def add_adapters(model, lora_name: str, *, save_dir: str) -> list[Path]:
-    """Merge the adapters of ``--lora_name`` into the weights of ``model``; return their paths.
+def find_adapters(model, lora_name: str, *, save_dir: str) -> list[tuple[Path, float]]:
+    """Return path and weight of each adapter of ``--lora_name``, for ``merge_adapters``.
 
     ``lora_name`` is a name, a directory or a ``.pth``, or several with weights: ``cooking:0.7,medical:0.3``.
 
     Raises:
-        UserError: there is no such adapter (the message lists those that exist), or it does not fit the model.
+        UserError: there is no such adapter (the message lists those that exist), or a weight is not a number.
     """
-    paths_and_weights = find_adapters(model, lora_name, save_dir=save_dir)
-    merge_adapters(model, paths_and_weights)  # merged, they cost no time per token
-    return [path for path, _ in paths_and_weights]
-
-
-def find_adapters(model, lora_name: str, *, save_dir: str) -> list[tuple[Path, float]]:
-    """Return path and weight of each adapter of ``--lora_name``; errors as for ``add_adapters``."""
     paths_and_weights = []
     for part in filter(None, map(str.strip, lora_name.split(","))):
         name, colon, weight_text = part.partition(":")

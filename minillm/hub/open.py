@@ -9,7 +9,7 @@ import torch
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UserError
 from minillm.hardware import keep_freed_memory
-from minillm.hub.adapters import add_adapters, find_adapters
+from minillm.hub.adapters import find_adapters
 from minillm.hub.huggingface import load_model
 from minillm.hub.names import (
     DEMO,
@@ -25,6 +25,7 @@ from minillm.hub.pth import config_beside
 from minillm.hub.vocabulary import grow_for_adapters
 from minillm.hub.weights import check_tokenizer, preset_config, pth_config, scale_positions
 from minillm.lora.more.base import BASE
+from minillm.lora.more.merge import merge_adapters
 from minillm.model.sizes import describe_parameters
 from minillm.model.transformer import Transformer
 from minillm.precision import choose_device, choose_dtype
@@ -129,12 +130,13 @@ def _open(
     model = load_model(path, device=device, dtype=load_dtype, config=config).eval()
     model.origin = str(path)
     check_tokenizer(tokenizer, model, path)
-    if lora_name:
-        tokenizer = grow_for_adapters(model, tokenizer, find_adapters(model, lora_name, save_dir=save_dir))
+    adapters = find_adapters(model, lora_name, save_dir=save_dir) if lora_name else []
+    tokenizer = grow_for_adapters(model, tokenizer, adapters)
     if args is not None:
         model.config = scale_positions(model.config, args)
-    adapter_paths = add_adapters(model, lora_name, save_dir=save_dir) if lora_name else []
-    return model.to(dtype), tokenizer, adapter_paths
+    if lora_name:
+        merge_adapters(model, adapters)  # merged, they cost no time per token
+    return model.to(dtype), tokenizer, [path for path, _ in adapters]
 
 
 def _base_of_adapter(args: Any) -> str:
@@ -145,7 +147,7 @@ def _base_of_adapter(args: Any) -> str:
     try:
         base = str(json.loads((paths[0] / BASE).read_text(encoding="utf-8"))["base"])
     except (ValueError, TypeError, KeyError):
-        return ""  # add_adapters will report the problem
+        return ""  # merge_adapters will report the problem
     return base if is_model(Path(base)) else ""
 
 

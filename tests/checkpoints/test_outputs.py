@@ -7,10 +7,11 @@ import torch
 
 from minillm.checkpoints.outputs import AdapterAlone, WholeModel
 from minillm.errors import UserError
-from minillm.hub.adapters import add_adapters
+from minillm.hub.adapters import find_adapters
 from minillm.hub.huggingface import load_model
 from minillm.lora import LoRAConfig, apply_lora, load_lora, save_lora
 from minillm.lora.core import adapted_layers
+from minillm.lora.more.merge import merge_adapters
 from tests.contracts.harness import CONFIG, MOE_CONFIG, tiny_model
 
 IDS = torch.arange(11)[None]
@@ -20,6 +21,13 @@ def arguments(**changes):
     usual = {"save_dir": "there", "lora_name": "cooking", "from_weight": "full_sft", "base_dtype": "float32",
              "run_name": "", "loraplus_ratio": 1.0, "lora_config": LoRAConfig()}  # fmt: skip
     return SimpleNamespace(**(usual | changes))
+
+
+def merge_named(model, lora_name, *, save_dir):
+    """Merge adapters as ``open_model`` does; return their paths."""
+    adapters = find_adapters(model, lora_name, save_dir=save_dir)
+    merge_adapters(model, adapters)
+    return [path for path, _ in adapters]
 
 
 def with_adapter(seed, **settings):
@@ -87,11 +95,11 @@ def test_adapters_are_found_by_name_directory_and_pth_and_weighed(tmp_path, monk
     (tmp_path / "cooking").write_text("a file of that name, which is none")
     for said in ("cooking", str(tmp_path / "lora" / "cooking_16"), "cooking:1.0"):
         model = tiny_model(double=True)
-        assert [path.name for path in add_adapters(model, said, save_dir=str(tmp_path))] == ["cooking_16"]
+        assert [path.name for path in merge_named(model, said, save_dir=str(tmp_path))] == ["cooking_16"]
         assert (model(IDS) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
         assert not adapted_layers(model)  # in the weights: as fast as without
     model = tiny_model(double=True)
-    add_adapters(model, f"cooking:0.7, {tmp_path / 'second.pth'}:0.3", save_dir=str(tmp_path))
+    merge_named(model, f"cooking:0.7, {tmp_path / 'second.pth'}:0.3", save_dir=str(tmp_path))
     by_hand = tiny_model(double=True)
     with torch.no_grad():
         for name, layer in by_hand.named_modules():
@@ -104,16 +112,16 @@ def test_adapters_are_found_by_name_directory_and_pth_and_weighed(tmp_path, monk
 def test_what_is_not_there_is_said(tmp_path):
     save_lora(with_adapter(1), tmp_path / "lora" / "cooking_16")
     with pytest.raises(UserError, match=r"no adapter 'medical'.*lora/ there are: cooking_16"):
-        add_adapters(tiny_model(), "medical", save_dir=str(tmp_path))
+        merge_named(tiny_model(), "medical", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="'much' is not a weight"):
-        add_adapters(tiny_model(), "cooking:much", save_dir=str(tmp_path))
+        merge_named(tiny_model(), "cooking:much", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="no adapter is named"):
-        add_adapters(tiny_model(), " , ", save_dir=str(tmp_path))
+        merge_named(tiny_model(), " , ", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="named twice: name it once, with the sum"):
-        add_adapters(tiny_model(), f"cooking:0.7,{tmp_path}/lora/cooking_16:0.3", save_dir=str(tmp_path))
+        merge_named(tiny_model(), f"cooking:0.7,{tmp_path}/lora/cooking_16:0.3", save_dir=str(tmp_path))
     (tmp_path / "weights.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is not an adapter"):
-        add_adapters(tiny_model(), str(tmp_path / "weights.pth"), save_dir=str(tmp_path))
+        merge_named(tiny_model(), str(tmp_path / "weights.pth"), save_dir=str(tmp_path))
 
 
 def test_the_whole_model_is_exported_in_the_dtype_asked_for(tmp_path):

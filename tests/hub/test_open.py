@@ -11,6 +11,7 @@ from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.evaluation.sample_answers import SampleArguments
 from minillm.hub import load_model, open_model, save_model
+from minillm.hub.adapters import find_adapters
 from minillm.hub.open import open_from_arguments
 from minillm.lora import apply_lora, save_lora
 from minillm.model import Transformer
@@ -168,6 +169,16 @@ def test_a_path_takes_adapters_by_name_and_a_dtype(out, arguments):
     with torch.no_grad():
         assert torch.equal(adapted(ids), open_from_arguments(arguments(lora_name="cooking:0.5"))[0](ids))
     assert next(open_model("full_sft", dtype="bfloat16", **options)[0].parameters()).dtype == torch.bfloat16
+
+
+def test_adapters_are_looked_up_once(out, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "minillm.hub.open.find_adapters",
+        lambda *args, **options: calls.append(args[1]) or find_adapters(*args, **options),
+    )
+    open_model("full_sft", lora_name="cooking", device="cpu", save_dir=str(out))
+    assert calls == ["cooking"]
 
 
 def test_a_path_that_opens_nothing(out, tmp_path):

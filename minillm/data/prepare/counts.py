@@ -75,4 +75,23 @@ def format_counts(report: dict) -> str:
         )
     if report["leakage"]:
         lines.append(f"{report['leakage']['exact']:,} records of the training file equal one of the held-out file")
+        lines += _describe_passages(report["leakage"]["passages"], report["settings"])
     return "\n".join(lines)
+
+
+def _describe_passages(passages: dict | None, settings: dict) -> list[str]:
+    """Return what the table says about held-out records that share a passage with the training file."""
+    if passages is None:
+        return []
+    n_words = settings["eval_ngram"]
+    text = (
+        f"{passages['sharing']:,} of {passages['held_out']:,} held-out records "
+        f"({passages['sharing'] / max(1, passages['held_out']):.1%}) share {n_words} words or Chinese characters in a "
+        f"row with a training record ({passages['too_short']:,} are too short to tell)"
+    )
+    done = {
+        "report": "--valid_overlap drop or move removes them from the held-out file" if passages["sharing"] else "",
+        "drop": "they are dropped",
+        "move": f"they and those that share one with them, {passages.get('moved', 0):,}, are in the training file",
+    }[settings["valid_overlap"]]
+    return [f"{text}: {done}" if done else text]

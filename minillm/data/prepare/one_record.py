@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from minillm.data.prepare.near import shingles, signature
 from minillm.data.prepare.overlap import Overlap
 from minillm.data.prepare.rules import change_functions, drop_reason, remove_control_from
 from minillm.data.prepare.settings import PrepareSettings
-from minillm.data.prepare.units import split_units
+from minillm.data.prepare.units import SplitTexts
 from minillm.data.records import with_our_names
 from minillm.data.schema import Record, parse_record
 from minillm.data.sources.columns import parse_columns
@@ -92,6 +93,7 @@ class Cleaner:
 
     def _judge(self, raw: RawRecord, record: Record, changes: tuple) -> Outcome:
         texts = texts_of(record)
+        split = SplitTexts(texts)
         n_tokens = (
             sum(map(len, self.tokenizer.encode_batch(texts))) if self.tokenizer and not raw.is_reference else None
         )
@@ -100,8 +102,8 @@ class Cleaner:
         except UnicodeEncodeError:
             return dropped(raw, "unreadable", "the text holds a lone surrogate: it has no UTF-8 form")
         if not raw.is_reference:
-            drop = drop_reason(texts, n_tokens, self.settings)
-            if drop is None and self.questions is not None and (found := self.questions.find(texts)):
+            drop = drop_reason(split, n_tokens, self.settings)
+            if drop is None and self.questions is not None and (found := self.questions.find(split.units)):
                 drop = "contaminated", f"contains an evaluation question: {found[0]!r}, of {found[1]}"
             if drop is not None:
                 return dropped(raw, *drop)
@@ -115,7 +117,7 @@ class Cleaner:
             hash=content_hash(record),
             size=self._size(texts, n_tokens),
             is_valid=bool(self.settings.valid_ratio) and self.held_out.takes(record),
-            signature=signature(shingle_set(texts)) if is_compared else None,
+            signature=signature(shingle_set(split.units)) if is_compared else None,
         )
 
     def _size(self, texts: list[str], n_tokens: int | None) -> int:
@@ -128,9 +130,9 @@ class Cleaner:
         return sum(len(text if unit == "characters" else text.encode()) for text in texts)
 
 
-def shingle_set(texts: list[str]) -> set[str]:
-    """Return the shingles of a record: those of all its texts, joined."""
-    return shingles(split_units("\n".join(texts)))
+def shingle_set(texts: list[list[str]]) -> set[str]:
+    """Return the shingles of a record, given the units of each text: those of all texts, joined."""
+    return shingles(list(chain.from_iterable(texts)))
 
 
 def dropped(raw: RawRecord, rule: str, reason: str) -> Outcome:

@@ -45,10 +45,13 @@ class Overlap:
             for run in ngrams(units, n):
                 places.setdefault(run, place)
 
-    def find(self, texts: list[str]) -> tuple[str, str] | None:
-        """Return (the shared run of units, where it comes from) of the first overlap in ``texts``, or None."""
-        for text in texts:
-            units = split_units(text)
+    def find(self, texts: list[list[str]]) -> tuple[str, str] | None:
+        """Return (the shared run of units, where it comes from) of the first overlap in texts, or None.
+
+        Args:
+            texts: the units of each text.
+        """
+        for units in texts:
             for n, places in self._places.items():
                 for run in ngrams(units, n):
                     if run in places:

@@ -1,7 +1,7 @@
 """The rules of cleaning: what changes a text, and what drops a record.
 
-A change is a function from a text to a text. A measure is a function from the texts of a record to a number, which
-``drop_reason`` compares with the limits in the settings. All limits are off by default.
+A change is a function from a text to a text. A measure is a function from the texts of a record, or from their units,
+to a number, which ``drop_reason`` compares with the limits in the settings. All limits are off by default.
 
 The repetition rules follow Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1), which drops documents with more
 than 30 % of duplicate lines, and with more than 10 % of the text in repeated 10-grams.
@@ -12,7 +12,7 @@ import re
 import unicodedata
 
 from minillm.data.prepare.settings import PrepareSettings
-from minillm.data.prepare.units import HAN, ngrams, split_units
+from minillm.data.prepare.units import HAN, SplitTexts, ngrams
 
 REPEATED_NGRAM = 10  # units; shorter runs repeat in ordinary text
 CHANGES = ("control_characters", "html", "normalize")
@@ -88,11 +88,14 @@ def duplicate_line_share(texts: list[str]) -> float:
     return n_duplicates / max(1, n_lines)
 
 
-def duplicate_ngram_share(texts: list[str], n: int = REPEATED_NGRAM) -> float:
-    """Return the share of the units that lie in a run of ``n`` units that occurred before in the same text."""
+def duplicate_ngram_share(texts: list[list[str]], n: int = REPEATED_NGRAM) -> float:
+    """Return the share of the units that lie in a run of ``n`` units that occurred before in the same text.
+
+    Args:
+        texts: the units of each text.
+    """
     n_units = n_covered = 0
-    for text in texts:
-        units = split_units(text)
+    for units in texts:
         n_units += len(units)
         seen: set[str] = set()
         covered_end = 0  # units before it are counted already
@@ -115,12 +118,13 @@ def language_share(texts: list[str], language: str) -> float | None:
 # ---- which records are dropped -----------------------------------------------------------------------------------
 
 
-def drop_reason(texts: list[str], n_tokens: int | None, settings: PrepareSettings) -> tuple[str, str] | None:
+def drop_reason(split: SplitTexts, n_tokens: int | None, settings: PrepareSettings) -> tuple[str, str] | None:
     """Return (rule, reason) of the first rule that drops a record with these texts, or None.
 
     Args:
         n_tokens: of all texts together; None if no limit needs it.
     """
+    texts = split.texts
     lengths = [("characters", sum(map(len, texts))), ("tokens", n_tokens)]
     for unit, length in lengths:
         shortest, longest = getattr(settings, f"min_{unit}"), getattr(settings, f"max_{unit}")
@@ -141,7 +145,7 @@ def drop_reason(texts: list[str], n_tokens: int | None, settings: PrepareSetting
             most = f"at most {settings.max_duplicate_lines:.0%} is allowed"
             return "duplicate_lines", f"repeated lines: {share:.1%} of the lines repeat an earlier one, {most}"
     if settings.max_duplicate_ngrams < 1:
-        share = duplicate_ngram_share(texts)
+        share = duplicate_ngram_share(split.units)
         if share > settings.max_duplicate_ngrams:
             most = f"at most {settings.max_duplicate_ngrams:.0%} is allowed"
             return "duplicate_ngrams", f"repeated passages: {share:.1%} of the text repeats earlier passages, {most}"

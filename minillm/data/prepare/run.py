@@ -2,6 +2,7 @@
 
     first pass    every record is read, cleaned and judged alone           first_pass.py, one_record.py, rules.py
     choice        duplicates, mixture, sample, split, from numbers alone   choose.py, exact.py, near.py
+    held out      which held-out records share a passage with training     held_out.py
     second pass   the chosen records are written, shuffled if asked        write.py
 
 Temporary files lie in a directory of their own. When all is written, each output is renamed to its place, the report
@@ -25,6 +26,7 @@ from minillm.data.cache.atomic_directory import remove_orphans, temporary_path
 from minillm.data.prepare.choose import Choice, choose
 from minillm.data.prepare.counts import Counts, format_counts
 from minillm.data.prepare.first_pass import clean_all, first_kind, read_raw_records
+from minillm.data.prepare.held_out import treat_shared_passages
 from minillm.data.prepare.near import check_package
 from minillm.data.prepare.one_record import Cleaner
 from minillm.data.prepare.overlap import Overlap, read_questions
@@ -126,6 +128,9 @@ def _prepare(
             counts.add(outcomes, names, n_reference_files=len(against))
     source_of = source_of_file[store.column("file")[store.column("row")]]
     choice = choose(store, settings, sources, source_of, work_dir)
+    passages = None
+    if settings.valid_ratio and settings.valid_overlap != "ignore":
+        passages = treat_shared_passages(store, choice, settings)
     counts.dropped["not_sampled"] = int((choice.rule == RULES.index("not_sampled")).sum())
 
     def on_drop(file_index: int, entry: dict) -> bool:
@@ -145,13 +150,13 @@ def _prepare(
         "mixture": choice.mixture,
         "questions": questions and {"looked_for": questions.n_texts - questions.n_too_short,
                                     "too_short": questions.n_too_short},
-        "leakage": _leakage(store, choice) if settings.valid_ratio else None,
+        "leakage": _leakage(store, choice) | {"passages": passages} if settings.valid_ratio else None,
         "outputs": {str(paths[role]): output.describe() for role, output in outputs.items() if role in paths},
     }  # fmt: skip
     for role, output in outputs.items():
         if role in paths and not output.n_records:
             print(format_counts(report))
-            raise UserError(_why_empty(role, settings, counts))
+            raise UserError(_why_empty(role, settings, counts, passages))
     (new_dir / "report").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return report, {role: new_dir / role for role in paths}
 
@@ -172,8 +177,13 @@ def _leakage(store: Store, choice: Choice) -> dict:
     return {"exact": int(np.isin(hashes[choice.copies > 0], hashes[choice.is_valid]).sum())}
 
 
-def _why_empty(role: str, settings: PrepareSettings, counts: Counts) -> str:
+def _why_empty(role: str, settings: PrepareSettings, counts: Counts, passages: dict | None) -> str:
     most = max(counts.dropped, key=lambda rule: counts.dropped[rule])
+    if role == "valid" and passages and passages["sharing"]:
+        return (
+            f"--valid_overlap {settings.valid_overlap} leaves no held-out record: each shares a passage with a "
+            "training record; give --near_duplicates drop, raise --valid_ratio, or give --valid_overlap report"
+        )
     if role == "valid":
         return f"--valid_ratio {settings.valid_ratio} holds out none of the records that are left: raise it"
     if not counts.dropped[most]:

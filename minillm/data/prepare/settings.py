@@ -73,7 +73,8 @@ class PrepareSettings:
     eval_files: str = ""
     """Evaluation files: records that contain one of their questions are dropped."""
     eval_ngram: int = 13
-    """Words or Chinese characters in a row that a record must share with a question."""
+    """Words or Chinese characters in a row that a record must share with a question, or a held-out record with
+    another."""
 
     weight_unit: Literal["characters", "bytes", "tokens", "records"] = "characters"
     """What the shares of --data_path are counted in."""
@@ -84,6 +85,9 @@ class PrepareSettings:
     """Keep a random sample of so many records (0: all)."""
     valid_ratio: float = 0.0
     """Share of the records to hold out as *_valid.jsonl, chosen by a hash of their content."""
+    valid_overlap: Literal["report", "drop", "move", "ignore"] = "report"
+    """Held-out records that share a passage (--eval_ngram) with a training record: count them, drop them, or move them
+    to the training file; ignore does not look for them."""
     shuffle: bool = False
     """Shuffle the output. A mixture is always shuffled."""
     seed: int = 42
@@ -107,6 +111,11 @@ class PrepareSettings:
         self._require("eval_ngram", self.eval_ngram >= 1, "must be at least 1")
         self._require("seed", 0 <= self.seed < 2**64, "must be from 0 to 2^64 - 1")
         self._require("valid_ratio", 0 <= self.valid_ratio < 1, "must be at least 0 and below 1, e.g. 0.01")
+        self._require(
+            "valid_overlap",
+            bool(self.valid_ratio) or self.valid_overlap not in ("drop", "move"),
+            "no record is held out; give --valid_ratio, e.g. 0.01",
+        )
         if self.mix_size not in ("smallest", "largest"):
             is_size = self.mix_size.isdecimal() and int(self.mix_size) > 0
             self._require("mix_size", is_size, "allowed: smallest, largest, or a whole number above 0")

@@ -18,7 +18,7 @@ from minillm.data.prepare.one_record import Outcome
 RULES = (
     "", "unreadable", "other_kind", "emptied", "min_characters", "max_characters", "min_tokens", "max_tokens",
     "language", "duplicate_lines", "duplicate_ngrams", "contaminated", "exact_duplicate", "near_duplicate", "leaked",
-    "not_sampled",
+    "not_sampled", "shared_passage",
 )  # fmt: skip
 _OF_ALL = {"rule": np.uint8, "file": np.uint32, "line_number": np.uint64}
 _OF_ALIVE = {"hash": HASH, "size": np.uint32, "is_valid": np.bool_, "row": np.uint64}

@@ -114,9 +114,13 @@ def _decided(store: Store, choice: Choice, settings: PrepareSettings, names: lis
             if rule and rule != "not_sampled":
                 original = choice.duplicate_of[alive]
                 original_row = int(row_of[original])
+                is_equal = hashes[alive] == hashes[original]
+                reason = f"{'equals' if is_equal else 'resembles'} an earlier record"
+                if rule == "shared_passage":
+                    reason = f"held out, and shares {settings.eval_ngram} words in a row with a training record"
                 entry = {
                     "rule": rule,
-                    "reason": f"{'equals' if hashes[alive] == hashes[original] else 'resembles'} an earlier record",
+                    "reason": reason,
                     "file": names[file_index],
                     "line": int(line_of[row]),
                     "duplicate_of": {"file": names[file_of[original_row]], "line": int(line_of[original_row])},

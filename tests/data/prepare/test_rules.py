@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 
 from minillm.data.prepare.contents import change_texts, texts_of, to_json
+from minillm.data.prepare.near import shingles
+from minillm.data.prepare.one_record import Cleaner, RawRecord, shingle_set
+from minillm.data.prepare.overlap import Overlap, read_questions
 from minillm.data.prepare.rules import (
     drop_reason,
     duplicate_line_share,
@@ -17,7 +20,7 @@ from minillm.data.prepare.rules import (
     remove_html,
 )
 from minillm.data.prepare.settings import PrepareSettings
-from minillm.data.prepare.units import ngrams, split_units
+from minillm.data.prepare.units import SplitTexts, ngrams, split_units
 from minillm.data.schema import parse_record
 
 OFF = PrepareSettings(data_path="a.jsonl", output="b.jsonl")
@@ -31,6 +34,28 @@ def test_units_are_words_and_chinese_characters():
     assert split_units("!?… 🙂") == []
     assert list(ngrams(["a", "b", "c"], 2)) == ["a b", "b c"]
     assert list(ngrams(["a"], 2)) == []
+
+
+def test_units_of_joined_texts_are_those_of_each():
+    """So a record's texts are split once, for all rules; final sigma and combining marks look over their borders."""
+    rng = random.Random(3)
+    for _ in range(300):
+        texts = ["".join(rng.choice("aΣσ\u0301\u0323é猫ｶﾞ \n.") for _ in range(rng.randrange(9))) for _ in range(4)]
+        assert shingle_set(SplitTexts(texts).units) == shingles(split_units("\n".join(texts)))
+
+
+def test_a_records_texts_are_split_once(write, monkeypatch):
+    pytest.importorskip("rensa")
+    seen = []
+    monkeypatch.setattr("minillm.data.prepare.units.split_units", lambda text: seen.append(text) or split_units(text))
+    questions = write("eval.jsonl", [{"text": "some question that is long enough to be looked for"}])
+    settings = PrepareSettings(
+        data_path="x", output="y.jsonl", near_duplicates="drop", max_duplicate_ngrams=0.5, eval_files=str(questions)
+    )
+    cleaner = Cleaner(settings, kind="chat", questions=Overlap(read_questions(questions)))
+    outcome = cleaner(RawRecord(0, "x", 1, RAW["chat"], None, False, False))
+    assert not outcome.rule
+    assert seen == ["问 1", "想", "答"]
 
 
 def test_control_characters_go_and_line_ends_are_one():
@@ -75,11 +100,11 @@ def test_repeated_passages_equal_the_slow_formula():
     shares = set()
     for _ in range(200):
         text = " ".join(rng.choice(["a", "b", "猫"]) for _ in range(rng.randrange(40)))
-        share = duplicate_ngram_share([text], n=3)
+        share = duplicate_ngram_share([split_units(text)], n=3)
         assert share == pytest.approx(slow_duplicate_ngram_share(text, 3))
         shares.add(round(share, 2))
     assert len(shares) > 20
-    assert duplicate_ngram_share(["a b c", "a b c"], n=3) == 0  # turns are not compared with each other
+    assert duplicate_ngram_share([["a", "b", "c"]] * 2, n=3) == 0  # turns are not compared with each other
 
 
 def test_repeated_lines_equal_the_slow_formula():
@@ -120,7 +145,7 @@ def test_language_share_equals_counting_by_character_name():
     ],
 )
 def test_limits(flags, texts, n_tokens, rule):
-    reason = drop_reason(texts, n_tokens, replace(OFF, **flags))
+    reason = drop_reason(SplitTexts(texts), n_tokens, replace(OFF, **flags))
     assert (reason and reason[0]) == rule
 
 
