@@ -4,8 +4,9 @@
     python benchmarks/gguf_parity.py
 
 Small random models of every family and every kind of RoPE scaling are exported and read by llama.cpp, with float32 keys
-and values. It prints the largest difference of the logits, relative to the largest logit, and how many greedy tokens
-are equal. Then it compares the ids of hard texts for each kind of tokenizer. The exit code is 1 if a bound is broken.
+and values. Those with rows of whole blocks of 32 are also exported as q8_0. It prints the largest difference of the
+logits, relative to the largest logit, and how many greedy tokens are equal. Then it compares the ids of hard texts for
+each kind of tokenizer. The exit code is 1 if a bound is broken.
 """
 
 import sys
@@ -69,6 +70,14 @@ CASES = {
     },
     "glm4_moe, one group": MOE | {"scoring_func": "sigmoid", "n_shared_experts": 1, "norm_topk_prob": False},
 }  # fmt: skip
+# Rows of q8_0 are blocks of 32 numbers, so these widths are multiples of 32; the sizes of a head need not be.
+BLOCKS = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 24, "intermediate_size": 160}
+CASES_OF_BLOCKS = {
+    "llama, blocks of 32": BLOCKS,
+    "qwen2, blocks of 32": BLOCKS | {"attention_bias": True},
+    "qwen3, blocks of 32": BLOCKS | {"use_qk_norm": True},
+    "qwen3_moe, blocks of 32": BLOCKS | MOE | {"use_qk_norm": True, "moe_intermediate_size": 64},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +104,8 @@ class Arguments:
 def make_model(case: str, directory: Path, *, layout: str = "llama3", seed: int = 0, **changes) -> Path:
     """Write a random model in which every part matters, with a tokenizer of a layout; return the directory."""
     tokenizer = load_tokenizer(make_tokenizer(layout, directory))
-    config = ModelConfig(**(SHAPE | {"vocab_size": tokenizer.vocab_size + 7} | CASES[case] | changes))
+    shape = SHAPE | {"vocab_size": tokenizer.vocab_size + 7} | (CASES | CASES_OF_BLOCKS)[case]
+    config = ModelConfig(**(shape | changes))
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -205,11 +215,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         sizes = {"n_tokens": args.n_tokens, "max_new_tokens": args.max_new_tokens}
         rows = [["model", "dtype", "largest difference", "equal greedy tokens"]]
-        directories = {case: make_model(case, folder / str(n)) for n, case in enumerate(CASES)}
+        directories = {case: make_model(case, folder / str(n)) for n, case in enumerate(CASES | CASES_OF_BLOCKS)}
         if args.model_path:
             directories[args.model_path] = Path(args.model_path)
         for case, directory in directories.items():
-            for dtype in ("f32", "f16", "bf16", "q8_0"):
+            for dtype in ("f32", "f16", "bf16") if case in CASES else ("f32", "f16", "bf16", "q8_0"):
                 export_gguf(directory, folder / "model.gguf", dtype=dtype, overwrite=True)
                 result = models[f"{case} {dtype}"] = compare_models(directory, folder / "model.gguf", **sizes)
                 rows.append([case, dtype, f"{result['logits']:.1e}", f"{result['equal_tokens']}/{args.max_new_tokens}"])

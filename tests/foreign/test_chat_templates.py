@@ -140,7 +140,7 @@ def test_a_prompt_that_ends_with_a_blank_is_warned_of(tmp_path):
     template = PLAIN.replace("'\n' + m", "': ' + m").replace("assistant\n", "assistant: ")
     directory = make_tokenizer("qwen2", tmp_path, template=template)
     ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    with pytest.warns(UserWarning, match="training has ' an', and a prompt ends with ' '; the model has not learned"):
+    with pytest.warns(UserWarning, match="training has ' answer', and a prompt ends with ' '; the model"):
         ids, _ = encode_chat(ours, turns("q"), add_generation_prompt=True)
     assert ids == theirs.apply_chat_template(turns("q"), return_dict=True, add_generation_prompt=True)["input_ids"]
 

@@ -48,16 +48,6 @@ class SharedPassages:
         """The held-out records that share a passage with a training record."""
         return np.unique(self.owners[self.training_records >= 0])
 
-    def closure(self) -> np.ndarray:
-        """Return the held-out records that share a passage with a training record, or with another one of them."""
-        records = self.sharing
-        while True:
-            runs = self.hashes[np.isin(self.owners, records)]
-            more = np.union1d(records, self.owners[np.isin(self.hashes, runs)])
-            if len(more) == len(records):
-                return records
-            records = more
-
     def partner(self, record: int) -> tuple[int, float]:
         """Return the first training record that shares a passage with a record, and the share of its runs in any."""
         partners = self.training_records[self.owners == record]
@@ -71,7 +61,7 @@ def treat_shared_passages(store: Store, choice: Choice, settings: PrepareSetting
     Returns:
         Their number and what was done, for the report.
     """
-    found = find_shared_passages(store, choice, ngram=settings.eval_ngram)
+    found = find_shared_passages(store, choice.is_valid, choice.copies > 0, ngram=settings.eval_ngram)
     sharing = found.sharing
     counts = {"held_out": found.n_held_out, "too_short": found.n_too_short, "sharing": len(sharing)}
     if settings.valid_overlap == "drop":
@@ -80,18 +70,28 @@ def treat_shared_passages(store: Store, choice: Choice, settings: PrepareSetting
         for record in sharing:
             choice.duplicate_of[record], choice.similarity[record] = found.partner(record)
     elif settings.valid_overlap == "move":
-        moved = found.closure()
-        choice.is_valid[moved] = False
-        choice.copies[moved] = 1
-        counts["moved"] = len(moved)
+        counts["moved"] = 0
+        while len(sharing):  # what is moved is a training record, and others may share a passage with it
+            counts["moved"] += len(sharing)
+            choice.is_valid[sharing] = False
+            choice.copies[sharing] = 1
+            is_new = np.zeros(store.n_alive, bool)
+            is_new[sharing] = True
+            sharing = find_shared_passages(store, choice.is_valid, is_new, ngram=settings.eval_ngram).sharing
     return counts
 
 
-def find_shared_passages(store: Store, choice: Choice, *, ngram: int) -> SharedPassages:
-    """Return the runs of ``ngram`` units of all held-out records, and which of them training records have."""
+def find_shared_passages(
+    store: Store, is_held_out: np.ndarray, is_training: np.ndarray, *, ngram: int
+) -> SharedPassages:
+    """Return the runs of ``ngram`` units of all held-out records, and which of them training records have.
+
+    Args:
+        is_held_out, is_training: (n_alive,) bool.
+    """
     hashes, owners, lengths = [], [], set()
     n_held_out = n_too_short = 0
-    for index, texts in _texts(store, choice.is_valid):
+    for index, texts in _texts(store, is_held_out):
         n_held_out += 1
         long_texts = [units for units in texts if len(units) >= min(SHORTEST, ngram)]
         n_too_short += not long_texts
@@ -103,7 +103,7 @@ def find_shared_passages(store: Store, choice: Choice, *, ngram: int) -> SharedP
     order = np.argsort(all_hashes, kind="stable")
     all_hashes = all_hashes[order]
     training_records = np.full(len(order), -1)
-    for index, texts in _texts(store, choice.copies > 0):
+    for index, texts in _texts(store, is_training):
         runs = np.unique(np.concatenate([hash_runs(units, n) for units in texts for n in lengths] or [all_hashes[:0]]))
         starts, ends = (np.searchsorted(all_hashes, runs, side) for side in ("left", "right"))
         for start, end in zip(starts[starts < ends], ends[starts < ends], strict=True):
