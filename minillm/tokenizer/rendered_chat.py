@@ -483,8 +483,8 @@ class _Renderer:
         trained, asked = (" ".join(repr(self.tokenizer.decode([i])) for i in ids) for ids in (in_training, in_prompt))
         warnings.warn(
             f"{self.tokenizer.origin}: where an answer begins, training has {trained}, and a prompt ends with {asked}; "
-            "the model has not learned to answer such a prompt: remove the white space before answers from the data "
-            "or from the chat template",
+            "the model has not learned to answer such a prompt: let answers begin as prompts end, without white space "
+            "and with the thinking that a prompt opens",
             stacklevel=2,
         )
 

@@ -10,6 +10,7 @@ from minillm.config import ModelConfig
 from minillm.data.schema import parse_record
 from minillm.errors import UserError
 from minillm.evaluation import evaluate_reasoning, pass_at_k, read_answer, reasoning
+from minillm.evaluation.exact_match import Task
 from minillm.inference import Completion, complete
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer, encode_chat, train_bpe
@@ -161,7 +162,8 @@ def test_a_direct_answer_begins_behind_an_empty_thought(tokenizer, say):
 def test_the_tags_of_a_direct_answer_are_single_tokens(tokenizer):
     """Where the model is to answer at once it must see what it was trained on."""
     turns = [{"role": "user", "content": "a"}]
-    (prompt,) = reasoning._prompts(MODEL, tokenizer, [turns], think=False)
+    task = Task([*turns, {"role": "assistant", "content": "8"}], {}, None)
+    (prompt,) = reasoning._prompts(MODEL, tokenizer, [task], think=False)
     learned, _ = encode_chat(tokenizer, [*turns, {"role": "assistant", "content": form(8, thinking="")}])
     assert learned[: len(prompt)] == prompt
     newline = tokenizer.encode("\n")

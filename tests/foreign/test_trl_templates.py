@@ -60,8 +60,8 @@ REFUSED = [  # reason, conversations, templates
     (NO_TOOLS, DECLARED, "deepseek_r1_distill deepseekv3 llama3 phi3 phi3_5 qwen2_5_vl"),
     (r"leaves out message 2 \(tool\)", CALLS, "phi3 phi3_5"),
     (WORDS_DROPPED, ("call after words",), "gptoss llama3_1 llama3_2 muse_glimmer"),
-    ("writes message 2 inside the answer in message 1", ("call after words",), "gemma4 gemma4_v3 gemma4_v4"),
-    ("ends the answer in message 1 with", ("call after words",), "diffusion_gemma gemma4_v5"),
+    ("writes message 2 inside the answer in message 1", ("call after words",), "diffusion_gemma gemma4 gemma4_v3 gemma4_v4"),
+    ("ends the answer in message 1 with", ("call after words",), "gemma4_v5"),
 ]  # fmt: skip
 REASONS = {
     (name, conversation): reason
@@ -84,6 +84,10 @@ DIFFERENT = {
             "<|channel|>final<|message|>Hello",
             "<|channel|>analysis<|message|>v<|end|><|start|>assistant<|channel|>final<|message|>Ho<|return|>",
         ],
+    ),
+    ("glm4moe", "late system"): (
+        "refused; with the variant, which ends a last answer with <|user|>, trl marks <|system|> after an earlier one",
+        [],
     ),
     ("diffusion_gemma", "chinese"): (
         "transformers leaves out the last bytes of a character of several tokens at the end of a generation block",
