@@ -60,7 +60,7 @@ REFUSED = [  # reason, conversations, templates
     (NO_TOOLS, DECLARED, "deepseek_r1_distill deepseekv3 llama3 phi3 phi3_5 qwen2_5_vl"),
     (r"leaves out message 2 \(tool\)", CALLS, "phi3 phi3_5"),
     (WORDS_DROPPED, ("call after words",), "gptoss llama3_1 llama3_2 muse_glimmer"),
-    ("writes message 2 inside the answer in message 1", ("call after words",), "diffusion_gemma gemma4 gemma4_v3 gemma4_v4"),
+    ("writes message 2 inside the answer", ("call after words",), "diffusion_gemma gemma4 gemma4_v3 gemma4_v4"),
     ("ends the answer in message 1 with", ("call after words",), "gemma4_v5"),
 ]  # fmt: skip
 REASONS = {
