@@ -6,7 +6,7 @@ units. System messages do not count, because many conversations begin with the s
     held out    0: a b c    1: b c d e       runs of 3 units   abc of 0   bcd of 1   cde of 1
     training    7: x b c d y                 has bcd, so 1 shares a passage with 7
 
-Only the runs of held-out records are in memory, as hashes of 64 bits.
+Only the runs of held-out records are in memory, as hashes of 64 bits: about 40 bytes for each unit of held-out text.
 """
 
 import json
@@ -33,8 +33,8 @@ class SharedPassages:
 
     Attributes:
         n_held_out, n_too_short: held-out records, and those of them without a text that is long enough to look for.
-        hashes, owners: (n,) uint64 and int64, a run and the held-out record that it is of, sorted by hash.
-        training_records: (n,) int64, the first training record with this run, or -1.
+        hashes, owners: (n,) uint64 and int32, a run and the held-out record that it is of, sorted by hash.
+        training_records: (n,) int32, the first training record with this run, or -1.
     """
 
     n_held_out: int
@@ -98,11 +98,13 @@ def find_shared_passages(
         runs = [hash_runs(units, min(ngram, len(units))) for units in long_texts]
         lengths |= {min(ngram, len(units)) for units in long_texts}
         hashes.append(np.unique(np.concatenate([*runs, np.zeros(0, np.uint64)])))
-        owners.append(np.full(len(hashes[-1]), index))
+        owners.append(np.full(len(hashes[-1]), index, np.int32))
     all_hashes = np.concatenate([*hashes, np.zeros(0, np.uint64)])
+    all_owners = np.concatenate([*owners, np.zeros(0, np.int32)])
+    del hashes, owners
     order = np.argsort(all_hashes, kind="stable")
-    all_hashes = all_hashes[order]
-    training_records = np.full(len(order), -1)
+    all_hashes, all_owners = all_hashes[order], all_owners[order]
+    training_records = np.full(len(order), -1, np.int32)
     for index, texts in _texts(store, is_training):
         runs = np.unique(np.concatenate([hash_runs(units, n) for units in texts for n in lengths] or [all_hashes[:0]]))
         starts, ends = (np.searchsorted(all_hashes, runs, side) for side in ("left", "right"))
@@ -113,7 +115,7 @@ def find_shared_passages(
         n_held_out=n_held_out,
         n_too_short=n_too_short,
         hashes=all_hashes,
-        owners=np.concatenate([*owners, np.zeros(0, np.int64)])[order],
+        owners=all_owners,
         training_records=training_records,
     )
 
