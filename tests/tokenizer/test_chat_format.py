@@ -151,6 +151,9 @@ def test_conversations_equal_transformers(foreign, reference, layout, name, open
     assert foreign.decode(ids) == reference.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=open_turn
     )
+    if layout == "v3" and open_turn:  # its end, "\n\n", is cut as where an answer follows
+        assert wanted[-1:] == foreign.encode("\n\n")
+        wanted = wanted[:-1] + foreign.encode("\n") * 2
     assert ids == wanted
     assert len(mask) == len(ids)
 
