@@ -172,7 +172,9 @@ def compare_ids(directory: Path, *, n_texts: int) -> dict:
     tags = [name for name in LAYOUTS["qwen3"].tags + TAG_TOKENS if tokenizer.has_token(name)]
     known = [difference for difference in KNOWN_DIFFERENCES if any(difference.description in note for note in notes)]
     # Where texts alone are known to differ, texts behind a control token are compared.
-    before = "<|im_start|>" if NO_FIRST_BLANK in known else ""
+    before = ""
+    if NO_FIRST_BLANK in known:
+        before = next(name for name in ("<|im_start|>", "[INST]") if tokenizer.has_token(name))
     result: dict = {"texts": len(texts), "equal": 0, "equal_with_controls": 0, "notes": notes, "unexplained": []}
     for text in texts:
         parsed = theirs.tokenize((before + text).encode("utf-8"), add_bos=False, special=True)
