@@ -39,7 +39,7 @@ class StopMatcher:
         if stop_positions:
             self.stopped, self._pending = True, ""
             return text[: min(stop_positions)]
-        n_pending = max((_n_matched(text, stop) for stop in self.stop), default=0)
+        n_pending = max((n_matched(text, stop) for stop in self.stop), default=0)
         self._pending = text[len(text) - n_pending :]
         return text[: len(text) - n_pending]
 
@@ -49,7 +49,7 @@ class StopMatcher:
         return pending
 
 
-def _n_matched(text: str, stop: str) -> int:
+def n_matched(text: str, stop: str) -> int:
     """Return the length of the longest end of ``text`` that is the beginning of ``stop``, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
