@@ -50,6 +50,7 @@ _NAME_AND_ARGS = (
     re.compile(r"\s*(?:(?P<name>[\w.-]+)(?:\[CALL_ID\]\w*)?\[ARGS\]\s*)?(?=[\[{])"),
     re.compile(r"\s*[\w.-]*(?:\[[\w\[\]]*)?\s*"),
 )
+_JSON_BEGINNING = re.compile(r"\s*(?:\[\s*)?(?P<brace>\{|\Z)")
 _CLOSING_TAG = "</tool_call>"
 _CLOSED = (
     re.compile(rf"\s*{_CLOSING_TAG}"),
@@ -126,9 +127,11 @@ class ToolCallParser:
 
     def _read_text(self, at_end: bool) -> bool:
         text = self._pending
-        if self._is_start and (match := re.match(r"\s*(\[\s*)?(\{|\Z)", text)):
-            if match[2] or (not at_end and match.end() == len(text)):
-                return self._open("", _BARE, must_be_declared=True) if match[2] else False
+        beginning = _JSON_BEGINNING.match(text) if self._is_start else None
+        if beginning and beginning["brace"]:
+            return self._open("", _BARE, must_be_declared=True)
+        if beginning and not at_end:  # only white space, or a bracket
+            return False
         positions = {text.find(opening): opening for opening in _OPENINGS if opening in text}
         if positions:
             start = min(positions)
@@ -170,10 +173,9 @@ class ToolCallParser:
         scanner.read(text, header.end())
         if not (scanner.is_complete or scanner.is_broken or at_end):
             return False
-        calls = None
-        if scanner.is_complete:
-            calls = _calls(text[header.end() : scanner.position], header.groupdict().get("name"))
-        names = {call["function"]["name"] for call in calls or ()}
+        value = text[header.end() : scanner.position]
+        calls = _calls(value, header.groupdict().get("name")) if scanner.is_complete else []
+        names = {call["function"]["name"] for call in calls}
         if not names or (self._must_be_declared and self._names is not None and not names <= self._names):
             return self._give_up(scanner.position)
         self._calls += calls
@@ -251,8 +253,8 @@ class _JsonScanner:
         return character not in _OUTSIDE_STRINGS or (character in "{[" and self._depth == MAX_DEPTH)
 
 
-def _calls(value: str, name: str | None) -> list[dict] | None:
-    """Return the calls that a JSON value describes; None if it describes none.
+def _calls(value: str, name: str | None) -> list[dict]:
+    """Return the calls that a JSON value describes; none if anything in it is not a call.
 
     ``name`` is the function's, if the value has only its arguments.
     """
@@ -260,9 +262,10 @@ def _calls(value: str, name: str | None) -> list[dict] | None:
         parsed = json.loads(value)
         if name is not None:
             return [_call(name, parsed)]
-        return [_call(*_name_and_arguments(item)) for item in (parsed if isinstance(parsed, list) else [parsed])] or None
+        items = parsed if isinstance(parsed, list) else [parsed]
+        return [_call(*_name_and_arguments(item)) for item in items]
     except (ValueError, TypeError, AttributeError, KeyError):
-        return None
+        return []
 
 
 def _name_and_arguments(item: dict) -> tuple[str, dict]:

@@ -4,6 +4,7 @@ import json
 import random
 import string
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ def shape(parsed):
 def in_pieces(text, cuts, tools=None):
     parser = ToolCallParser(tools=tools)
     edges = [0, *sorted(cuts), len(text)]
-    results = [parser.push(text[start:end]) for start, end in zip(edges, edges[1:], strict=False)] + [parser.finish()]
+    results = [parser.push(text[start:end]) for start, end in pairwise(edges)] + [parser.finish()]
     return "".join(content for content, _ in results), [call for _, calls in results for call in calls]
 
 
@@ -178,7 +179,8 @@ def test_the_time_grows_only_with_the_length(part):
 
 def test_random_cuts_of_a_long_answer():
     rng = random.Random(0)
-    text = "".join(rng.choice([f"\n<tool_call>\n{FIND}\n</tool_call>", "word ", "<tool_call>{", "鸟"]) for _ in range(300))
+    parts = [f"\n<tool_call>\n{FIND}\n</tool_call>", "word ", "<tool_call>{", "鸟"]
+    text = "".join(rng.choices(parts, k=300))
     whole = shape(parse_tool_calls(text))
     assert len(whole[1]) > 40
     assert shape(in_pieces(text, rng.sample(range(len(text)), 100))) == whole

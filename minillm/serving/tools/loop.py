@@ -1,0 +1,63 @@
+"""From a question to an answer by way of tools: the model calls, the functions run, the model reads the results.
+
+    user       What is 23*45?
+    assistant  <tool_call>{"name": "calculate", "arguments": {"expression": "23*45"}}</tool_call>
+    tool       1035
+    assistant  23*45=1035
+
+Terminal, server and page use this loop; what differs is ``generate_reply``.
+"""
+
+from collections.abc import Callable, Sequence
+
+from minillm.errors import UserError
+from minillm.serving.tools.parse import parse_tool_calls
+from minillm.serving.tools.toolbox import Toolbox
+
+
+def tool_loop(
+    generate_reply: Callable[[list[dict], list[dict]], str],
+    messages: Sequence[dict],
+    tools: Toolbox | Sequence[Callable],
+    *,
+    max_rounds: int = 5,
+    on_message: Callable[[dict], None] = lambda message: None,
+) -> list[dict]:
+    """Return the messages that follow ``messages``: calls and their results in turn, and at last the answer.
+
+    If the model still calls after ``max_rounds`` rounds, these calls are not run: their results say so, and the list
+    ends with them instead of an answer. The conversation stays complete either way: every call has a result.
+
+    Args:
+        generate_reply: takes the conversation and the tools in OpenAI's form, and returns the text of the assistant's
+            reply, calls included. It may show the text meanwhile (``ToolCallParser`` hides the calls). Its errors end
+            the loop.
+        messages: the conversation up to the question.
+        tools: a ``Toolbox``, or functions for one with the default limits.
+        max_rounds: of calls; the calls of one reply are a round.
+        on_message: receives each new message as soon as it is complete, for a page that shows calls and results.
+
+    Raises:
+        UserError: ``max_rounds`` below 1, or tools that cannot be described.
+    """
+    if max_rounds < 1:
+        raise UserError(f"max_rounds {max_rounds}: must be at least 1")
+    toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
+    new_messages: list[dict] = []
+
+    def add(message: dict) -> None:
+        new_messages.append(message)
+        on_message(message)
+
+    for n_rounds in range(max_rounds + 1):
+        reply = generate_reply([*messages, *new_messages], toolbox.schemas)
+        content, calls = parse_tool_calls(reply, tools=toolbox.schemas)
+        if not calls:
+            add({"role": "assistant", "content": content})
+            break
+        add({"role": "assistant", "content": content or None, "tool_calls": calls})
+        for call in calls:
+            is_allowed = n_rounds < max_rounds
+            result = toolbox.run(call) if is_allowed else f"error: not run, after {max_rounds} rounds of calls"
+            add({"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": result})
+    return new_messages
