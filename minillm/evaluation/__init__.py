@@ -8,10 +8,12 @@ from minillm.evaluation.preference import PreferenceScore, like_chosen, preferen
 from minillm.evaluation.reasoning import ReasoningScore, evaluate_reasoning, pass_at_k, read_answer
 from minillm.evaluation.suites import run_suite
 from minillm.evaluation.text_metrics import Bleu, Rouge, bleu, rouge, token_f1
+from minillm.evaluation.tool_match import ToolMatch, tool_match
 from minillm.evaluation.validation_metrics import ValidationMetrics
 
 __all__ = [
     "AnswerLoss", "Bleu", "ExactMatch", "Perplexity", "PreferenceScore", "ReasoningScore", "Rouge", "Score",
-    "ValidationMetrics", "answer_loss", "bleu", "evaluate_reasoning", "exact_match", "like_chosen", "multiple_choice",
-    "pass_at_k", "perplexity", "preference_accuracy", "read_answer", "rouge", "run_suite", "token_f1",
+    "ToolMatch", "ValidationMetrics", "answer_loss", "bleu", "evaluate_reasoning", "exact_match", "like_chosen",
+    "multiple_choice", "pass_at_k", "perplexity", "preference_accuracy", "read_answer", "rouge", "run_suite",
+    "token_f1", "tool_match",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from minillm.cli.command_line import require
 from minillm.cli.eval_arguments import EvalArguments
 from minillm.data import read_records
 from minillm.errors import UserError
@@ -21,6 +22,7 @@ from minillm.evaluation.suites.report import describe, draw_radar, line, markdow
 from minillm.evaluation.suites.run import check_suite, random_model, run_suite
 from minillm.evaluation.suites.table import SUITES, Suite, choose_suites, find_files
 from minillm.evaluation.text_metrics import bleu, rouge
+from minillm.evaluation.tool_match import tool_match
 from minillm.files import sha256
 from minillm.inference.chat import speed
 
@@ -77,6 +79,8 @@ def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
     """Measure --task_file, print the figures, and return them by name for --output."""
     start = time.perf_counter()
     records = list(read_records(args.task_file, columns=args.columns))
+    if any(record.tools for record in records):
+        return _measure_tools(args, model, tokenizer, records)
     result = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     seconds = time.perf_counter() - start
     print(f"\nexact match on {args.task_file}\n{result.table()}")
@@ -96,6 +100,19 @@ def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
         "rouge": asdict(rouge_scores),
         "bleu": asdict(bleu_score),
     }
+
+
+def _measure_tools(args: EvalArguments, model, tokenizer, records: list) -> dict:
+    """Measure a task file with tools: calls, and the answers after them."""
+    require(not args.text_metrics, f"--text_metrics compares plain answers; {args.task_file} has tools: leave it out")
+    start = time.perf_counter()
+    limits = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    result = tool_match(model, tokenizer, records, **limits)
+    seconds = time.perf_counter() - start
+    print(f"\ncalls on {args.task_file}\n{result.calls.table()}")
+    print(f"\nexact match after them\n{result.answers.table()}")
+    print(f"[{len(records):,} answers in {seconds:.1f} s]")
+    return {"tool_calls": result.calls.as_dict(), "exact_match": result.answers.as_dict()}
 
 
 def suites_with_files(args: EvalArguments) -> list[Suite]:

@@ -1,0 +1,43 @@
+"""The tools of the demo's model: ``eval_model.py --tools dataset/demo_tools.py``. Their descriptions are short, because
+every record repeats them."""
+
+from datetime import datetime
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+from minillm.serving.tools import calculator, text_search
+
+NOTES = Path(__file__).parent / "demo" / "notes.txt"
+ZONES = {
+    ("Beijing", "北京"): "Asia/Shanghai",
+    ("Shanghai", "上海"): "Asia/Shanghai",
+    ("Paris", "巴黎"): "Europe/Paris",
+    ("London", "伦敦"): "Europe/London",
+    ("Rome", "罗马"): "Europe/Rome",
+    ("Tokyo", "东京"): "Asia/Tokyo",
+    ("Berlin", "柏林"): "Europe/Berlin",
+    ("Cairo", "开罗"): "Africa/Cairo",
+    ("Lima", "利马"): "America/Lima",
+    ("Oslo", "奥斯陆"): "Europe/Oslo",
+}
+
+
+def calculate(expression: str) -> str:
+    """Calculate."""
+    return calculator.calculate(expression)
+
+
+def clock(place: str) -> str:
+    """Time."""
+    for names, zone in ZONES.items():
+        if place in names:
+            return datetime.now(ZoneInfo(zone)).strftime("%H:%M")
+    raise ValueError(f"there is no clock in {place}")
+
+
+def search(query: str) -> str:
+    """Search."""
+    return text_search.search_in(NOTES)(query)
+
+
+TOOLS = [calculate, clock, search]

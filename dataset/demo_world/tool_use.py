@@ -1,0 +1,127 @@
+"""Conversations with tools: questions that need a call, questions that need none, and some that no tool can answer.
+
+What a tool returns is drawn at random, so a model cannot learn it; it has to call, and to copy. Each record declares
+some of the tools. If the one that a question needs is missing, the answer is a refusal.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import demo_tools
+
+from demo_world.tasks import Tasks, conversation
+from demo_world.world import LANGUAGES, PEOPLE, PLACES, Word
+from minillm.serving.tools import tool_schema
+
+SCHEMAS = {function.__name__: tool_schema(function) for function in demo_tools.TOOLS}
+KINDS = ("calculate", "clock", "search", "direct")
+DIRECT_TASKS = ("addition", "sorting", "facts", "translation")
+REFUSALS = {"en": "I can not do this.", "zh": "我不会。"}
+OPENINGS = {
+    "en": {"train": ("", "Please answer: "), "test": ("Now answer: ",)},
+    "zh": {"train": ("", "请回答:"), "test": ("现在回答:",)},
+}
+FORMS = ("{a}*{b}", "{a}-{b}", "{a}*{b}+{c}")
+#: Share of records by their number of tools.
+N_TOOLS = {1: 0.2, 2: 0.5, 3: 0.3}
+N_QUESTIONS = 4
+HELD_OUT_ONE_IN = 10
+
+
+class ToolTasks:
+    """Records with tools of one world. Test records have other numbers, people, places and openings."""
+
+    def __init__(self, tasks: Tasks):
+        rng = random.Random(f"tools {tasks.world.seed}")
+        self.tasks = tasks
+        self.people, self.places = (_split(words, rng) for words in (PEOPLE, PLACES))
+        self.salt = rng.randrange(1, 1000)
+
+    def record(self, split: str, rng: random.Random, kinds: list[str] | None = None) -> dict:
+        """Return a record of several questions (test: of one), of the given kinds or of drawn ones."""
+        n_tools = rng.choices(list(N_TOOLS), list(N_TOOLS.values()))[0]
+        names = rng.sample(list(SCHEMAS), n_tools)
+        turns, group = [], ""
+        for kind in kinds or rng.choices(KINDS, k=N_QUESTIONS):
+            messages, group = self.exchange(kind, names, split, rng)
+            turns += messages
+        tools = [SCHEMAS[name] for name in names]
+        return {"conversations": turns, "tools": tools, "task": "tools", "group": group}
+
+    def exchange(self, kind: str, names: list[str], split: str, rng: random.Random) -> tuple[list[dict], str]:
+        """Return (messages, group): a question, the call and its result if there is one, and the answer."""
+        language = rng.choice(LANGUAGES)
+        if kind == "direct":
+            return self.tasks.record(rng.choice(DIRECT_TASKS), split, rng)["conversations"], "direct"
+        question, arguments, result, answer = getattr(self, f"_{kind}")(language, split, rng)
+        question = rng.choice(OPENINGS[language][split]) + question
+        if kind not in names:
+            return conversation(question, REFUSALS[language]), "refusal"
+        call = {"type": "function", "function": {"name": kind, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+        return [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": kind, "content": result},
+            {"role": "assistant", "content": answer},
+        ], kind
+
+    def _calculate(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
+        while True:
+            a, b, c = rng.randrange(10, 100), rng.randrange(10, 100), rng.randrange(10, 100)
+            if ((a * 100 + b) * self.salt % 997 % HELD_OUT_ONE_IN == 0) == (split == "test"):
+                break
+        expression = rng.choice(FORMS).format(a=max(a, b), b=min(a, b), c=c)
+        result = demo_tools.calculate(expression)
+        return expression, {"expression": expression}, result, f"{expression}={result}"
+
+    def _clock(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
+        place = _word(rng.choice(self.places[split]), language)
+        time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
+        if language == "en":
+            return f"What time is it in {place}?", {"place": place}, time, f"It is {time} in {place}."
+        return f"{place}现在几点?", {"place": place}, time, f"{place}现在{time}。"
+
+    def _search(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
+        query, question, line = note(rng.choice(self.people[split]), language, rng)
+        return question, {"query": query}, line, line
+
+    def test_records(self, n_per_group: int, rng: random.Random) -> list[dict]:
+        """Return up to ``n_per_group`` different records of each group."""
+        by_group: dict[str, dict[str, dict]] = {}
+        for _ in range(60 * n_per_group):
+            record = self.record("test", rng, [rng.choice(KINDS)])
+            group = by_group.setdefault(record["group"], {})
+            if len(group) < n_per_group:
+                key = json.dumps([record["conversations"][0], record["tools"]], ensure_ascii=False)
+                group.setdefault(key, record)
+        return [record for _, group in sorted(by_group.items()) for record in group.values()]
+
+
+def _split(words: list[Word], rng: random.Random) -> dict[str, list[Word]]:
+    shuffled = rng.sample(words, len(words))
+    n_test = len(words) // 5
+    return {"test": shuffled[:n_test], "train": shuffled[n_test:]}
+
+
+def _word(word: Word, language: str) -> str:
+    return word[LANGUAGES.index(language)]
+
+
+def note(person: Word, language: str, rng: random.Random) -> tuple[str, str, str]:
+    """Return what to search for, the question, and a line of the notes with a number that is drawn."""
+    number = rng.randrange(1000, 10_000)
+    if language == "en":
+        return f"{person[0]}'s number", f"What is {person[0]}'s number?", f"{person[0]}'s number is {number}."
+    return f"{person[1]}的数", f"{person[1]}的数是多少?", f"{person[1]}的数是{number}。"
+
+
+def notes(rng: random.Random) -> list[str]:
+    """Return the lines of the text in which the demo's model searches."""
+    lines = []
+    for person in PEOPLE:
+        _, _, english = note(person, "en", rng)
+        number = english.removesuffix(".").rpartition(" ")[2]
+        lines += [english, f"{person[1]}的数是{number}。"]
+    return lines
