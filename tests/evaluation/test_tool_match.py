@@ -128,15 +128,17 @@ def test_calls_and_answers_are_counted(tokenizer, tmp_path):
     }
 
 
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
 @pytest.mark.parametrize(
     "record, message",
     [
         (task("q", [("add", {}), "3"]), "record 0: the last turn must be the assistant's expected answer"),
         (task("q", "a", "b"), "record 0: after the question, each assistant turn but the last must be calls"),
-        ({"conversations": [{"role": "assistant", "content": "a"}] * 2, "tools": TOOLS}, "needs a question of the user"),
-        ({"conversations": [{"role": "user", "content": "q"}], "tools": TOOLS}, "at least a question and its answer"),
-        ({"conversations": task("q", [("add", {}), "3"], "a")["conversations"][:1] + [
-            {"role": "tool", "content": "3"}, {"role": "assistant", "content": "a"}], "tools": TOOLS},
+        ({"conversations": [ANSWER, ANSWER], "tools": TOOLS}, "a task with tools needs a question of the user"),
+        ({"conversations": [QUESTION], "tools": TOOLS}, "at least a question and its answer"),
+        ({"conversations": [QUESTION, {"role": "tool", "content": "3"}, ANSWER], "tools": TOOLS},
          "calls and their results must lead to an answer"),
     ],
 )  # fmt: skip
