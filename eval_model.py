@@ -10,6 +10,7 @@
     python eval_model.py --model_mode 3                      # chat with out/reason_*, its thinking dimmed
     python eval_model.py --model_mode 3 --task_file problems.jsonl --n_samples 8   # with thinking and without, pass@k
     python eval_model.py --suite zh --suite_dir dataset/eval --output scores.json   # also en, all, or names: ceval,mmlu
+    python eval_model.py --tools dataset/demo_tools.py --prompt "23*45"   # the model may call these functions
     python eval_model.py --lora_name cooking                 # out/full_sft_* with the adapter out/lora/cooking_*
     python eval_model.py --rope_scaling yarn:4 --rope_original_len 512   # 2,048 tokens with a model trained on 512
 
@@ -21,6 +22,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ from minillm.hub.open import open_from_arguments
 from minillm.inference import SamplingOptions, complete
 from minillm.inference.chat import ChatModel, ChatSession, chat, speed
 from minillm.inference.thinking import ThinkingView
+from minillm.serving.tools import Toolbox, describe_message, load_tools, tool_loop
 
 
 @script
@@ -53,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [Prompt(content=text) for text in args.prompt]
     prompts += read_prompts(args.prompts, columns=args.columns) if args.prompts else []
     suites = suites_with_files(args)
+    toolbox = load_tools(args.tools) if args.tools else None
     measures = bool(args.perplexity or args.task_file or args.pairs_file or suites)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -78,8 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         results["preference"] = measure_preference(args, model, tokenizer)
     if suites:
         results["suites"] = measure_suites(args, model, tokenizer, suites, results)
-    if prompts:
+    if prompts and toolbox:
+        results["prompts"] = answer_with_tools(args, chat_model, prompts, options, toolbox)
+    elif prompts:
         results["prompts"] = answer_prompts(args, chat_model, prompts, options)
+    if prompts:
         results["sampling"] = sampling | {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if args.output:
         write_whole(Path(args.output), json.dumps(results, ensure_ascii=False, indent=2) + "\n")
@@ -91,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         history_turns=args.history_turns if args.model_mode else 0,
         thinking=args.thinking,
         system=args.system if args.model_mode else "",
+        **({"tools": toolbox.schemas, "respond": partial(respond_with_tools, toolbox)} if toolbox else {}),
         **options,
     )
     del model, chat_model  # /model and /lora free the memory of the old model
@@ -133,17 +141,50 @@ def answer_prompts(args: EvalArguments, chat_model: ChatModel, prompts: list[Pro
     return answers
 
 
+def answer_with_tools(args: EvalArguments, chat_model: ChatModel, prompts, options, toolbox: Toolbox) -> list[dict]:
+    """Answer the prompts one by one; print the calls, their results and the answer, and return all messages."""
+    tokenizer = chat_model.tokenizer
+    options = options | {"tokenizer": tokenizer, "eos_token_id": tokenizer.end_ids}
+
+    def generate_reply(messages: list[dict], tools: list[dict]) -> str:
+        return complete(chat_model.model, [chat_model.encode(messages, tools=tools)], **options)[0].text
+
+    answers = []
+    for prompt in prompts:
+        messages = to_messages(args, prompt)
+        print(f"\n> {messages[-1]['content']}")
+        new_messages = []
+        for message in tool_loop(generate_reply, messages, toolbox):
+            print(describe_message(message), flush=True)
+            new_messages.append(message)
+        answers.append({"prompt": prompt.content, "answer": new_messages[-1]["content"], "messages": new_messages})
+    return answers
+
+
+def respond_with_tools(toolbox: Toolbox, reply, messages: list[dict]):
+    """Yield the messages that follow a question in a chat; print the results of calls between the model's replies."""
+    for message in tool_loop(reply, messages, toolbox):
+        if message["role"] == "tool":
+            print(describe_message(message))
+        yield message
+
+
 def encode_prompt(args: EvalArguments, chat_model: ChatModel, prompt: Prompt) -> list[int]:
     """Return the ids before the answer, in the chat modes with the flags' system message if the prompt has none."""
-    messages = prompt.turns
     if args.model_mode == 0 and prompt.tools:
         raise UserError(
             f"--model_mode 0 completes texts, which have no tools, and a prompt declares them: "
             f"{prompt.question[:60]!r}; remove the key tools, or choose --model_mode 1"
         )
+    return chat_model.encode(to_messages(args, prompt), tools=prompt.tools)
+
+
+def to_messages(args: EvalArguments, prompt: Prompt) -> list[dict]:
+    """Return the turns of a prompt, in the chat modes with the flags' system message if it has none."""
+    messages = prompt.turns
     if args.model_mode and args.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": args.system}, *messages]
-    return chat_model.encode(messages, tools=prompt.tools)
+    return messages
 
 
 if __name__ == "__main__":

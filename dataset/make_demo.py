@@ -1,8 +1,8 @@
 """Write the demo world: ``python dataset/make_demo.py [--out_dir dataset/demo] [--seed 42] [--n_... N]``
 
 It writes pretraining text with the exact log-probability of every record, conversations with answers that can be
-checked, an identity set, preference pairs and reasoning problems, each with held-out sets. ``dataset/README.md``
-describes the files. No network is needed; the same seed and sizes give the same bytes on every machine.
+checked, an identity set, preference pairs, reasoning problems and conversations with tools, each with held-out sets.
+``dataset/README.md`` describes the files. No network is needed; the same seed and sizes give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from demo_world.grammar import Draw, Source  # noqa: E402
 from demo_world.identity import identity_records  # noqa: E402
 from demo_world.items import COUNT_LENGTHS, HELD_OUT_ONE_IN, SORT_LENGTHS, Items  # noqa: E402
 from demo_world.tasks import OPEN_TASKS, TASKS, Tasks, reason_records, without_reasons  # noqa: E402
+from demo_world.tool_use import ToolTasks, notes  # noqa: E402
 from demo_world.world import make_world  # noqa: E402
 
 from minillm.cli.command_line import parse, script  # noqa: E402
@@ -61,6 +62,12 @@ def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
     files["identity_train"], files["identity_test"] = identity_records()
     files["reason_train"], files["reason_test"] = reason_records(args.n_reason, args.n_reason_test, stream("reason"))
     files["direct_train"] = without_reasons(files["reason_train"])
+    tool_tasks, rng = ToolTasks(tasks), stream("tools_train")
+    old_tasks = rng.choices(list(sft_counts), list(sft_counts.values()), k=args.n_tools_replay)
+    files["tools_train"] = [tool_tasks.record("train", rng) for _ in range(args.n_tools)]
+    files["tools_train"] += [tasks.record(task, "train", rng) for task in old_tasks]
+    rng.shuffle(files["tools_train"])
+    files["tools_test"] = tool_tasks.test_records(args.n_tools_test, stream("tools_test"))
     meta = {
         "seed": args.seed,
         "records": {name: len(records) for name, records in files.items()},

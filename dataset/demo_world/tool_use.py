@@ -13,9 +13,8 @@ import demo_tools
 
 from demo_world.tasks import Tasks, conversation
 from demo_world.world import LANGUAGES, PEOPLE, PLACES, Word
-from minillm.serving.tools import tool_schema
 
-SCHEMAS = {function.__name__: tool_schema(function) for function in demo_tools.TOOLS}
+SCHEMAS = {function.__name__: function.schema for function in demo_tools.TOOLS}
 KINDS = ("calculate", "clock", "search", "direct")
 DIRECT_TASKS = ("addition", "sorting", "facts", "translation")
 REFUSALS = {"en": "I can not do this.", "zh": "我不会。"}
@@ -25,8 +24,8 @@ OPENINGS = {
 }
 FORMS = ("{a}*{b}", "{a}-{b}", "{a}*{b}+{c}")
 #: Share of records by their number of tools.
-N_TOOLS = {1: 0.2, 2: 0.5, 3: 0.3}
-N_QUESTIONS = 4
+N_TOOLS = {1: 0.25, 2: 0.5, 3: 0.25}
+N_QUESTIONS = 2
 HELD_OUT_ONE_IN = 10
 
 

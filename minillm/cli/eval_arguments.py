@@ -95,6 +95,8 @@ class EvalArguments(OpenArguments):
     """Chat: number of earlier questions and answers that stay in the prompt."""
     system: str = ""
     """Chat: a system message before the conversation."""
+    tools: str = ""
+    """Chat: the functions of this Python file, which the model may call while it answers."""
     thinking: Literal["dim", "hide", "plain"] = "dim"
     """Mode 3: show the thinking dimmed (in a terminal), not at all, or like the answer."""
     batch_size: int = 32
@@ -120,6 +122,9 @@ class EvalArguments(OpenArguments):
         require(thinks or self.thinking == "dim", f"--thinking {self.thinking}: only --model_mode 3 thinks; add it")
         require(self.model_mode != 0 or not self.pairs_file, "--pairs_file needs a chat model: --model_mode 1, 2 or 3")
         require(bool(self.pairs_file) or not self.answer_pairs, "--answer_pairs needs --pairs_file with preferences")
+        is_file = self.tools.endswith(".py") and os.path.isfile(self.tools)
+        require(not self.tools or is_file, f"--tools {self.tools}: no such file; give a Python file with functions")
+        require(self.model_mode != 0 or not self.tools, "--tools needs a chat model: --model_mode 1, 2 or 3")
         for name in ("n_shot", "suite_limit", "suite_random", "suite_resume"):
             require(bool(self.suite) or not getattr(self, name), f"--{name} needs --suite with suites to measure")
         require(bool(self.output) or not self.suite_resume, "--suite_resume needs --output with earlier results")

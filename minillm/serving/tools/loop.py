@@ -8,7 +8,7 @@
 Terminal, server and page use this loop; what differs is ``generate_reply``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from minillm.errors import UserError
 from minillm.serving.tools.parse import parse_tool_calls
@@ -21,43 +21,57 @@ def tool_loop(
     tools: Toolbox | Sequence[Callable],
     *,
     max_rounds: int = 5,
-    on_message: Callable[[dict], None] = lambda message: None,
-) -> list[dict]:
-    """Return the messages that follow ``messages``: calls and their results in turn, and at last the answer.
+) -> Iterator[dict]:
+    """Yield the messages that follow ``messages``: calls and their results in turn, and at last the answer.
 
-    If the model still calls after ``max_rounds`` rounds, these calls are not run: their results say so, and the list
-    ends with them instead of an answer. The conversation stays complete either way: every call has a result.
+    Each message comes as soon as it is complete. If the model still calls after ``max_rounds`` rounds, these calls are
+    not run: their results say so, and the messages end with them instead of an answer. The conversation stays complete
+    either way: every call has a result.
 
     Args:
         generate_reply: takes the conversation and the tools in OpenAI's form, and returns the text of the assistant's
-            reply, calls included. It may show the text meanwhile (``ToolCallParser`` hides the calls). Its errors end
-            the loop.
+            reply, calls included. It may show the text meanwhile (``ToolCallParser`` hides the calls). What it raises
+            ends the loop.
         messages: the conversation up to the question.
         tools: a ``Toolbox``, or functions for one with the default limits.
         max_rounds: of calls; the calls of one reply are a round.
-        on_message: receives each new message as soon as it is complete, for a page that shows calls and results.
 
     Raises:
-        UserError: ``max_rounds`` below 1, or tools that cannot be described.
+        UserError: ``max_rounds`` below 1, or tools that cannot be described; at the call.
     """
     if max_rounds < 1:
         raise UserError(f"max_rounds {max_rounds}: must be at least 1")
     toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
-    new_messages: list[dict] = []
+    return _messages(generate_reply, list(messages), toolbox, max_rounds)
 
-    def add(message: dict) -> None:
-        new_messages.append(message)
-        on_message(message)
+
+def _messages(generate_reply, conversation: list[dict], toolbox: Toolbox, max_rounds: int) -> Iterator[dict]:
+    def added(message: dict) -> dict:
+        conversation.append(message)
+        return message
 
     for n_rounds in range(max_rounds + 1):
-        reply = generate_reply([*messages, *new_messages], toolbox.schemas)
+        reply = generate_reply(list(conversation), toolbox.schemas)
         content, calls = parse_tool_calls(reply, tools=toolbox.schemas)
         if not calls:
-            add({"role": "assistant", "content": content})
-            break
-        add({"role": "assistant", "content": content or None, "tool_calls": calls})
+            yield added({"role": "assistant", "content": content})
+            return
+        yield added({"role": "assistant", "content": content or None, "tool_calls": calls})
         for call in calls:
             is_allowed = n_rounds < max_rounds
             result = toolbox.run(call) if is_allowed else f"error: not run, after {max_rounds} rounds of calls"
-            add({"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": result})
-    return new_messages
+            name = call["function"]["name"]
+            yield added({"role": "tool", "tool_call_id": call["id"], "name": name, "content": result})
+
+
+def describe_message(message: dict) -> str:
+    """Return one of the messages as text for a terminal: the content, and a line for each call.
+
+    >>> describe_message({"role": "tool", "name": "add", "content": "3"})
+    '[add: 3]'
+    """
+    if message["role"] == "tool":
+        return f"[{message['name']}: {message['content']}]"
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    lines = [f"[{function['name']} {function['arguments']}]" for function in functions]
+    return "\n".join(filter(None, [message["content"], *lines]))

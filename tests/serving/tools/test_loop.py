@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minillm.errors import UserError
-from minillm.serving.tools import Toolbox, tool_loop
+from minillm.serving.tools import Toolbox, describe_message, tool_loop
 
 
 def multiply(a: int, b: int) -> int:
@@ -38,9 +38,7 @@ QUESTION = [{"role": "system", "content": "s"}, {"role": "user", "content": "Wha
 
 def test_calls_results_and_answer():
     replies = Scripted(f"I compute.\n{written('multiply', a=23, b=45)}\n{written('multiply', a=2, b=2)}", "1035 and 4.")
-    seen = []
-    messages = tool_loop(replies, QUESTION, [multiply], on_message=seen.append)
-    assert seen == messages
+    messages = list(tool_loop(replies, QUESTION, [multiply]))
     first, second = messages[0]["tool_calls"]
     assert json.loads(first["function"]["arguments"]) == {"a": 23, "b": 45}
     assert messages == [
@@ -53,16 +51,31 @@ def test_calls_results_and_answer():
     assert [asked for asked, _ in replies.asked] == [QUESTION, QUESTION + messages[:3]]
     assert all(tools == Toolbox([multiply]).schemas for _, tools in replies.asked)
     assert len(QUESTION) == 2  # the caller's list is its own
+    shown = [describe_message(message) for message in messages]
+    assert shown == [
+        'I compute.\n[multiply {"a": 23, "b": 45}]\n[multiply {"a": 2, "b": 2}]',
+        "[multiply: 1035]",
+        "[multiply: 4]",
+        "1035 and 4.",
+    ]
+
+
+def test_each_message_comes_as_soon_as_it_is_complete():
+    replies = Scripted(written("multiply", a=2, b=3))  # Ctrl-C, or an error, before the second reply
+    received = []
+    with pytest.raises(IndexError):
+        received.extend(tool_loop(replies, QUESTION, [multiply]))
+    assert [message["role"] for message in received] == ["assistant", "tool"]
 
 
 def test_an_answer_without_calls_is_one_message():
     text = "\n<tool_call>broken</tool_call> "
-    assert tool_loop(Scripted(text), QUESTION, [multiply]) == [{"role": "assistant", "content": text}]
+    assert list(tool_loop(Scripted(text), QUESTION, [multiply])) == [{"role": "assistant", "content": text}]
 
 
 def test_errors_go_to_the_model_and_the_loop_goes_on():
     replies = Scripted(written("broken"), written("nowhere"), written("multiply", a="x", b=1), "Sorry.")
-    messages = tool_loop(replies, QUESTION, [multiply, broken])
+    messages = list(tool_loop(replies, QUESTION, [multiply, broken]))
     assert [message["content"] for message in messages if message["role"] == "tool"] == [
         "error: ValueError: no luck",
         "error: there is no function 'nowhere'; there are multiply, broken",
@@ -80,7 +93,7 @@ def test_a_model_that_only_calls_is_stopped_and_every_call_has_a_result(max_roun
         n_runs.append(1)
         return str(len(n_runs))
 
-    messages = tool_loop(lambda *_: written("count") * 2, QUESTION, [count], max_rounds=max_rounds)
+    messages = list(tool_loop(lambda *_: written("count") * 2, QUESTION, [count], max_rounds=max_rounds))
     assert len(n_runs) == 2 * max_rounds
     assert [message["role"] for message in messages] == ["assistant", "tool", "tool"] * (max_rounds + 1)
     assert messages[-1]["content"] == f"error: not run, after {max_rounds} rounds of calls"
@@ -96,4 +109,4 @@ def test_no_rounds_are_refused_and_errors_of_the_model_pass():
         raise UserError("the prompt is too long")
 
     with pytest.raises(UserError, match="the prompt is too long"):
-        tool_loop(fail, QUESTION, [multiply])
+        next(tool_loop(fail, QUESTION, [multiply]))
