@@ -64,8 +64,15 @@ demo-run:
 	    --output $(RESULTS)/direct.json
 	$(EVAL) --model_mode 3 --task_file $(DATA)/reason_test.jsonl --output $(RESULTS)/reason.json
 	$(EVAL) --from_weight reason --task_file $(DATA)/sft_test.jsonl --output $(RESULTS)/reason_sft_test.json
+	$(EVAL) --task_file $(DATA)/tools_test.jsonl --output $(RESULTS)/full_sft_tools_test.json
+	python train_sft.py --config configs/demo/tools.yaml --save_dir $(DEMO)/tools --from_weight $(DEMO)/full_sft_128 \
+	    --data_path $(DATA)/tools_train.jsonl --valid_path "" --overwrite $(TRAIN_FLAGS)
+	for file in tools_test sft_test; do \
+	    $(EVAL) --from_weight $(DEMO)/tools/full_sft_128 --task_file $(DATA)/$$file.jsonl \
+	        --output $(RESULTS)/tools_$$file.json || exit 1; \
+	done
 	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html" \
-	    " $(DEMO)/lora/identity_128/summary.html  $(DEMO)/rlhf_128/summary.html  $(DEMO)/reason_128/summary.html"
+	    " $(DEMO)/lora/identity_128/summary.html  $(DEMO)/rlhf_128/summary.html  $(DEMO)/reason_128/summary.html $(DEMO)/tools/full_sft_128/summary.html"
 	python dataset/demo_table.py --save_dir $(DEMO)
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 3 --temperature 0 --history_turns 0
 

@@ -66,7 +66,7 @@ def lines_of(save_dir: str | Path) -> Iterator[Line]:
     rows = [row for row in read_metrics(root / "pretrain_128" / "metrics.jsonl") if "floor" in row]
     config = root / "pretrain_128" / "config.json"
     gap_of_guessing = math.log(json.loads(config.read_text())["vocab_size"]) - rows[-1]["floor"] if rows else None
-    identity = ("exact_match", "accuracy")
+    identity, calls = ("exact_match", "accuracy"), ("tool_calls", "task_average")
     figures = [
         ("pretrain", "nats/token above the floor (before: guessing)", gap_of_guessing, gap("pretrain_128"), False),
         ("full_sft", "tasks, exact match", tasks("pretrain"), tasks("full_sft")),
@@ -84,6 +84,9 @@ def lines_of(save_dir: str | Path) -> Iterator[Line]:
          result("direct", "reasoning", "thinking", "accuracy"), result("reason", "reasoning", "thinking", "accuracy")),
         ("reason", "answers that have the form", None, result("reason", "reasoning", "thinking", "format_adherence")),
         ("reason", "tasks, exact match", tasks("rlhf"), tasks("reason_sft_test")),
+        ("tools", "calls, exact match", result("full_sft_tools_test", *calls), result("tools_tools_test", *calls)),
+        ("tools", "answers after calls, exact match", tasks("full_sft_tools_test"), tasks("tools_tools_test")),
+        ("tools", "tasks, exact match", tasks("full_sft"), tasks("tools_sft_test")),
     ]  # fmt: skip
     for stage, metric, before, after, *is_share in figures:
         if after is not None:

@@ -1,6 +1,6 @@
 """The tools of the demo's model: ``eval_model.py --tools dataset/demo_tools.py``.
 
-They are declared by their names alone: in the demo's vocabulary of 1,024 tokens a whole schema has 150, and the model was
+They are declared by their names alone: in the demo's vocabulary a whole schema has 150 tokens, and the model was
 pretrained on rows of 128. What arguments a function takes, it learns from the conversations.
 """
 

@@ -2,7 +2,8 @@
 
 It writes pretraining text with the exact log-probability of every record, conversations with answers that can be
 checked, an identity set, preference pairs, reasoning problems and conversations with tools, each with held-out sets.
-``dataset/README.md`` describes the files. No network is needed; the same seed and sizes give the same bytes on every machine.
+``dataset/README.md`` describes the files. No network is needed; the same seed and sizes give the same bytes on every
+machine.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from minillm.errors import UserError  # noqa: E402
 
 
 def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
-    """Return (file name -> records, meta). Each file has its own random generator, seeded with its name."""
+    """Return (file name -> records, meta). Each file has its own random generator, seeded with its name.
+
+    A record of the file ``notes`` is a line of text.
+    """
     stream = lambda name: random.Random(f"{name} {args.seed}")  # noqa: E731
     world, items = make_world(args.seed), Items(args.seed)
     source, tasks = Source(world, items), Tasks(world, items)
@@ -68,6 +72,7 @@ def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
     files["tools_train"] += [tasks.record(task, "train", rng) for task in old_tasks]
     rng.shuffle(files["tools_train"])
     files["tools_test"] = tool_tasks.test_records(args.n_tools_test, stream("tools_test"))
+    files["notes"] = [{"text": line} for line in notes(stream("notes"))]
     meta = {
         "seed": args.seed,
         "records": {name: len(records) for name, records in files.items()},
@@ -117,6 +122,7 @@ def held_out_rules(items: Items, tasks: Tasks) -> dict:
         "identity": "two questions per topic and language",
         "dpo": f"{len(tasks.pair_facts['test'] + tasks.pair_facts['valid'])} facts in no training pair",
         "reason": "other problems",
+        "tools": "other numbers, owners of numbers and openings of questions",
         "phrasings": "every prompt of sft_test begins in a way that no training prompt of its task does",
     }
 
@@ -131,7 +137,8 @@ def write_files(out_dir: str | Path, files: dict[str, list[dict]], meta: dict) -
     temporary: dict[Path, Path] = {}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        texts = {f"{name}.jsonl": (_line(r) for r in records) for name, records in files.items()}
+        texts = {f"{name}.jsonl": (_line(r) for r in records) for name, records in files.items() if name != "notes"}
+        texts["notes.txt"] = (record["text"] + "\n" for record in files.get("notes", ()))
         texts["meta.json"] = iter([json.dumps(meta, ensure_ascii=False, indent=2) + "\n"])
         for name, lines in texts.items():
             handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=out)

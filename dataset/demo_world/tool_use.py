@@ -12,17 +12,19 @@ import random
 import demo_tools
 
 from demo_world.tasks import Tasks, conversation
-from demo_world.world import LANGUAGES, PEOPLE, PLACES, Word
+from demo_world.world import ANIMALS, JOBS, LANGUAGES, PEOPLE, PLACES, THINGS, Word
 
 SCHEMAS = {function.__name__: function.schema for function in demo_tools.TOOLS}
-KINDS = ("calculate", "clock", "search", "direct")
+KINDS = {"calculate": 0.3, "search": 0.3, "clock": 0.15, "direct": 0.25}
 DIRECT_TASKS = ("addition", "sorting", "facts", "translation")
+#: Who or what has a number in the notes.
+OWNERS = PEOPLE + ANIMALS + THINGS + JOBS
 REFUSALS = {"en": "I can not do this.", "zh": "我不会。"}
 OPENINGS = {
     "en": {"train": ("", "Please answer: "), "test": ("Now answer: ",)},
     "zh": {"train": ("", "请回答:"), "test": ("现在回答:",)},
 }
-FORMS = ("{a}*{b}", "{a}-{b}", "{a}*{b}+{c}")
+OPERATORS = ("*", "-")
 #: Share of records by their number of tools.
 N_TOOLS = {1: 0.25, 2: 0.5, 3: 0.25}
 N_QUESTIONS = 2
@@ -30,12 +32,14 @@ HELD_OUT_ONE_IN = 10
 
 
 class ToolTasks:
-    """Records with tools of one world. Test records have other numbers, people, places and openings."""
+    """Records with tools of one world. Test records have other numbers, owners and openings."""
 
     def __init__(self, tasks: Tasks):
         rng = random.Random(f"tools {tasks.world.seed}")
         self.tasks = tasks
-        self.people, self.places = (_split(words, rng) for words in (PEOPLE, PLACES))
+        shuffled = rng.sample(OWNERS, len(OWNERS))
+        n_test = len(OWNERS) // 5
+        self.owners = {"test": shuffled[:n_test], "train": shuffled[n_test:]}
         self.salt = rng.randrange(1, 1000)
 
     def record(self, split: str, rng: random.Random, kinds: list[str] | None = None) -> dict:
@@ -43,7 +47,7 @@ class ToolTasks:
         n_tools = rng.choices(list(N_TOOLS), list(N_TOOLS.values()))[0]
         names = rng.sample(list(SCHEMAS), n_tools)
         turns, group = [], ""
-        for kind in kinds or rng.choices(KINDS, k=N_QUESTIONS):
+        for kind in kinds or rng.choices(list(KINDS), list(KINDS.values()), k=N_QUESTIONS):
             messages, group = self.exchange(kind, names, split, rng)
             turns += messages
         tools = [SCHEMAS[name] for name in names]
@@ -68,29 +72,29 @@ class ToolTasks:
 
     def _calculate(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
         while True:
-            a, b, c = rng.randrange(10, 100), rng.randrange(10, 100), rng.randrange(10, 100)
+            b, a = sorted((rng.randrange(10, 100), rng.randrange(10, 100)))
             if ((a * 100 + b) * self.salt % 997 % HELD_OUT_ONE_IN == 0) == (split == "test"):
                 break
-        expression = rng.choice(FORMS).format(a=max(a, b), b=min(a, b), c=c)
+        expression = f"{a}{rng.choice(OPERATORS)}{b}"
         result = demo_tools.calculate(expression)
         return expression, {"expression": expression}, result, f"{expression}={result}"
 
     def _clock(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
-        place = _word(rng.choice(self.places[split]), language)
+        place = rng.choice(PLACES)[LANGUAGES.index(language)]
         time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
         if language == "en":
             return f"What time is it in {place}?", {"place": place}, time, f"It is {time} in {place}."
         return f"{place}现在几点?", {"place": place}, time, f"{place}现在{time}。"
 
     def _search(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
-        query, question, line = note(rng.choice(self.people[split]), language, rng)
+        query, question, line = note(rng.choice(self.owners[split]), language, rng.randrange(1000, 10_000))
         return question, {"query": query}, line, line
 
     def test_records(self, n_per_group: int, rng: random.Random) -> list[dict]:
         """Return up to ``n_per_group`` different records of each group."""
         by_group: dict[str, dict[str, dict]] = {}
         for _ in range(60 * n_per_group):
-            record = self.record("test", rng, [rng.choice(KINDS)])
+            record = self.record("test", rng, [rng.choice(list(KINDS))])
             group = by_group.setdefault(record["group"], {})
             if len(group) < n_per_group:
                 key = json.dumps([record["conversations"][0], record["tools"]], ensure_ascii=False)
@@ -98,29 +102,16 @@ class ToolTasks:
         return [record for _, group in sorted(by_group.items()) for record in group.values()]
 
 
-def _split(words: list[Word], rng: random.Random) -> dict[str, list[Word]]:
-    shuffled = rng.sample(words, len(words))
-    n_test = len(words) // 5
-    return {"test": shuffled[:n_test], "train": shuffled[n_test:]}
-
-
-def _word(word: Word, language: str) -> str:
-    return word[LANGUAGES.index(language)]
-
-
-def note(person: Word, language: str, rng: random.Random) -> tuple[str, str, str]:
-    """Return what to search for, the question, and a line of the notes with a number that is drawn."""
-    number = rng.randrange(1000, 10_000)
-    if language == "en":
-        return f"{person[0]}'s number", f"What is {person[0]}'s number?", f"{person[0]}'s number is {number}."
-    return f"{person[1]}的数", f"{person[1]}的数是多少?", f"{person[1]}的数是{number}。"
+def note(owner: Word, language: str, number: int) -> tuple[str, str, str]:
+    """Return what to search for, the question, and the line of the notes that answers it."""
+    if language == "zh":
+        return f"{owner[1]}的数", f"{owner[1]}的数是多少?", f"{owner[1]}的数是{number}。"
+    query = f"{owner[0]}'s number"
+    article = "" if owner in PEOPLE else "the "
+    return query, f"What is {article}{query}?", f"{article.capitalize()}{query} is {number}."
 
 
 def notes(rng: random.Random) -> list[str]:
-    """Return the lines of the text in which the demo's model searches."""
-    lines = []
-    for person in PEOPLE:
-        _, _, english = note(person, "en", rng)
-        number = english.removesuffix(".").rpartition(" ")[2]
-        lines += [english, f"{person[1]}的数是{number}。"]
-    return lines
+    """Return the lines of the text in which the demo's model searches: a number of every owner, in both languages."""
+    numbers = {owner: rng.randrange(1000, 10_000) for owner in OWNERS}
+    return [note(owner, language, number)[2] for owner, number in numbers.items() for language in LANGUAGES]

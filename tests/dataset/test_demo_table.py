@@ -32,6 +32,10 @@ def test_figures_come_from_where_they_were_written(tmp_path, capsys):
     write(tmp_path / "results" / "rlhf.json",
           {"exact_match": {"task_average": 0.95}, "preference": {"accuracy": 1.0, "like_chosen": 0.97}})  # fmt: skip
     write(tmp_path / "results" / "reason.json", {"reasoning": {"thinking": {"accuracy": 0.9, "format_adherence": 1.0}}})
+    write(tmp_path / "results" / "full_sft_tools_test.json",
+          {"tool_calls": {"task_average": 0.2}, "exact_match": {"task_average": 0.1}})  # fmt: skip
+    write(tmp_path / "results" / "tools_tools_test.json",
+          {"tool_calls": {"task_average": 0.8}, "exact_match": {"task_average": 0.7}})  # fmt: skip
     lines = list(lines_of(tmp_path))
     found = {(line.stage, line.metric.split(",")[0].split(" (")[0]): (line.before, line.after) for line in lines}
     assert found["pretrain", "nats/token above the floor"] == pytest.approx((math.log(1024) - 0.8, 0.1))
@@ -41,6 +45,8 @@ def test_figures_come_from_where_they_were_written(tmp_path, capsys):
     assert found["dpo", "tasks"] == (0.96, 0.95)
     assert found["distill", "student"] == pytest.approx((0.7, 0.6))
     assert found["reason", "problems"] == (None, 0.9)
+    assert (found["tools", "calls"], found["tools", "answers after calls"]) == ((0.2, 0.8), (0.1, 0.7))
+    assert ("tools", "tasks") not in found
     assert not [stage for stage, _ in found if stage == "lora"]  # nothing of it is there
     main(["--save_dir", str(tmp_path)])
     shown = capsys.readouterr().out

@@ -17,7 +17,7 @@ SMALL = {
     "n_pretrain": 20_000, "n_valid": 600, "n_addition": 3000, "n_sorting": 3000, "n_counting": 3000,
     "n_translation": 2000, "n_facts": 2000, "n_multi_turn": 2000, "n_style": 1000, "n_sft_valid": 300,
     "n_writing": 500, "n_repeat": 500,
-    "n_test": 60, "n_reason": 500, "n_reason_test": 50,
+    "n_test": 60, "n_reason": 500, "n_reason_test": 50, "n_tools": 500, "n_tools_replay": 100, "n_tools_test": 40,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ SMALL = {
     "n_pretrain": 12_000, "n_valid": 600, "n_addition": 3000, "n_sorting": 3000, "n_counting": 3000,
     "n_translation": 2000, "n_facts": 2000, "n_multi_turn": 2000, "n_style": 1000, "n_sft_valid": 300,
     "n_writing": 500, "n_repeat": 500,
-    "n_test": 60, "n_reason": 500, "n_reason_test": 50,
+    "n_test": 60, "n_reason": 500, "n_reason_test": 50, "n_tools": 100, "n_tools_replay": 100, "n_tools_test": 10,
 }  # fmt: skip
 TINY = {**dict.fromkeys(SMALL, 5), "n_pretrain": 30, "n_valid": 30}
 
@@ -54,9 +54,9 @@ def test_script_writes_every_file_and_nothing_else(tmp_path):
     make_demo.main([*flags, f"--out_dir={tmp_path / 'a' / 'b'}"])
     stages = ("pretrain_train", "pretrain_valid", "sft_train", "sft_valid", "sft_test")
     stages += ("direct_train",)
-    stages += tuple(f"{name}_{part}" for name in ("identity", "dpo", "reason") for part in ("train", "test"))
+    stages += tuple(f"{name}_{part}" for name in ("identity", "dpo", "reason", "tools") for part in ("train", "test"))
     written = {path.name for path in (tmp_path / "a" / "b").iterdir()}
-    assert written == {f"{name}.jsonl" for name in stages} | {"meta.json"}
+    assert written == {f"{name}.jsonl" for name in stages} | {"meta.json", "notes.txt"}
     files, meta = make_demo.make_files(DemoDataArguments(**TINY))
     assert json.loads((tmp_path / "a/b/meta.json").read_text("utf-8"))["records"] == meta["records"]
     for name in stages:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SIZES = {
     "pretrain": 3000, "valid": 60, "addition": 60, "sorting": 60, "counting": 60, "translation": 60, "facts": 60,
     "multi_turn": 60, "style": 60, "writing": 60, "repeat": 60, "sft_valid": 40, "test": 4, "reason": 20,
-    "reason_test": 10,
+    "reason_test": 10, "tools": 20, "tools_replay": 20, "tools_test": 4,
 }  # fmt: skip
 
 
@@ -44,10 +44,11 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
         assert [row["step"] for row in rows if row["split"] == "valid"] == [3, 6]
     floor = [row for row in rows if "floor" in row]
     assert not floor  # only texts know their probability; conversations do not
-    table = done.stdout[done.stdout.index("\nstage ") :].splitlines()[1:13]
+    table = done.stdout[done.stdout.index("\nstage ") :].splitlines()[1:16]
     stages = [line.split()[0] for line in table]
-    assert stages == ["stage", "pretrain", "full_sft", *2 * ["lora"], *3 * ["dpo"], "distill", *3 * ["reason"]]
-    assert sum(line.count("%") for line in table) == 17  # losses have none, and the form has no before
+    expected = ["stage", "pretrain", "full_sft", *2 * ["lora"], *3 * ["dpo"], "distill", *3 * ["reason"]]
+    assert stages == [*expected, *3 * ["tools"]]
+    assert sum(line.count("%") for line in table) == 23  # losses have none, and the form has no before
     for name in ("identity", "identity_alone"):
         directory = tmp_path / "out" / "lora" / f"{name}_128"
         written = {path.name for path in directory.iterdir()}

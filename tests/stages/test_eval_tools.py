@@ -59,7 +59,16 @@ def test_prompts_with_tools(run, tools_file, tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(eval_model, "complete", scripted)
     code, shown, _ = run(
-        "--tools", tools_file, "--prompt", "21 twice?", "--prompt", "Hi", "--system", "s", "--output", tmp_path / "o.json"
+        "--tools",
+        tools_file,
+        "--prompt",
+        "21 twice?",
+        "--prompt",
+        "Hi",
+        "--system",
+        "s",
+        "--output",
+        tmp_path / "o.json",
     )
     assert code == 0
     assert '> 21 twice?\nI see.\n[double {"n": 21}]\n[double: 42]\nIt is 42.\n\n> Hi\nHello.\n' in shown
