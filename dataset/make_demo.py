@@ -67,9 +67,8 @@ def make_files(args: DemoDataArguments) -> tuple[dict[str, list[dict]], dict]:
     files["reason_train"], files["reason_test"] = reason_records(args.n_reason, args.n_reason_test, stream("reason"))
     files["direct_train"] = without_reasons(files["reason_train"])
     tool_tasks, rng = ToolTasks(tasks), stream("tools_train")
-    old_tasks = rng.choices(list(sft_counts), list(sft_counts.values()), k=args.n_tools_replay)
     files["tools_train"] = [tool_tasks.record("train", rng) for _ in range(args.n_tools)]
-    files["tools_train"] += [tasks.record(task, "train", rng) for task in old_tasks]
+    files["tools_train"] += rng.sample(files["sft_train"], min(args.n_tools_replay, len(files["sft_train"])))
     rng.shuffle(files["tools_train"])
     files["tools_test"] = tool_tasks.test_records(args.n_tools_test, stream("tools_test"))
     files["notes"] = [{"text": line} for line in notes(stream("notes"))]

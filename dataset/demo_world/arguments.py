@@ -36,10 +36,10 @@ class DemoDataArguments:
     """Reasoning problems for training."""
     n_reason_test: int = 200
     """Reasoning problems for testing."""
-    n_tools: int = 2_200
+    n_tools: int = 2_600
     """Conversations with tools for training."""
-    n_tools_replay: int = 6_600
-    """Conversations of the SFT tasks among them, so that the model does not forget these."""
+    n_tools_replay: int = 5_200
+    """Conversations of sft_train.jsonl among them, so that the model does not forget its tasks."""
     n_tools_test: int = 100
     """Test questions with tools per group."""
 

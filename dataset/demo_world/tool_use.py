@@ -12,22 +12,33 @@ import random
 import demo_tools
 
 from demo_world.tasks import Tasks, conversation
-from demo_world.world import ANIMALS, JOBS, LANGUAGES, PEOPLE, PLACES, THINGS, Word
+from demo_world.world import ANIMALS, FOODS, JOBS, LANGUAGES, PEOPLE, PLACES, THINGS
 
 SCHEMAS = {function.__name__: function.schema for function in demo_tools.TOOLS}
-KINDS = {"calculate": 0.3, "search": 0.3, "clock": 0.15, "direct": 0.25}
+KINDS = {"calculate": 0.35, "search": 0.35, "clock": 0.15, "direct": 0.15}
 DIRECT_TASKS = ("addition", "sorting", "facts", "translation")
-#: Who or what has a number in the notes.
-OWNERS = PEOPLE + ANIMALS + THINGS + JOBS
+#: What has a number in the notes.
+OWNERS = PEOPLE + ANIMALS + THINGS + JOBS + FOODS
 REFUSALS = {"en": "I can not do this.", "zh": "我不会。"}
+#: Beginnings of questions, for each tool and language; those of "test" occur nowhere else.
 OPENINGS = {
-    "en": {"train": ("", "Please answer: "), "test": ("Now answer: ",)},
-    "zh": {"train": ("", "请回答:"), "test": ("现在回答:",)},
+    "calculate": {
+        "en": {"train": ("", "calculate:"), "test": ("Please calculate:",)},
+        "zh": {"train": ("", "算:"), "test": ("请算:",)},
+    },
+    "clock": {
+        "en": {"train": ("time:", "Now time:"), "test": ("Please time:",)},
+        "zh": {"train": ("几点:", "现在几点:"), "test": ("请问几点:",)},
+    },
+    "search": {
+        "en": {"train": ("number:", "Now number:"), "test": ("Please number:",)},
+        "zh": {"train": ("号:", "现在号:"), "test": ("请问号:",)},
+    },
 }
 OPERATORS = ("*", "-")
 #: Share of records by their number of tools.
-N_TOOLS = {1: 0.25, 2: 0.5, 3: 0.25}
-N_QUESTIONS = 2
+N_TOOLS = {1: 0.4, 2: 0.4, 3: 0.2}
+N_QUESTIONS = 4
 HELD_OUT_ONE_IN = 10
 
 
@@ -58,8 +69,9 @@ class ToolTasks:
         language = rng.choice(LANGUAGES)
         if kind == "direct":
             return self.tasks.record(rng.choice(DIRECT_TASKS), split, rng)["conversations"], "direct"
-        question, arguments, result, answer = getattr(self, f"_{kind}")(language, split, rng)
-        question = rng.choice(OPENINGS[language][split]) + question
+        arguments, result, answer = getattr(self, f"_{kind}")(language, split, rng)
+        (text,) = arguments.values()
+        question = rng.choice(OPENINGS[kind][language][split]) + text
         if kind not in names:
             return conversation(question, REFUSALS[language]), "refusal"
         call = {"type": "function", "function": {"name": kind, "arguments": json.dumps(arguments, ensure_ascii=False)}}
@@ -70,25 +82,24 @@ class ToolTasks:
             {"role": "assistant", "content": answer},
         ], kind
 
-    def _calculate(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
+    def _calculate(self, language: str, split: str, rng: random.Random) -> tuple[dict, str, str]:
         while True:
             b, a = sorted((rng.randrange(10, 100), rng.randrange(10, 100)))
             if ((a * 100 + b) * self.salt % 997 % HELD_OUT_ONE_IN == 0) == (split == "test"):
                 break
         expression = f"{a}{rng.choice(OPERATORS)}{b}"
         result = demo_tools.calculate(expression)
-        return expression, {"expression": expression}, result, f"{expression}={result}"
+        return {"expression": expression}, result, f"{expression}={result}"
 
-    def _clock(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
+    def _clock(self, language: str, split: str, rng: random.Random) -> tuple[dict, str, str]:
         place = rng.choice(PLACES)[LANGUAGES.index(language)]
         time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
-        if language == "en":
-            return f"What time is it in {place}?", {"place": place}, time, f"It is {time} in {place}."
-        return f"{place}现在几点?", {"place": place}, time, f"{place}现在{time}。"
+        return {"place": place}, time, f"{place}={time}"
 
-    def _search(self, language: str, split: str, rng: random.Random) -> tuple[str, dict, str, str]:
-        query, question, line = note(rng.choice(self.owners[split]), language, rng.randrange(1000, 10_000))
-        return question, {"query": query}, line, line
+    def _search(self, language: str, split: str, rng: random.Random) -> tuple[dict, str, str]:
+        owner = rng.choice(self.owners[split])[LANGUAGES.index(language)]
+        line = f"{owner}={rng.randrange(100, 1000)}"
+        return {"query": owner}, line, line
 
     def test_records(self, n_per_group: int, rng: random.Random) -> list[dict]:
         """Return up to ``n_per_group`` different records of each group."""
@@ -102,16 +113,7 @@ class ToolTasks:
         return [record for _, group in sorted(by_group.items()) for record in group.values()]
 
 
-def note(owner: Word, language: str, number: int) -> tuple[str, str, str]:
-    """Return what to search for, the question, and the line of the notes that answers it."""
-    if language == "zh":
-        return f"{owner[1]}的数", f"{owner[1]}的数是多少?", f"{owner[1]}的数是{number}。"
-    query = f"{owner[0]}'s number"
-    article = "" if owner in PEOPLE else "the "
-    return query, f"What is {article}{query}?", f"{article.capitalize()}{query} is {number}."
-
-
 def notes(rng: random.Random) -> list[str]:
     """Return the lines of the text in which the demo's model searches: a number of every owner, in both languages."""
-    numbers = {owner: rng.randrange(1000, 10_000) for owner in OWNERS}
-    return [note(owner, language, number)[2] for owner, number in numbers.items() for language in LANGUAGES]
+    numbers = {owner: rng.randrange(100, 1000) for owner in OWNERS}
+    return [f"{word}={number}" for owner, number in numbers.items() for word in owner]

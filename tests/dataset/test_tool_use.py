@@ -18,8 +18,10 @@ from demo_world.arguments import DemoDataArguments
 from minillm.serving.tools import Toolbox, tool_loop
 from minillm.tokenizer import encode_chat, train_bpe
 
+#: What a question looks like that needs the tool.
+NEEDS = {"calculate": r"\d[*-]\d", "clock": r"time:|几点:", "search": r"number:|号:"}
 SIZES = {name: 5 for name in DemoDataArguments.__dataclass_fields__ if name.startswith("n_")}
-SIZES |= {"n_tools": 400, "n_tools_replay": 60, "n_tools_test": 12}
+SIZES |= {"n_tools": 400, "n_addition": 40, "n_facts": 40, "n_tools_replay": 60, "n_tools_test": 12}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,7 @@ def test_calls_lead_to_the_answers_and_a_missing_tool_to_a_refusal(files, name):
             text, answer = question["content"], rest[-1]["content"]
             if len(rest) == 1:
                 is_refusal = answer in tool_use.REFUSALS.values()
-                missing = {"calculate": r"\d[*-]\d", "clock": r"time|几点", "search": r"number\?|的数是"}
-                needed = [tool for tool, pattern in missing.items() if re.search(pattern, text)]
+                needed = [tool for tool, pattern in NEEDS.items() if re.search(pattern, text)]
                 assert bool(needed) == is_refusal
                 assert not set(needed) & set(declared)
                 n_seen["refusal" if is_refusal else "direct"] += 1
@@ -74,27 +75,22 @@ def test_calls_lead_to_the_answers_and_a_missing_tool_to_a_refusal(files, name):
 
 
 def test_the_test_shares_neither_openings_nor_numbers_nor_owners(files):
-    questions = {name: [part[0]["content"] for record in with_tools(files, name) for part in exchanges(record)]
-                 for name in ("tools_train", "tools_test")}  # fmt: skip
-    numbers = {name: set(re.findall(r"\d\d[*-]\d\d", " ".join(texts))) for name, texts in questions.items()}
-    assert numbers["tools_train"]
-    assert numbers["tools_test"]
-    pairs = {name: {re.sub(r"\D", " ", number) for number in found} for name, found in numbers.items()}
-    assert not pairs["tools_train"] & pairs["tools_test"]
-    owners = {
-        name: set(re.findall(r"(?:the )?(\w+)'s number\?|([^:]+)的数是", " ".join(texts)))
-        for name, texts in questions.items()
-    }
-    assert not owners["tools_train"] & owners["tools_test"]
-    needs_tool = [text for text in questions["tools_test"] if re.search(r"[*]|time|几点|number|的数", text)]
-    assert all(text.startswith(("Now answer: ", "现在回答:")) for text in needs_tool)
-    assert not any(text.startswith(("Now answer: ", "现在回答:")) for text in questions["tools_train"])
+    openings, asked = {}, {}
+    for name in ("tools_train", "tools_test"):
+        texts = [part[0]["content"] for record in with_tools(files, name) for part in exchanges(record)]
+        texts = [text for text in texts if any(re.search(pattern, text) for pattern in NEEDS.values())]
+        openings[name] = {text.rpartition(":")[0] for text in texts}
+        times = [text for text in texts if re.search(NEEDS["clock"], text)]  # the same ten places
+        asked[name] = {re.sub(r"\W", " ", text.rpartition(":")[2]) for text in texts if text not in times}
+        assert len(asked[name]) > 15
+    assert not openings["tools_train"] & openings["tools_test"]
+    assert not asked["tools_train"] & asked["tools_test"]
 
 
 def test_old_conversations_are_among_the_new_ones(files):
     old = [record for record in files["tools_train"] if "tools" not in record]
     assert len(old) == 60
-    assert len({record["task"] for record in old}) > 4
+    assert all(record in files["sft_train"] for record in old)
     first_half = files["tools_train"][: len(files["tools_train"]) // 2]
     assert 15 < sum("tools" not in record for record in first_half) < 45
 
@@ -117,10 +113,11 @@ def test_the_tools_give_what_the_conversations_show(files, tmp_path, monkeypatch
     toolbox = Toolbox(demo_tools.TOOLS)
     assert toolbox.schemas == list(tool_use.SCHEMAS.values())
     assert len(files["notes"]) == 2 * len(tool_use.OWNERS)
-    for owner in tool_use.OWNERS:
-        for language in ("en", "zh"):
-            query, _, _ = tool_use.note(owner, language, 1)
-            assert re.fullmatch(rf"(The )?{query}( is |是)\d{{4}}[.。]", demo_tools.search(query))
+    assert demo_tools.search("cup").startswith("cup=")
+    assert demo_tools.search("杯子").partition("=")[2] == demo_tools.search("cup").partition("=")[2]
+    for word in (word for owner in tool_use.OWNERS for word in owner):
+        assert re.fullmatch(rf"{word}=\d\d\d", demo_tools.search(word))
+    assert demo_tools.search("cu") == "nothing found"
     for places in demo_tools.ZONES:
         for place in places:
             hours, minutes = map(int, demo_tools.clock(place).split(":"))

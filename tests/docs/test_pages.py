@@ -106,6 +106,7 @@ def numbers_of_rows(page: Path) -> list[list[str]]:
         "docs/export",
         "docs/chat_templates",
         "docs/finetune-open-models",
+        "docs/tools",
     ],
 )
 def test_both_languages_have_the_same_commands_and_tables(page):
