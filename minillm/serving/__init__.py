@@ -3,5 +3,9 @@
 from minillm.serving.engine import Engine, Stats
 from minillm.serving.request import LogProb, Piece, QueueFullError, Request
 from minillm.serving.speculate import DraftModel, PromptLookup
+from minillm.serving.tools import parse_tool_calls, tool_loop
 
-__all__ = ["DraftModel", "Engine", "LogProb", "Piece", "PromptLookup", "QueueFullError", "Request", "Stats"]
+__all__ = [
+    "DraftModel", "Engine", "LogProb", "Piece", "PromptLookup", "QueueFullError", "Request", "Stats",
+    "parse_tool_calls", "tool_loop",
+]  # fmt: skip

@@ -10,6 +10,7 @@ from minillm.config import ModelConfig
 from minillm.hub.huggingface import save_model
 from minillm.inference import Completion
 from minillm.model import Transformer
+from minillm.serving.tools import Toolbox
 from minillm.tokenizer import encode_chat, train_bpe
 
 
@@ -29,8 +30,8 @@ def out(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(out, monkeypatch, capsys):
-    def call(*argv):
-        monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    def call(*argv, is_terminal=False):
+        monkeypatch.setattr("sys.stdin.isatty", lambda: is_terminal, raising=False)
         try:
             eval_model.main(["--save_dir", str(out), "--device", "cpu", *map(str, argv)])
             code = 0
@@ -115,3 +116,35 @@ def test_bad_flags_are_one_line(flags, message, run, tools_file):
     code, _, error = run(*[flag.replace("{file}", str(tools_file)) for flag in flags])
     assert (code, error.count("\n")) == (2, 1)
     assert message in error
+
+
+def test_a_chat_prints_results_between_replies_and_keeps_them(capsys):
+    def double(n: int) -> int:
+        """Double."""
+        return 2 * n
+
+    replies = ['<tool_call>{"name": "double", "arguments": {"n": 21}}</tool_call>', "It is 42."]
+    asked = []
+
+    def reply(messages, tools=None):
+        asked.append(([message["role"] for message in messages], tools))
+        return replies.pop(0)
+
+    toolbox = Toolbox([double])
+    question = [{"role": "user", "content": "21 twice?"}]
+    messages = list(eval_model.respond_with_tools(toolbox, reply, question))
+    assert [message["role"] for message in messages] == ["assistant", "tool", "assistant"]
+    assert asked == [(["user"], toolbox.schemas), (["user", "assistant", "tool"], toolbox.schemas)]
+    assert capsys.readouterr().out == "[double: 42]\n"
+
+
+def test_a_chat_gets_the_tools(run, tools_file, monkeypatch):
+    sessions = []
+    monkeypatch.setattr(eval_model, "chat", sessions.append)
+    code, _, _ = run("--tools", tools_file, is_terminal=True)
+    assert code == 0
+    (session,) = sessions
+    assert [tool["function"]["name"] for tool in session.conversation.tools] == ["double"]
+    replies = ['<tool_call>{"name": "double", "arguments": {"n": 4}}</tool_call>', "8"]
+    messages = list(session.respond(lambda messages, tools=None: replies.pop(0), [{"role": "user", "content": "q"}]))
+    assert messages[1]["content"] == "8"
