@@ -117,6 +117,8 @@ def test_schema(demo):
     for name, records in files.items():
         assert records, name
         for record in records:
+            if name == "notes" or "tools" in record:
+                continue  # test_tool_use.py looks at them
             if name.startswith("pretrain"):
                 assert list(record) == ["text", "log_prob", "kind"]
                 assert record["log_prob"] < 0
