@@ -61,6 +61,8 @@ CALLS = [
     ('<tool_call>{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}</tool_call>', "", [add]),  # JSON within JSON
     ('<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}</tool_call>\n<tool_call>' + FIND + "</tool_call>",
      '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}</tool_call>', [find]),  # a brace is missing
+    ('<tool_call>{"name": "add\n</tool_call>\n<tool_call>' + FIND + "</tool_call>",
+     '<tool_call>{"name": "add\n</tool_call>', [find]),  # a string does not end
 ]  # fmt: skip
 
 TEXTS = [
