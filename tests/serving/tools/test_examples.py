@@ -49,7 +49,8 @@ def test_calculator_against_python():
 @pytest.mark.parametrize(
     "expression, message",
     [
-        ("9**9**9", "the exponent 387420489 is too large; at most 100"), ("1**101", "too large"), ("10**31", "a number is too large; at most"),
+        ("9**9**9", "the exponent 387420489 is too large; at most 100"), ("1**101", "too large"),
+        ("10**31", "a number is too large; at most"),
         ("(10**30)**100", "too large"), ("1e308*10", "too large"), ("1e999", "too large"), ("9e29**100.0", "too large"),
         ("1/0", "division by zero"), ("0**-1", "division by zero"), ("5%0", "division by zero"), ("(-1)**0.5", "real"),
         ("__import__('os')", "only numbers"), ("(1).__class__", "only numbers"), ("a+1", "only numbers"),
