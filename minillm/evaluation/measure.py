@@ -79,7 +79,7 @@ def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
     """Measure --task_file, print the figures, and return them by name for --output."""
     start = time.perf_counter()
     records = list(read_records(args.task_file, columns=args.columns))
-    if any(record.tools for record in records):
+    if any(turn.get("tool_calls") for record in records for turn in record.messages or ()):
         return _measure_tools(args, model, tokenizer, records)
     result = exact_match(model, tokenizer, records, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     seconds = time.perf_counter() - start
@@ -103,8 +103,8 @@ def measure_tasks(args: EvalArguments, model, tokenizer) -> dict:
 
 
 def _measure_tools(args: EvalArguments, model, tokenizer, records: list) -> dict:
-    """Measure a task file with tools: calls, and the answers after them."""
-    require(not args.text_metrics, f"--text_metrics compares plain answers; {args.task_file} has tools: leave it out")
+    """Measure a task file with calls: the calls, and the answers after them."""
+    require(not args.text_metrics, f"--text_metrics compares plain answers; {args.task_file} has calls: leave it out")
     start = time.perf_counter()
     limits = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
     result = tool_match(model, tokenizer, records, **limits)

@@ -12,12 +12,12 @@ record, so that the figures do not depend on the time of day or on a network.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from minillm.data.schema import Record
 from minillm.errors import UserError
-from minillm.evaluation.exact_match import Answer, ExactMatch, greedy_answers, task_fields
+from minillm.evaluation.exact_match import Answer, ExactMatch, greedy_answers, read_task
 from minillm.serving.tools.parse import parse_tool_calls
 
 
@@ -107,12 +107,7 @@ def tool_match(
 
 
 def _task(number: int, record: dict | Record) -> _Task:
-    if isinstance(record, Record):
-        turns, extra = task_fields(number, replace(record, tools=None))
-        tools = record.tools
-    else:
-        turns, extra = task_fields(number, record | {"tools": None})
-        tools = record.get("tools")
+    turns, extra, tools = read_task(number, record)
     last_question = max((n for n, turn in enumerate(turns) if turn["role"] == "user"), default=None)
     if last_question is None:
         raise UserError(f"record {number}: a task with tools needs a question of the user")

@@ -101,7 +101,7 @@ def test_a_task_file_with_tools(run, tmp_path):
     assert results["tool_calls"]["answers"][0]["expected"] == '[["double", {}]]'
     code, _, error = run("--task_file", path, "--text_metrics")
     assert (code, error.count("\n")) == (2, 1)
-    assert "has tools: leave it out" in error
+    assert "has calls: leave it out" in error
 
 
 @pytest.mark.parametrize(
