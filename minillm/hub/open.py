@@ -159,7 +159,8 @@ def _find_weights(args: Any) -> tuple[Path, str]:
     stage, save_dir = args.from_weight or _base_of_adapter(args) or STAGES[args.model_mode], args.save_dir
     config = preset_config(args)
     hidden_size = config.hidden_size
-    exists = Path(stage).exists() or has_run(stage, save_dir) or any(Path(save_dir).glob(f"{stage}_*"))
+    has_name = any(path.name.startswith(f"{stage}_") for path in Path(save_dir).glob("*"))
+    exists = Path(stage).exists() or has_run(stage, save_dir) or has_name
     if save_dir == "out" and not exists:
         if has_run(stage, DEMO):
             save_dir = DEMO

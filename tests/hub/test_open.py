@@ -104,6 +104,13 @@ def test_missing_weights_are_an_error_that_lists_what_there_is(arguments):
         open_from_arguments(arguments(model_mode=2))
 
 
+@pytest.mark.parametrize("name", ["/no/such/model", "[x", "a/../b*"])
+def test_names_are_not_patterns(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no weights"):
+        open_from_arguments(EvalArguments(from_weight=name, device="cpu"))
+
+
 def test_without_a_directory_the_demo_serves(out, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"in out/ or out/demo/: run `make demo` .*`python train_pretrain.py`, then"):
