@@ -32,6 +32,7 @@ class Metrics:
     def __init__(self, stats: Callable):
         try:
             import prometheus_client
+            import prometheus_client.core
         except ImportError:
             raise missing_package("prometheus-client", purpose="the server's /metrics", extra="serve") from None
         self._client, self._stats = prometheus_client, stats

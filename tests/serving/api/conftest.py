@@ -13,7 +13,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.inference import complete
 from minillm.model import Transformer
-from minillm.tokenizer import TAG_TOKENS, encode_chat, train_bpe
+from minillm.tokenizer import SPECIAL_TOKENS, TAG_TOKENS, encode_chat, train_bpe
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
@@ -82,11 +82,18 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """Random weights, large enough that greedy answers do not repeat themselves at once; padded embeddings."""
+    """Random weights, large enough that greedy answers do not repeat themselves at once; padded embeddings.
+
+    Tags and ends are improbable: their logits are 0.
+    """
     torch.manual_seed(0)
     shape = {"vocab_size": tokenizer.vocab_size + 5, "hidden_size": 32, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    return Transformer(ModelConfig(**shape, initializer_range=0.4)).eval()
+    model = Transformer(ModelConfig(**shape, initializer_range=0.4)).eval()
+    with torch.no_grad():
+        for name in SPECIAL_TOKENS:
+            model.model.embed_tokens.weight[tokenizer.token_id(name)] = 0
+    return model
 
 
 @pytest.fixture(scope="module")
