@@ -46,7 +46,8 @@ TOP_LEVEL = {path.stem for path in SCRIPTS} | {"tests", "benchmarks", "dataset",
 TOP_LEVEL |= {"demo_table", "demo_tools", "make_persona"}
 # What no extra of ours names, but code around language models easily pulls in.
 NEVER_NEEDED = {"sentencepiece", "peft", "trl", "accelerate", "datasets", "pandas", "scipy", "sklearn", "tensorboard"}
-IMPORT_NAMES = {"rouge-score": "rouge_score", "nvidia-ml-py": "pynvml", "lm-eval": "lm_eval"}
+IMPORT_NAMES = {"rouge-score": "rouge_score", "nvidia-ml-py": "pynvml", "lm-eval": "lm_eval",
+                "prometheus-client": "prometheus_client"}  # fmt: skip
 
 
 def name_of(path: Path) -> str:

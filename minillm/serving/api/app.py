@@ -87,8 +87,7 @@ def create_app(engine, **server_options):
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
-        service.adapter_of(name)
-        return next(card for card in service.models() if card["id"] == name)
+        return service.model(name)
 
     @app.get("/health")
     async def health():

@@ -90,6 +90,13 @@ class Service:
         parents = {base: None} | dict.fromkeys(self.engine.adapter_names, base)
         return [answers.model_card(n, self.created, max_len=self.max_len, parent=p) for n, p in parents.items()]
 
+    def model(self, name: str) -> dict:
+        """Return the entry of one model; ApiError if there is none."""
+        for card in self.models():
+            if card["id"] == name:
+                return card
+        raise self._unknown(name)
+
     def adapter_of(self, name: str | None) -> str | None:
         """Return the adapter that a model's name means; None for the model itself.
 
@@ -100,9 +107,12 @@ class Service:
             return None
         if name in self.engine.adapter_names:
             return name
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> ApiError:
         known = ", ".join([self.settings.model_name, *self.engine.adapter_names])
         message = f"there is no model '{name[:100]}'; this server has: {known}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+        return ApiError(404, message, param="model", code="model_not_found")
 
     def health(self) -> str:
         """Return ok, ending or failed."""
