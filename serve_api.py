@@ -64,11 +64,12 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def announce(port: int) -> None:
-        print(f"{model.origin}: parameters {describe_parameters(model)}; {engine.device}, {next(model.parameters()).dtype}")
+        dtype = next(model.parameters()).dtype
+        print(f"{model.origin}: parameters {describe_parameters(model)}; {engine.device}, {dtype}")
         names = [card["id"] for card in app.state.service.models()]
         print(f"http://{args.host}:{port}/v1  models: {', '.join(names)}", flush=True)
         if args.host not in ("127.0.0.1", "localhost", "::1") and not args.key:
-            print(f"warning: {args.host} can be reached from other machines, and there is no --api_key", file=sys.stderr)
+            print(f"warning: other machines can reach {args.host}, and there is no --api_key", file=sys.stderr)
 
     serve(app, host=args.host, port=args.port, grace_s=args.grace_s, on_start=announce)
     print("ended")

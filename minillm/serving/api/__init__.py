@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's API: ``create_app(engine, ...)`` in ``app.py``, the program around it in ``server.py``."""
+"""A server that speaks OpenAI's API: ``create_app(engine, ...)``, and ``server.py`` to run it."""
 
 from minillm.serving.api.app import create_app
 

@@ -11,7 +11,7 @@ LOWEST = -9999.0  # OpenAI's number for a probability of 0: JSON has no infinity
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "length"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Envelope:
     """What all chunks of an answer have in common."""
 

@@ -1,10 +1,14 @@
 """Errors as OpenAI's clients expect them: a status, and a body with message, type, param and code.
 
-    400  a value that is wrong or not supported; code context_length_exceeded if a prompt is too long
-    401  no API key, or a wrong one           404  an unknown model or address
-    405  another method                       413  a body that is too large
-    429  the queue is full                    499  the client left (nobody reads it; it is in the log)
-    500  a fault of the server or the model   503  the server is ending
+| status | meaning |
+|---|---|
+| 400 | a value that is wrong or not supported; code context_length_exceeded if a prompt is too long |
+| 401 | no API key, or a wrong one |
+| 404, 405 | an unknown model or address; another method |
+| 413 | a body that is too large |
+| 429 | the queue is full |
+| 499 | the client left; nobody reads it, but it is in the log |
+| 500, 503 | a fault of the server or the model; the server is ending |
 """
 
 from minillm.errors import UserError

@@ -25,9 +25,7 @@ def encode_prompts(tokenizer: Tokenizer, prompt: str | list) -> list[list[int]]:
     Raises:
         UserError, ApiError: no prompt, or a text that cannot be encoded.
     """
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    elif prompt and isinstance(prompt[0], int):
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not prompt or not all(isinstance(one, str) or one for one in prompt):
         raise ApiError(400, "prompt is empty: give a text, a list of texts, ids, or a list of lists of ids",

@@ -1,8 +1,8 @@
 """What clients send: OpenAI's requests, as far as this server knows them.
 
 The fields have OpenAI's names; ``top_k``, ``min_p`` and ``repetition_penalty`` are those of vLLM and llama.cpp. None
-means that the client left a field out, or sent null. Unknown fields are ignored: clients send many. Types are checked by
-FastAPI, values by ``options.py``.
+means that the client left a field out, or sent null. Unknown fields are ignored, because clients send many. FastAPI
+checks types, ``options.py`` checks values.
 
 These are plain dataclasses, so that no module needs pydantic to be imported.
 """

@@ -170,10 +170,10 @@ class Service:
                 )
         trace.stream = await self.worker.submit(requests)
         is_chat = isinstance(body, ChatRequest)
-        name = adapter or self.settings.model_name
+        answer_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{trace.id}"
         job = Job(
             stream=trace.stream,
-            envelope=answers.Envelope(id=f"{'chatcmpl' if is_chat else 'cmpl'}-{trace.id}", model=name, is_chat=is_chat),
+            envelope=answers.Envelope(answer_id, model=adapter or self.settings.model_name, is_chat=is_chat),
             trace=trace,
             choices=[_Choice(AnswerParser(**parser_settings)) for _ in requests],
             n_choices=n_choices,

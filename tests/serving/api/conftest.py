@@ -7,25 +7,20 @@ import socket
 import threading
 import time
 
+import openai
 import pytest
 import torch
 
 from minillm.config import ModelConfig
 from minillm.inference import complete
 from minillm.model import Transformer
-from minillm.tokenizer import SPECIAL_TOKENS, TAG_TOKENS, encode_chat, train_bpe
-
-pytest.importorskip("fastapi")
-pytest.importorskip("prometheus_client")
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-
+from minillm.serving import Engine
 from minillm.serving.api import create_app
 from minillm.serving.api.server import make_server
-from minillm.serving.engine import Engine
+from minillm.tokenizer import SPECIAL_TOKENS, TAG_TOKENS, encode_chat, train_bpe
 
 KEY = "sk-tiny"
-TEXTS = ["Who are you? I am tiny.\n", "小明有三个苹果 🙂\n", '{"name": "add", "arguments": {"a": 1, "b": [2.5, true]}}\n']
+TEXTS = ["Who are you? I am tiny.\n", "小明有三个苹果 🙂\n", '{"name": "add", "arguments": {"a": 1, "b": [true]}}\n']
 
 
 class Script:
@@ -70,8 +65,10 @@ class TestEngine(Engine):
 
 def encode_tags(tokenizer, text):
     """Return the ids of a text whose tags are single tokens, as a model writes them."""
-    parts = re.split("(" + "|".join(map(re.escape, TAG_TOKENS)) + ")", text)
-    return [i for n, part in enumerate(parts) for i in ([tokenizer.token_id(part)] if n % 2 else tokenizer.encode(part))]
+    ids = []
+    for n, part in enumerate(re.split("(" + "|".join(map(re.escape, TAG_TOKENS)) + ")", text)):
+        ids += [tokenizer.token_id(part)] if n % 2 else tokenizer.encode(part)
+    return ids
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Whatever clients send, they get a status and a message, never 500, and the server goes on."""
 
+import contextlib
 import json
 
 import httpx
@@ -150,10 +151,8 @@ def test_bodies_that_are_too_large(http):
         for _ in range(400):
             yield b" " * 2**16
 
-    try:
+    with contextlib.suppress(httpx.TransportError):  # the server may close the connection while the client still writes
         refused(http.post(CHAT, content=endless()), 413)
-    except httpx.TransportError:  # the server has closed the connection while the client still wrote
-        pass
     assert http.post(CHAT, json=ASK).status_code == 200
 
 
@@ -219,11 +218,9 @@ def test_a_failing_engine_is_no_fault_of_the_client_and_not_its_end(http, engine
 
 def once(engine, error):
     """Let the next step fail."""
-    real = type(engine).step
 
     def step():
         del engine.step
         raise error
 
-    assert real
     engine.step = step

@@ -49,7 +49,9 @@ def test_a_sampled_answer_follows_its_seed(client, single):
     assert answer.choices[0].message.content == expected.text
     _, joined = streamed(client, messages=ASK, max_tokens=30, seed=7, extra_body=extra, **options)
     assert joined[0]["content"] == expected.text
-    other = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=30, seed=8, extra_body=extra, **options)
+    other = client.chat.completions.create(
+        model="tiny", messages=ASK, max_tokens=30, seed=8, extra_body=extra, **options
+    )
     assert other.choices[0].message.content != expected.text
 
 

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from minillm.serving.api import worker
+from minillm.serving.api import create_app, worker
 from tests.serving.api.conftest import KEY, running
 
 ASK = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
@@ -37,7 +37,8 @@ def test_a_client_that_leaves_is_cancelled_and_its_pages_are_free(address, engin
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
         )
         assert until(lambda: engine.stats.n_running == 2)
     assert until(lambda: not engine.has_work, within_s=3)
@@ -48,12 +49,12 @@ def test_a_client_that_leaves_is_cancelled_and_its_pages_are_free(address, engin
 def test_a_client_that_leaves_while_it_waits(address, engine, idle):
     idle()
     engine.pause_s = 0.02
-    with httpx.Client(base_url=address, headers=HEADERS) as client:
-        with client.stream("POST", "/v1/chat/completions", json=ASK | {"stream": True, "n": 16}) as first:
-            next(first.iter_lines())
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/chat/completions", json=ASK, timeout=0.3)
-            assert until(lambda: engine.stats.n_waiting == 0)
+    path, all_rows = "/v1/chat/completions", ASK | {"stream": True, "n": 16}
+    with httpx.Client(base_url=address, headers=HEADERS) as client, client.stream("POST", path, json=all_rows) as first:
+        next(first.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(path, json=ASK, timeout=0.3)
+        assert until(lambda: engine.stats.n_waiting == 0)
     assert until(lambda: not engine.has_work, within_s=3)
 
 
@@ -78,7 +79,8 @@ def test_a_slow_reader_does_not_hold_the_others_up(address, engine, client, idle
         connection.connect((host, int(port)))
         connection.sendall(
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
         )
         assert until(lambda: engine.stats.n_running == 16)
         answer = client.chat.completions.create(model="tiny", **ASK, max_tokens=5)
@@ -142,10 +144,8 @@ def test_nothing_is_lost_or_mixed_up_among_many_clients(address, engine, single,
         return text
 
     async def crowd():
-        limits = httpx.Limits(max_connections=None)
-        async with openai.AsyncOpenAI(
-            base_url=f"{address}/v1", api_key=KEY, max_retries=0, http_client=httpx.AsyncClient(limits=limits, timeout=60)
-        ) as client:
+        http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=60)
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, http_client=http) as client:
             return await asyncio.gather(*(ask(client, n, question) for n, question in enumerate(questions)))
 
     for question, text in zip(questions, asyncio.run(crowd()), strict=True):
@@ -177,8 +177,6 @@ def test_metrics(address, client, engine, idle):
 
 def test_log_lines_have_no_content_unless_asked(engine, caplog):
     for log_content in (False, True):
-        from minillm.serving.api import create_app
-
         app = create_app(type(engine)(engine.model, engine.tokenizer, n_pages=50), log_content=log_content)
         caplog.clear()
         with caplog.at_level("INFO", logger="minillm.serving"), running(app, grace_s=1) as (address, _):
@@ -192,8 +190,6 @@ def test_log_lines_have_no_content_unless_asked(engine, caplog):
 
 
 def test_browsers_may_ask_only_from_pages_that_are_named(address, engine):
-    from minillm.serving.api import create_app
-
     preflight = {"Origin": "https://page", "Access-Control-Request-Method": "POST",
                  "Access-Control-Request-Headers": "authorization"}  # fmt: skip
     answer = httpx.options(f"{address}/v1/models", headers=preflight)
@@ -212,8 +208,6 @@ def test_browsers_may_ask_only_from_pages_that_are_named(address, engine):
 
 @pytest.mark.parametrize("grace_s", [20, 0.3])
 def test_what_runs_at_the_end_finishes_or_comes_back_with_what_it_has(engine, single, grace_s):
-    from minillm.serving.api import create_app
-
     own = type(engine)(engine.model, engine.tokenizer, n_pages=200)
     own.pause_s = 0.02
     expected = single("Who are you?", max_new_tokens=60).text

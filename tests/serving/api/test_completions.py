@@ -71,11 +71,8 @@ def test_log_probabilities_as_lists(client, model, tokenizer, single, stream):
 
 def test_stop_and_usage_in_a_stream(client, engine):
     engine.script = "one STOP two"
-    chunks = list(
-        client.completions.create(
-            model="tiny", prompt="count", stop=["STOP"], max_tokens=50, stream=True, stream_options={"include_usage": True}
-        )
-    )
+    options = {"stop": ["STOP"], "max_tokens": 50, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.completions.create(model="tiny", prompt="count", **options))
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == "one "
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage.prompt_tokens > 0

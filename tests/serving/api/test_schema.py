@@ -15,7 +15,7 @@ FEW = settings(
     max_examples=250 if os.environ.get("MINILLM_FUZZ_EXAMPLES") else 25,
     deadline=None,
     database=None,
-    derandomize=True,
+    derandomize="MINILLM_FUZZ_EXAMPLES" not in os.environ,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
