@@ -10,6 +10,7 @@ from tests.serving.api.conftest import KEY
 
 schemathesis = pytest.importorskip("schemathesis")
 
+ASK = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi"}
 Mode = schemathesis.GenerationMode
 FEW = settings(
     max_examples=250 if os.environ.get("MINILLM_FUZZ_EXAMPLES") else 25,
@@ -41,11 +42,15 @@ def test_no_request_is_an_error_of_the_server(schema, path, mode, idle):
     statuses = set()
 
     @FEW
-    @given(case=schema[path]["POST"].as_strategy(generation_mode=mode), n_fields=st.integers(1, 6))
-    def check(case, n_fields):
+    @given(
+        case=schema[path]["POST"].as_strategy(generation_mode=mode),
+        n_fields=st.integers(0, 6),
+        question=st.sampled_from([{}, ASK]),
+    )
+    def check(case, n_fields, question):
         if isinstance(case.body, dict):  # with all fields at once, one of them nearly always is wrong
-            required = {name: case.body[name] for name in ("messages", "prompt") if name in case.body}
-            case.body = required | dict(list(case.body.items())[:n_fields])
+            required = {name: case.body[name] for name in ("messages", "prompt") if name in case.body} | question
+            case.body = dict(list(case.body.items())[:n_fields]) | required
             if not isinstance(case.body.get("max_tokens"), (str, list, dict)):
                 case.body["max_tokens"] = min(case.body.get("max_tokens") or 3, 3)  # saves time
         statuses.add(status_of(case))
