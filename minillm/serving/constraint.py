@@ -17,6 +17,7 @@ from minillm.tokenizer import Tokenizer
 
 # As json.dumps writes it, and as our training data has it: with freedom, a small model may write blanks for ever.
 JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+BEFORE = "\x02"  # a character that no token shares with others
 CALL_TAGS = ("<tool_call>", "</tool_call>")
 
 
@@ -109,7 +110,10 @@ class TokenConstraint:
 
 
 class _Vocabulary:
-    """A tokenizer as ``llguidance.LLTokenizer`` wants it: the bytes of every token."""
+    """A tokenizer as ``llguidance.LLTokenizer`` wants it: the bytes of every token, and how a text is usually cut.
+
+    Where the grammar leaves one text only, such as ``"name": ``, the usual tokens are the only ones that are allowed.
+    """
 
     is_tokenizer_wrapper = True
 
@@ -118,9 +122,27 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted({*tokenizer.special_ids, *tokenizer.end_ids})
         self._tokenizer = tokenizer
+        self._before = tokenizer.encode(BEFORE)
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        """Return the ids of ``text`` inside of an answer: SentencePiece puts a blank only before its beginning."""
+        ids = self._tokenizer.encode(BEFORE + text)
+        own = ids[len(self._before) :]
+        is_exact = ids == self._before + own and b"".join(self.tokens[i] for i in own) == text.encode()
+        return own if is_exact else self._cut(text.encode())
+
+    def _cut(self, text: bytes) -> list[int]:
+        """Return ids with exactly the bytes of ``text``, each the longest that fits."""
+        special, ids = set(self.special_token_ids), []
+        while text:
+            fitting = [
+                i for i, token in enumerate(self.tokens) if token and i not in special and text.startswith(token)
+            ]
+            if not fitting:  # a vocabulary without all bytes: the rest cannot be written
+                return ids
+            ids.append(max(fitting, key=lambda i: len(self.tokens[i])))
+            text = text[len(self.tokens[ids[-1]]) :]
+        return ids
 
 
 def _call_schema(function: dict) -> dict:

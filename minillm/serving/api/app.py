@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable
 
-from minillm.errors import missing_package
+from minillm.errors import UserError, missing_package
 from minillm.serving.api.errors import CLIENT_LEFT, ApiError, from_validation
 from minillm.serving.api.guard import Guard
 from minillm.serving.api.metrics import Metrics
@@ -31,7 +31,7 @@ def create_app(engine, **server_options):
         server_options: fields of :class:`ServerOptions`.
 
     Raises:
-        UserError: fastapi or prometheus-client is not installed.
+        UserError: fastapi or prometheus-client is not installed; an adapter has the model's name.
     """
     try:
         from fastapi import FastAPI, Request
@@ -42,6 +42,8 @@ def create_app(engine, **server_options):
     except ImportError:
         raise missing_package("fastapi", purpose="the server", extra="serve") from None
     settings = ServerOptions(**server_options)
+    if settings.model_name in engine.adapter_names:
+        raise UserError(f"an adapter has the model's name, {settings.model_name}: give one of them another name")
     worker = EngineWorker(engine)
     metrics = Metrics(lambda: worker.stats)
     service = Service(engine, worker, metrics, settings)
