@@ -22,9 +22,9 @@ from minillm.hub import open_model
 from minillm.hub.adapters import find_adapters
 from minillm.inference import SamplingOptions
 from minillm.model.sizes import describe_parameters
+from minillm.serving import DraftModel, Engine, PromptLookup
 from minillm.serving.api import create_app
 from minillm.serving.api.server import serve
-from minillm.serving.engine import Engine
 
 
 @script
@@ -33,13 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     sampling = SamplingOptions(temperature=args.temperature, top_p=args.top_p)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    model, tokenizer = open_model(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        tokenizer_path=args.tokenizer_path,
-        save_dir=args.save_dir,
-    )
+    how = {"device": args.device, "dtype": args.dtype, "save_dir": args.save_dir}
+    model, tokenizer = open_model(args.model, tokenizer_path=args.tokenizer_path, **how)
+    drafter = None
+    if args.draft:
+        drafter = PromptLookup() if args.draft == "lookup" else DraftModel(open_model(args.draft, **how)[0])
+    compiles = next(model.parameters()).is_cuda if args.compile == "auto" else args.compile == "1"
     engine = Engine(
         model,
         tokenizer,
@@ -48,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         max_batch=args.max_batch,
         max_batch_tokens=args.max_batch_tokens,
         max_queue=args.max_queue,
+        drafter=drafter,
+        compile=compiles,
     )
     for name, adapter in args.adapters:
         ((path, _),) = find_adapters(model, adapter, save_dir=args.save_dir)

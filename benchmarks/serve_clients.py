@@ -200,7 +200,7 @@ async def ask_all(args: Arguments, questions: list[Question], address: str, proc
                 await asyncio.sleep(0.2)
             except Exception as error:
                 counts["failed"] += 1
-                print(f"client {number}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+                print(f"client {number}: {error!r} ({error.__cause__!r})", file=sys.stderr)
 
     async def watch() -> None:
         while True:

@@ -54,6 +54,13 @@ class ServeArguments:
     page_len: int = 16
     """Tokens per page; prompts share whole pages."""
 
+    draft: str = ""
+    """Guess tokens and check several at once, with the same answers: lookup guesses what the text repeats; a model
+    (named as --model) guesses with a smaller one of the same tokenizer."""
+    compile: Literal["auto", "0", "1"] = "auto"
+    """Faster steps, but not for adapters and with --draft: a CUDA device records them, a CPU compiles them, a minute
+    when the first requests come. auto: on CUDA."""
+
     temperature: float = 1.0
     """For requests without a temperature; 0 is greedy."""
     top_p: float = 1.0

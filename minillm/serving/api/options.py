@@ -1,5 +1,7 @@
 """From a request's fields to the engine's arguments, with a clear refusal of what the engine cannot do."""
 
+import secrets
+
 from minillm.inference import SamplingOptions
 from minillm.serving.api.errors import ApiError
 from minillm.serving.api.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -39,10 +41,10 @@ def stop_strings(body: GenerationRequest) -> list[str]:
     return stop
 
 
-def seeds(body: GenerationRequest, n_choices: int) -> list[int | None]:
-    """Return a seed per choice: ``seed``, ``seed + 1``, …; None without a seed."""
-    if body.seed is None:
-        return [None] * n_choices
+def seeds(body: GenerationRequest, n_choices: int) -> list[int]:
+    """Return a seed per choice: ``seed``, ``seed + 1``, …; random ones without a seed."""
+    if body.seed is None:  # not torch's generator, which starts with the same number in every process
+        return [secrets.randbits(62) for _ in range(n_choices)]
     if not MIN_SEED <= body.seed <= MAX_SEED:
         raise _refused("seed", body.seed, f"must lie between {MIN_SEED} and {MAX_SEED}")
     return [body.seed + i for i in range(n_choices)]

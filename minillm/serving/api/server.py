@@ -7,6 +7,7 @@ from minillm.errors import UserError, missing_package
 from minillm.serving.api.logs import log_as_json
 
 BACKLOG = 2048  # connections that the system keeps while the event loop is busy
+KEEP_ALIVE_S = 75  # longer than proxies and clients keep idle connections (60 s): otherwise they meet closed ones
 SPARE_S = 5.0  # beyond the grace time, for answers that have ended and are still being sent
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,5 @@ def make_server(app, *, host: str, port: int, grace_s: float = 30.0):
 
     # Access lines are the guard's, and ``log_as_json`` writes uvicorn's own.
     quiet = {"access_log": False, "log_config": None, "server_header": False}
-    timeout_s = int(grace_s + SPARE_S) + 1
-    return Server(
-        uvicorn.Config(app, host=host, port=port, backlog=BACKLOG, timeout_graceful_shutdown=timeout_s, **quiet)
-    )
+    times = {"timeout_keep_alive": KEEP_ALIVE_S, "timeout_graceful_shutdown": int(grace_s + SPARE_S) + 1}
+    return Server(uvicorn.Config(app, host=host, port=port, backlog=BACKLOG, **times, **quiet))
