@@ -104,6 +104,7 @@ def numbers_of_rows(page: Path) -> list[list[str]]:
         "docs/data",
         "docs/evaluation",
         "docs/export",
+        "docs/serving",
         "docs/chat_templates",
         "docs/finetune-open-models",
         "docs/tools",

@@ -63,12 +63,14 @@ def from_validation(errors: list[dict]) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if tuple(first["loc"]) == ("body",):
+        return ApiError(400, "the body must be a JSON object, sent with the header Content-Type: application/json")
     # Behind "body" there are fields and indices, and in a union the names of types.
     place = [part for part in first["loc"][1:] if isinstance(part, int) or part in FIELD_NAMES]
-    param = ".".join(map(str, place)) or None
+    param = ".".join(map(str, place))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     message = first["msg"] if first["type"] != "missing" else "this field is required"
-    return ApiError(400, f"{param or 'the body'}: {message}{more}", param=param)
+    return ApiError(400, f"{param}: {message}{more}", param=param)
 
 
 def _printable(value: str | None) -> str | None:

@@ -6,7 +6,8 @@ import json
 import httpx
 import pytest
 
-from tests.serving.api.conftest import KEY
+from minillm.serving.api import create_app
+from tests.serving.api.conftest import KEY, running
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -109,7 +110,8 @@ def test_wrong_values_of_a_completion(http, changes, words):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", []), (b"{", ["JSON"]), (b"[1, 2]", []), (b"null", []), (b'"text"', []), (b"7", []),
+        (b"", ["JSON object"]), (b"{", ["JSON"]), (b"[1, 2]", ["JSON object"]), (b"null", ["JSON object"]),
+        (b'"text"', ["JSON object"]), (b"7", ["JSON object"]), (b"{}", ["messages: this field is required"]),
         (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', []),  # broken UTF-8
         (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', ["surrogate"]),
         (b'{"model": "\\ud83d", "messages": [{"role": "user", "content": "a"}]}', []),
@@ -127,6 +129,11 @@ def test_bodies_that_are_no_request(http, body, words):
     assert answer.status_code in (400, 404), answer.text
     refused(answer, answer.status_code, *words)
     assert http.post(CHAT, json=ASK).status_code == 200
+
+
+def test_a_body_needs_its_content_type(http):
+    answer = http.post(CHAT, content=json.dumps(ASK), headers={"Content-Type": "application/x-www-form-urlencoded"})
+    refused(answer, 400, "Content-Type: application/json")
 
 
 def test_null_and_unknown_fields_are_ignored(http):
@@ -214,6 +221,17 @@ def test_a_failing_engine_is_no_fault_of_the_client_and_not_its_end(http, engine
     idle()
     assert http.post(CHAT, json=ASK).status_code == 200
     assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_an_engine_that_cannot_go_on_says_so(engine):
+    own = type(engine)(engine.model, engine.tokenizer, n_pages=50)
+    own.error = RuntimeError("device lost")
+    with running(create_app(own), grace_s=1) as (address, _):
+        assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+        refused(httpx.post(address + CHAT, json=ASK), 500, "engine")
+        answer = httpx.get(f"{address}/health")
+        assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+        refused(httpx.post(address + CHAT, json=ASK), 500, "restarted")
 
 
 def once(engine, error):

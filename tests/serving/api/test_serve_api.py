@@ -37,7 +37,8 @@ def saved(model, tokenizer, tmp_path_factory):
 
 def test_the_program_serves_until_a_signal_and_finishes_what_runs(saved, python, single):
     command = [python, str(ROOT / "serve_api.py"), "--model", str(saved / "tiny_32"), "--save_dir", str(saved),
-               "--lora", "cook=cooking", "--draft", "lookup", "--port", "0", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+               "--lora", "cook=cooking", "--draft", "lookup", "--port", "0", "--dtype", "float32",
+               "--device", "cpu"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MINILLM_API_KEY": "sk-from-variable"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
