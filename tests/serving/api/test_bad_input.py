@@ -27,6 +27,7 @@ def refused(answer, status, *words):
     assert set(error) == {"message", "type", "param", "code"}
     for word in words:
         assert word in error["message"]
+    assert error["message"].encode()  # no lone surrogate, which a client could not print
     return error
 
 
@@ -194,15 +195,17 @@ def test_a_client_cannot_forge_ids(http):
 
 
 def test_a_full_queue_is_told(http, engine, idle):
-    engine.pause_s = 0.2
+    idle()
+    n_new = engine.stats.n_new_tokens
     engine.max_queue, before = 3, engine.max_queue
     try:
         error = refused(http.post(CHAT, json=ASK | {"n": 9}), 429, "waiting")
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
         assert http.post(CHAT, json=ASK | {"n": 9}).headers["retry-after"] == "1"
     finally:
-        engine.pause_s, engine.max_queue = 0, before
+        engine.max_queue = before
     free = idle()
+    assert engine.stats.n_new_tokens == n_new  # the first three were not begun either
     assert http.post(CHAT, json=ASK).status_code == 200
     assert engine.pool.n_free == free
 

@@ -1,7 +1,13 @@
 """Completions with the real client: texts, ids and lists of both, whole and streamed."""
 
+import json
+import math
+
 import pytest
 import torch
+
+from minillm.serving import LogProb
+from minillm.serving.api import answers
 
 
 def test_a_text_is_continued_from_the_beginning_of_a_document(client, single, tokenizer):
@@ -67,6 +73,20 @@ def test_log_probabilities_as_lists(client, model, tokenizer, single, stream):
     assert values == pytest.approx([float(row[token]) for row, token in zip(log_probs, new, strict=True)], abs=1e-4)
     assert offsets == [sum(map(len, tokens[:n])) for n in range(8)]
     assert all(1 <= len(own) <= 2 for part in listed for own in part.top_logprobs)
+
+
+def test_a_probability_of_zero_and_tokens_of_the_same_text(tokenizer):
+    """JSON has no infinity; two halves of characters are the same text, and the more probable one is listed."""
+    first, second = tokenizer.encode("é")
+    nothing = LogProb(-math.inf, [(first, -0.5), (second, -math.inf)])
+    whole = answers.chat_logprobs(tokenizer, [first], [nothing])["content"][0]
+    assert (whole["logprob"], whole["top_logprobs"][1]["logprob"]) == (-9999.0, -9999.0)
+    assert whole["bytes"] == [0xC3]
+    lists = answers.completion_logprobs(tokenizer, [first], [nothing], 7)
+    assert lists["token_logprobs"] == [-9999.0]
+    assert lists["top_logprobs"] == [{"\ufffd": -0.5}]
+    assert lists["text_offset"] == [7]
+    json.dumps([whole, lists], allow_nan=False)
 
 
 def test_stop_and_usage_in_a_stream(client, engine):
