@@ -13,7 +13,7 @@ from tyro._docstrings import get_field_docstring
 # A flag belongs to the first group with a prefix of its name. Flags without a group belong to "this command", after the
 # most used ones.
 MOST_USED = (
-    "data_path", "valid_path", "from_weight", "teacher", "model_mode", "lora_name", "prompt", "prompts", "preset",
+    "data_path", "valid_path", "from_weight", "model", "teacher", "model_mode", "lora_name", "prompt", "prompts", "preset",
     "save_dir", "run_name", "epochs", "batch_size", "learning_rate", "max_seq_len", "from_resume", "dry_run", "output",
 )  # fmt: skip
 GROUPS = {

@@ -204,12 +204,19 @@ class EngineWorker:
                 request.cancel()
             if not isinstance(error, (UserError, ApiError)):
                 log.exception("a request could not be submitted")
-            self._loop.call_soon_threadsafe(accepted.set_exception, error)
+            self._tell(accepted.set_exception, error)
             return
         stream = Stream(submitted)
         for index, request in enumerate(submitted):
             self._streams[id(request)] = request, stream, index
-        self._loop.call_soon_threadsafe(accepted.set_result, stream)
+        self._tell(accepted.set_result, stream)
+
+    def _tell(self, call: Callable, *values) -> None:
+        """Let the event loop make a call. If a second Ctrl-C has closed it, nobody listens any more."""
+        try:
+            self._loop.call_soon_threadsafe(call, *values)
+        except RuntimeError:
+            self._is_stopped = True
 
     def _step(self) -> None:
         updates, failures = [], []
@@ -229,7 +236,7 @@ class EngineWorker:
             if request.finish_reason == "error":
                 failures.append((stream, ApiError(500, request.error or "the model failed", code="model_error")))
         if updates or failures:
-            self._loop.call_soon_threadsafe(self._deliver, updates, failures)
+            self._tell(self._deliver, updates, failures)
 
     def _fail(self, error: Exception) -> list[tuple[Stream, ApiError]]:
         """Give up all requests after a step that raised; a second failure in a row ends the engine's work."""

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from minillm.serving.api import create_app, worker
+from minillm.serving.api import create_app, service, worker
 from tests.serving.api.conftest import KEY, running
 
 ASK = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
@@ -118,6 +118,17 @@ def test_a_reader_that_is_too_far_behind_is_given_up(monkeypatch):
         assert not stream.is_open
 
     asyncio.run(read())
+
+
+def test_a_stream_that_waits_says_so(address, engine, monkeypatch):
+    """Proxies close connections without a byte for a minute."""
+    monkeypatch.setattr(service, "KEEP_ALIVE_S", 0.05)
+    engine.pause_s = 0.3
+    body = ASK | {"stream": True, "max_tokens": 2}
+    lines = httpx.post(f"{address}/v1/chat/completions", json=body, headers=HEADERS, timeout=30).text.splitlines()
+    assert sum(line.startswith(": ") for line in lines) > 2
+    assert all(line.startswith((": ", "data: ")) for line in lines if line)
+    assert lines[-2] == "data: [DONE]"
 
 
 # ---- crowds ------------------------------------------------------------------------------------------------------

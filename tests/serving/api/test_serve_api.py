@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -71,6 +72,27 @@ def test_the_program_serves_until_a_signal_and_finishes_what_runs(saved, python,
     assert "sk-from-variable" not in errors + output
     with pytest.raises(httpx.ConnectError):
         httpx.get(address)
+
+
+def test_a_second_signal_ends_it_at_once(saved, python):
+    command = [python, str(ROOT / "serve_api.py"), "--model", str(saved / "tiny_32"), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        address = [process.stdout.readline() for _ in range(2)][1].partition(" ")[0]
+        body = {"messages": [{"role": "user", "content": "Hi"}], "n": 64, "stream": True}
+        with httpx.stream("POST", f"{address}/chat/completions", json=body, timeout=30) as answer:
+            next(answer.iter_lines())
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
