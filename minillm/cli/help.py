@@ -13,8 +13,9 @@ from tyro._docstrings import get_field_docstring
 # A flag belongs to the first group with a prefix of its name. Flags without a group belong to "this command", after the
 # most used ones.
 MOST_USED = (
-    "data_path", "valid_path", "from_weight", "model", "teacher", "model_mode", "lora_name", "prompt", "prompts", "preset",
-    "save_dir", "run_name", "epochs", "batch_size", "learning_rate", "max_seq_len", "from_resume", "dry_run", "output",
+    "data_path", "valid_path", "from_weight", "model", "teacher", "model_mode", "lora_name", "prompt", "prompts",
+    "preset", "save_dir", "run_name", "epochs", "batch_size", "learning_rate", "max_seq_len", "from_resume", "dry_run",
+    "output",
 )  # fmt: skip
 GROUPS = {
     "data": ("tokenizer_path", "cache_dir", "strict", "packing", "train_on", "replay_", "add_tokens", "chat_template"),
