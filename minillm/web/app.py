@@ -1,0 +1,73 @@
+"""The two pages behind ``web_demo.py``, and how Streamlit is started to show them."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minillm.errors import UserError, missing_package
+from minillm.web import st
+from minillm.web.chat_page import draw_chat_page
+from minillm.web.runs_page import draw_runs_page
+from minillm.web.server import ServerKeeper
+from minillm.web.session import Session
+from minillm.web.words import LANGUAGES, Words
+
+
+def is_page() -> bool:
+    """Return whether Streamlit runs this program for a visitor, and not a user in a terminal."""
+    if "streamlit" not in sys.modules:
+        return False
+    from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+    return get_script_run_ctx(suppress_warning=True) is not None
+
+
+def start_streamlit(program: str, argv: Sequence[str], *, host: str, port: int) -> None:
+    """Serve the page that ``program`` with ``argv`` draws, until Ctrl-C.
+
+    Raises:
+        UserError: streamlit is not installed.
+    """
+    try:
+        from streamlit.web import cli
+    except ImportError:
+        raise missing_package("streamlit", purpose="the web page", extra="web") from None
+    flags = ["--server.address", host, "--server.port", str(port)]
+    cli.main(["run", program, *flags, "--", *argv], prog_name="streamlit")
+
+
+def draw_app(keeper: ServerKeeper, directory: Path) -> None:
+    """Draw the page that the visitor has chosen, in the language that the visitor has chosen.
+
+    Args:
+        directory: holds the runs.
+    """
+    session = st.session_state.setdefault("session", Session())
+    default = "zh" if (st.context.locale or "").startswith("zh") else "en"
+    with st.sidebar:
+        language = st.segmented_control(
+            "Language / 语言", list(LANGUAGES), default=default, required=True, key="lang", bind="query-params",
+            format_func=LANGUAGES.get, label_visibility="collapsed",
+        )  # fmt: skip
+    t = Words(language)
+
+    def chat() -> None:
+        st.set_page_config(page_title="minillm", layout="centered")
+        try:
+            with st.spinner(t("starting")):
+                keeper.ensure()
+            draw_chat_page(t, keeper.client, session)
+        except UserError as error:
+            st.error(t("no_server"))
+            st.code(str(error), language=None, wrap_lines=True)
+            st.button(t("try_again"), on_click=keeper.forget_failure)
+
+    def runs() -> None:
+        st.set_page_config(page_title="minillm", layout="wide")
+        draw_runs_page(t, directory, session)
+
+    pages = [
+        st.Page(chat, title=t("chat"), icon=":material/chat:", url_path="chat", default=True),
+        st.Page(runs, title=t("runs"), icon=":material/monitoring:", url_path="runs"),
+    ]
+    st.navigation(pages).run()
