@@ -12,6 +12,9 @@ from minillm.web.server import ServerKeeper
 from minillm.web.session import Session
 from minillm.web.words import LANGUAGES, Words
 
+# Streamlit's own stop button ends the page's program, not the answer; and it flickers where a page refreshes.
+STYLE = "<style>[data-testid=stStatusWidget]{display:none}</style>"
+
 
 def is_page() -> bool:
     """Return whether Streamlit runs this program for a visitor, and not a user in a terminal."""
@@ -49,6 +52,7 @@ def draw_app(keeper: ServerKeeper, directory: Path) -> None:
             "Language / 语言", list(LANGUAGES), default=default, required=True, key="lang", bind="query-params",
             format_func=LANGUAGES.get, label_visibility="collapsed",
         )  # fmt: skip
+    st.html(STYLE)
     t = Words(language)
 
     def chat() -> None:

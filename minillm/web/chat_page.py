@@ -27,7 +27,7 @@ def draw_chat_page(t, client: Client, session: Session) -> None:
         _draw_chats(t, session)
         settings = draw_settings(t, models, [])
         session.chat.system = st.text_area(
-            t("system"), session.chat.system, key=f"system_{session.chat.id}", help=t("system_note")
+            t("system"), session.chat.system, key=f"system_{session.chat.id}", help=t("system_note"), height=80
         )
         _draw_files(t, session)
     if session.wants_answer:
@@ -55,10 +55,10 @@ def _draw_growing_answers(t, session: Session) -> None:
     """
     if not session.answers:
         return
-    box, stop = st.empty(), st.empty()
+    box = st.empty()
     if session.answer:
         box = st.chat_message("assistant").empty()
-        stop.button(t("stop"), key="stop", icon=":material/stop_circle:", on_click=session.stop)
+        st.button(t("stop"), key="stop", icon=":material/stop_circle:", on_click=session.stop)
     while not session.collect():
         messages = {chat_id: answer.look() for chat_id, answer in session.answers.items()}
         with box.container():
@@ -84,7 +84,7 @@ def _draw_chats(t, session: Session) -> None:
     st.button(t("new_chat"), key="new_chat", icon=":material/add:", on_click=session.new_chat, width="stretch")
     for chat in session.chats:
         icon = ":material/hourglass_top:" if chat.id in session.answers else None
-        kind = "primary" if chat is session.chat else "tertiary"
+        kind = "secondary" if chat is session.chat else "tertiary"
         title = _plain(chat.title) or t("empty_chat")
         st.button(
             title, key=f"chat_{chat.id}", type=kind, icon=icon, on_click=session.show, args=(chat,), width="stretch"
@@ -92,7 +92,7 @@ def _draw_chats(t, session: Session) -> None:
 
 
 def _draw_files(t, session: Session) -> None:
-    with st.expander(t("chats")):
+    with st.expander(t("manage_chats")):
         st.caption(t("where_kept"))
         st.button(t("delete_chat"), key="delete_chat", icon=":material/delete:", on_click=session.delete_chat)
         file = chats.to_json(session.chats)
@@ -120,20 +120,20 @@ def _draw_turn(t, session: Session, number: int, turn: list[dict], *, is_last: b
         if session.editing == number:
             _draw_editor(t, session, number, question["content"])
         else:
-            st.text(question["content"])
-            st.button(
-                " ", key=f"edit_{number}", icon=":material/edit:", type="tertiary", help=t("edit"),
-                on_click=lambda: setattr(session, "editing", number),
-            )  # fmt: skip
+            with st.container(horizontal=True):
+                st.text(question["content"], width="stretch")
+                st.button(
+                    t("edit"), key=f"edit_{number}", icon=":material/edit:", type="tertiary",
+                    on_click=lambda: setattr(session, "editing", number),
+                )  # fmt: skip
     if is_last and session.answer:
         return  # it grows below
     with st.chat_message("assistant"):
         _draw_answer(t, answer)
         if is_last:
             st.button(
-                " ", key="again", icon=":material/refresh:", type="tertiary", help=t("regenerate"),
-                on_click=session.ask_again,
-            )  # fmt: skip
+                t("regenerate"), key="again", icon=":material/refresh:", type="tertiary", on_click=session.ask_again
+            )
 
 
 def _draw_editor(t, session: Session, number: int, text: str) -> None:

@@ -12,15 +12,12 @@ from minillm.reports.tracking import duration, read_metrics
 from minillm.reports.watch import layer_table, medians_by_kind
 from minillm.web import st
 from minillm.web.session import Session
-from minillm.web.words import PANELS_ZH, Words
+from minillm.web.words import PANELS_ZH, RESULTS_ZH, Words
 
 REFRESH_S = 2.0
 MAX_POINTS = 300  # of a curve: more than the screen shows
 N_STEPS = 4  # of samples, next to each other
-MONITOR = {  # figures of the adapter that are drawn
-    "grad_ratio": "gradient norm of B : A", "update_ratio": "what one step changes of the weight",
-    "delta_ratio": "|ΔW| / |W|", "effective_rank": "effective rank of ΔW",
-}  # fmt: skip
+MONITOR = ("grad_ratio", "update_ratio", "delta_ratio", "effective_rank")  # figures of the adapter that are drawn
 
 
 def draw_runs_page(t: Words, directory: Path, session: Session) -> None:
@@ -94,7 +91,8 @@ def _draw_progress(t: Words, run: RunRecord) -> None:
         st.progress(1.0, f"**{run.name}**: " + t("progress_over", step=step))
     else:
         st.caption(f"**{run.name}**: " + t("progress_unknown", step=step, age=age))
-    st.dataframe([run.results()], hide_index=True)
+    names = RESULTS_ZH if t.language == "zh" else {}
+    st.dataframe([{names.get(name, name): text for name, text in run.results().items()}], hide_index=True)
 
 
 def _total_steps(run: RunRecord) -> int:
@@ -106,18 +104,23 @@ def _draw_curves(t: Words, runs: list[RunRecord], x: str) -> None:
     columns = st.columns(2)
     for number, (title, split, key, shown) in enumerate(panels_of(runs)):
         curves = {run.name: run.points(split, key, x=x) for run in shown}
+        x_name = t("n_tokens" if x == "tokens" else x)
         with columns[number % 2]:
-            _draw_curve(
-                _title(t, title, split, key), curves, t("n_tokens" if x == "tokens" else x), with_dots=split == "valid"
-            )
+            _draw_curve(_title(t, title, split, key), curves, x_name, with_dots=split == "valid", is_loss=key == "loss")
 
 
 def _title(t: Words, title: str, split: str, key: str) -> str:
     return PANELS_ZH.get((split, key), title) if t.language == "zh" else title
 
 
-def _draw_curve(title: str, curves: dict[str, list[tuple]], x_name: str, *, with_dots: bool = False) -> None:
-    """Draw curves as an Altair chart; the scale is logarithmic where the values differ by more than a factor 10."""
+def _draw_curve(
+    title: str, curves: dict[str, list[tuple]], x_name: str, *, with_dots: bool = False, is_loss: bool = False
+) -> None:
+    """Draw curves as an Altair chart.
+
+    Args:
+        is_loss: draw on a logarithmic scale if the first steps would flatten all that follows.
+    """
     import altair
 
     rows = [
@@ -126,13 +129,15 @@ def _draw_curve(title: str, curves: dict[str, list[tuple]], x_name: str, *, with
         for x, y in thinned([point for point in points if math.isfinite(point[1])])
     ]
     values = [row["y"] for row in rows]
-    is_wide = bool(values) and max(values) > 10 * min(values) > 0
-    scale = altair.Scale(type="log") if is_wide else altair.Scale(zero=False)
+    y_axis = altair.Y("y:Q", title=None, scale=altair.Scale(zero=False))
+    if is_loss and values and max(values) > 3 * min(values) > 0:
+        ticks = [digit * 10.0**power for power in range(-6, 6) for digit in (1, 2, 5)]
+        y_axis = altair.Y("y:Q", title=None, scale=altair.Scale(type="log"), axis=altair.Axis(values=ticks))
     names = list(curves)
     chart = altair.Chart(altair.Data(values=rows), title=title, height=220)
     chart = chart.mark_line(point=with_dots or len(rows) < 3).encode(
         x=altair.X("x:Q", title=x_name),
-        y=altair.Y("y:Q", title=None, scale=scale),
+        y=y_axis,
         color=altair.Color(
             "run:N",
             title=None,
@@ -181,11 +186,11 @@ def _draw_monitor(t: Words, run: RunRecord) -> None:
         for warning in row.get("warnings") or []:
             st.warning(f"{t('step')} {row['step']:,}: {warning}")
     columns = st.columns(2)
-    for number, (key, title) in enumerate(MONITOR.items()):
+    for number, key in enumerate(MONITOR):
         steps = [row["step"] for row in rows]
         curves = {kind: list(zip(steps, values, strict=True)) for kind, values in medians_by_kind(rows, key).items()}
         with columns[number % 2]:
-            _draw_curve(title, curves, t("step"))
+            _draw_curve(t(key), curves, t("step"))
     head, *table = layer_table(rows[-1]["layers"])
     st.dataframe([dict(zip(head, line, strict=True)) for line in table], hide_index=True)
 

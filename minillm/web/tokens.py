@@ -4,7 +4,7 @@ import math
 from html import escape
 
 STYLE = """<style>
-.tokens{line-height:2;white-space:pre-wrap;overflow-wrap:anywhere;padding-bottom:9em}
+.tokens{line-height:2;white-space:pre-wrap;overflow-wrap:anywhere;padding-bottom:7.5em}
 .tokens .t{position:relative;border-radius:.25em;padding:.12em 0;cursor:pointer;outline-offset:1px}
 .tokens .o{display:none;position:absolute;left:0;top:1.9em;z-index:9;padding:.4em .7em;border-radius:.4em;
 white-space:pre;font:13px/1.5 ui-monospace,monospace;background:#1c1f26;color:#f2f2f2;box-shadow:0 2px 8px #0006}

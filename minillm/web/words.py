@@ -11,7 +11,7 @@ WORDS = {
     "no_server": ("There is no server to talk to.", "没有可用的服务。"),
     "try_again": ("Try again", "重试"),
     # chats
-    "chats": ("Chats", "对话列表"),
+    "manage_chats": ("Export, import, delete", "导出、导入、删除"),
     "new_chat": ("New chat", "新对话"),
     "empty_chat": ("(empty)", "（空）"),
     "delete_chat": ("Delete this chat", "删除这个对话"),
@@ -135,6 +135,10 @@ WORDS = {
         "No figures of an adapter: train_lora.py writes them with --monitor.",
         "没有适配器监控数据：train_lora.py 加上 --monitor 才会记录。",
     ),
+    "grad_ratio": ("gradient norm of B : A", "B 与 A 的梯度范数之比"),
+    "update_ratio": ("what one step changes of the weight", "单步更新占权重的比例"),
+    "delta_ratio": ("|ΔW| / |W|", "|ΔW| / |W|"),
+    "effective_rank": ("effective rank of ΔW", "ΔW 的有效秩"),
     "data": ("Data report", "数据报告"),
     "no_data": ("run.yaml does not describe the data.", "run.yaml 中没有数据说明。"),
     "settings": ("Settings", "设置"),
@@ -155,6 +159,13 @@ PANELS_ZH = {
     ("valid", "margin"): "验证：奖励差",
     ("valid", "kl"): "验证：与参考模型的距离（nat）",
 }
+
+# What minillm.compare calls the results of a run, in Chinese.
+RESULTS_ZH = {
+    "stage": "阶段", "steps": "步数", "training loss": "训练损失", "validation loss": "验证损失", "best": "最佳",
+    "nats per": "损失单位", "parameters": "参数量", "tokens": "token 数", "training time": "训练用时",
+    "tokens/s": "token/秒", "memory": "内存",
+}  # fmt: skip
 
 
 class Words:

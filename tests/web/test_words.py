@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from minillm.compare.curves import X_NAMES
+from minillm.web.runs_page import MONITOR
 from minillm.web.settings import SLIDERS
 from minillm.web.words import LANGUAGES, WORDS, Words
 
@@ -17,7 +18,7 @@ def test_every_word_is_used_and_every_used_word_exists():
     kept = set(re.findall(r'_kept\(st\.\w+, t, "(\w+)"', CODE)) | {"model"} | set(SLIDERS)
     used |= kept | {f"{name}_note" for name in kept} | set(X_NAMES)
     used |= {"n_tokens", "thoughts", "stopped", "length"}  # chosen between two
-    used |= {"curves", "samples", "monitor", "data", "settings"}  # the tabs of a run
+    used |= {*MONITOR, "curves", "samples", "monitor", "data", "settings"}  # the tabs of a run
     assert used == set(WORDS)
 
 
