@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(WebArguments, argv)
     client = Client(args.server)  # reports an address that is none
     if is_page():  # Streamlit runs this file for each visitor and after each click
-        keeper = server_keeper(args.server, args.api_key, server_command(args, client))
+        keeper = server_keeper(args.server, args.key, server_command(args, client))
         draw_app(keeper, Path(args.save_dir))
     else:
         start_streamlit(__file__, argv, host=args.host, port=args.port)
@@ -38,11 +38,10 @@ def server_command(args: WebArguments, client: Client) -> tuple[str, ...]:
     if not args.start_server:
         return ()
     command = [sys.executable, str(SERVER), "--host", client.host, "--port", str(client.port)]
-    command += ["--save_dir", args.save_dir]
+    command += ["--save_dir", args.save_dir, "--grace_s", "5"]  # with the page, those who wait for answers go
     command += ["--model", args.model] if args.model else []
     for adapter in args.lora:
         command += ["--lora", adapter]
-    command += ["--api_key", args.api_key] if args.api_key else []
     return (*command, *shlex.split(args.server_flags))
 
 

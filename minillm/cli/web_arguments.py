@@ -1,7 +1,11 @@
 """The arguments of ``web_demo.py``."""
 
+import os
 import shlex
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from minillm.cli.command_line import require
 
@@ -16,18 +20,23 @@ class WebArguments:
     """Start serve_api.py if no server answers."""
     model: str = ""
     """For serve_api.py, if it is started: a stage name, a run's name or a model directory."""
-    lora: tuple[str, ...] = ()
-    """For serve_api.py, if it is started: adapters as NAME=DIR."""
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """For serve_api.py, if it is started: an adapter, as NAME=ADAPTER; may be given several times."""
     server_flags: str = ""
     """Further flags for serve_api.py, if it is started, in quotes: "--max_queue 8 --num_threads 2"."""
     api_key: str = ""
-    """Key that the server asks for; also given to serve_api.py, if it is started."""
+    """Key that the server asks for (default: the variable MINILLM_API_KEY)."""
     save_dir: str = "out"
     """Directory that holds the run directories."""
     host: str = "127.0.0.1"
     """Address on which the page listens; 0.0.0.0: all of this machine, for everybody who can reach it."""
     port: int = 8501
     """Port of the page."""
+
+    @property
+    def key(self) -> str:
+        """The API key; "" if there is none."""
+        return self.api_key or os.environ.get("MINILLM_API_KEY", "")
 
     def check(self) -> None:
         """Raise ``UserError`` for the first value out of range."""

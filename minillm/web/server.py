@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import os
 import shlex
 import subprocess
 import tempfile
@@ -22,22 +23,24 @@ N_LINES = 20  # of the output of a server that died
 @functools.cache
 def server_keeper(url: str, api_key: str, command: tuple[str, ...]) -> "ServerKeeper":
     """Return the keeper of the server at ``url``; the same one for all visitors of this process."""
-    return ServerKeeper(Client(url, api_key=api_key), command)
+    return ServerKeeper(Client(url, api_key=api_key), command, api_key=api_key)
 
 
 class ServerKeeper:
     """Makes sure that a server answers. One object for all visitors of the page; any thread may call it.
 
     Args:
-        client: of the server. command: what starts one at the client's address; empty: none is started.
+        client: of the server. command: what starts one at the client's address; empty: none is started. api_key: of a
+            server that is started, which gets it in its environment: command lines are visible to all users.
 
     Attributes:
         process: the server that was started here; None if there is none.
         failure: why there is no server; empty while one answers.
     """
 
-    def __init__(self, client: Client, command: Sequence[str], *, start_s: float = START_S):
+    def __init__(self, client: Client, command: Sequence[str], *, api_key: str = "", start_s: float = START_S):
         self.client, self.command, self.start_s = client, command, start_s
+        self.environment = os.environ | ({"MINILLM_API_KEY": api_key} if api_key else {})
         self.process: subprocess.Popen | None = None
         self.failure = ""
         self._output: IO[bytes] | None = None
@@ -86,7 +89,11 @@ class ServerKeeper:
         if self.process is None:
             self._output = tempfile.TemporaryFile()  # noqa: SIM115 - the server writes there as long as it runs
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT
+                self.command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
             )
             atexit.register(self.stop)
         while not self.client.is_up():

@@ -6,6 +6,7 @@ What it answers depends on the first word of the last question; see ``_pieces``.
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -166,8 +167,9 @@ def _token(text: str) -> dict:
 
 if __name__ == "__main__":
     print("fake server", sys.argv[1:], flush=True)
+    key = os.environ.get("MINILLM_API_KEY", "")
     if "--die" in sys.argv:
         sys.exit("error: --model nothing: there is no such model")
     with contextlib.suppress(KeyboardInterrupt):
-        FakeServer(int(sys.argv[sys.argv.index("--port") + 1]))
+        FakeServer(int(sys.argv[sys.argv.index("--port") + 1]), api_key=key)
         threading.Event().wait()

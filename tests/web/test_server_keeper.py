@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("fake_server.py")
 
 def keeper(port: int, *flags: str, **options) -> ServerKeeper:
     command = [sys.executable, str(PROGRAM), "--port", str(port), *flags]
-    return ServerKeeper(Client(f"http://127.0.0.1:{port}"), command, **options)
+    return ServerKeeper(Client(f"http://127.0.0.1:{port}", api_key="k"), command, api_key="k", **options)
 
 
 def test_a_running_server_is_used(server):
@@ -30,6 +30,8 @@ def test_a_server_is_started_once_and_stopped(free_port):
     started.ensure()
     assert started.process is process
     assert process.poll() is None
+    assert started.client.models(), "both know the key"
+    assert "k" not in process.args
     started.stop()
     assert process.poll() is not None
     assert not started.client.is_up()
