@@ -37,6 +37,8 @@ def draw_chat_page(t, client: Client, session: Session) -> None:
         st.header(t("greeting"))
     for number, turn in enumerate(turns):
         _draw_turn(t, session, number, turn, is_last=number == len(turns) - 1)
+    if session.answer:
+        st.bottom.button(t("stop"), key="stop", icon=":material/stop_circle:", on_click=session.stop)
     st.chat_input(t("write_here"), key="question", on_submit=lambda: session.ask(st.session_state.question or ""))
     _keep(session)
     _draw_growing_answers(t, session)
@@ -55,14 +57,12 @@ def _draw_growing_answers(t, session: Session) -> None:
     """
     if not session.answers:
         return
-    box = st.empty()
-    if session.answer:
-        box = st.chat_message("assistant").empty()
-        st.button(t("stop"), key="stop", icon=":material/stop_circle:", on_click=session.stop)
+    box = st.chat_message("assistant").empty() if session.answer else st.empty()
     while not session.collect():
         messages = {chat_id: answer.look() for chat_id, answer in session.answers.items()}
         with box.container():
-            _draw_answer(t, messages.get(session.chat.id, []), is_running=True)
+            if session.answer:
+                _draw_answer(t, messages[session.chat.id], is_running=True)
         time.sleep(LOOK_EVERY_S)
     st.rerun()
 
@@ -130,8 +130,9 @@ def _draw_turn(t, session: Session, number: int, turn: list[dict], *, is_last: b
         return  # it grows below
     with st.chat_message("assistant"):
         _draw_answer(t, answer)
+        again = st.empty()  # takes the button's place in earlier turns, where it would stay until the page is complete
         if is_last:
-            st.button(
+            again.button(
                 t("regenerate"), key="again", icon=":material/refresh:", type="tertiary", on_click=session.ask_again
             )
 

@@ -1,8 +1,11 @@
 """The page of training runs: curves, samples, monitor and data of some of them, drawn again every few seconds."""
 
 import functools
+import itertools
 import math
 import time
+from collections.abc import Iterable, Iterator
+from html import escape
 from pathlib import Path
 
 from minillm.compare.curves import COLORS, X_NAMES, panels_of
@@ -52,6 +55,9 @@ def _draw_runs(t: Words, paths: dict[str, Path], x: str, session: Session) -> No
     runs = [_read(path, name, _signature(path)) for name, path in paths.items()]
     for run in runs:
         _draw_progress(t, run)
+    heads = RESULTS_ZH if t.language == "zh" else {}
+    results = [{t("run"): run.name} | {heads.get(k, k): text for k, text in run.results().items()} for run in runs]
+    st.dataframe(results, hide_index=True)
     curves, samples, monitor, data, settings = st.tabs(
         [t(name) for name in ("curves", "samples", "monitor", "data", "settings")]
     )
@@ -79,7 +85,7 @@ def _read(path: Path, name: str, signature: tuple) -> RunRecord:
 
 
 def _draw_progress(t: Words, run: RunRecord) -> None:
-    """Draw how far a run is, and its results so far."""
+    """Draw how far a run is."""
     step = run.rows[-1]["step"] if run.rows else 0
     total = _total_steps(run)
     age = duration(max(0.0, time.time() - _last_change(run.path)))
@@ -91,8 +97,6 @@ def _draw_progress(t: Words, run: RunRecord) -> None:
         st.progress(1.0, f"**{run.name}**: " + t("progress_over", step=step))
     else:
         st.caption(f"**{run.name}**: " + t("progress_unknown", step=step, age=age))
-    names = RESULTS_ZH if t.language == "zh" else {}
-    st.dataframe([{names.get(name, name): text for name, text in run.results().items()}], hide_index=True)
 
 
 def _total_steps(run: RunRecord) -> int:
@@ -101,12 +105,14 @@ def _total_steps(run: RunRecord) -> int:
 
 
 def _draw_curves(t: Words, runs: list[RunRecord], x: str) -> None:
+    if len(runs) > 1:
+        _draw_legend(run.name for run in runs)
     columns = st.columns(2)
     for number, (title, split, key, shown) in enumerate(panels_of(runs)):
-        curves = {run.name: run.points(split, key, x=x) for run in shown}
+        points = {run.name: run.points(split, key, x=x) if run in shown else [] for run in runs}  # each its colour
         x_name = t("n_tokens" if x == "tokens" else x)
         with columns[number % 2]:
-            _draw_curve(_title(t, title, split, key), curves, x_name, with_dots=split == "valid", is_loss=key == "loss")
+            _draw_curve(_title(t, title, split, key), points, x_name, with_dots=split == "valid", is_loss=key == "loss")
 
 
 def _title(t: Words, title: str, split: str, key: str) -> str:
@@ -116,37 +122,46 @@ def _title(t: Words, title: str, split: str, key: str) -> str:
 def _draw_curve(
     title: str, curves: dict[str, list[tuple]], x_name: str, *, with_dots: bool = False, is_loss: bool = False
 ) -> None:
-    """Draw curves as an Altair chart.
+    """Draw curves as a Vega-Lite chart; the next one in its place moves, because only the data differ.
 
     Args:
         is_loss: draw on a logarithmic scale if the first steps would flatten all that follows.
     """
-    import altair
-
     rows = [
-        {"x": x, "y": y, "run": name}
+        {"x": x, "y": y, "curve": name}
         for name, points in curves.items()
         for x, y in thinned([point for point in points if math.isfinite(point[1])])
     ]
     values = [row["y"] for row in rows]
-    y_axis = altair.Y("y:Q", title=None, scale=altair.Scale(zero=False))
+    y_axis: dict = {"scale": {"zero": False}}
     if is_loss and values and max(values) > 3 * min(values) > 0:
         ticks = [digit * 10.0**power for power in range(-6, 6) for digit in (1, 2, 5)]
-        y_axis = altair.Y("y:Q", title=None, scale=altair.Scale(type="log"), axis=altair.Axis(values=ticks))
-    names = list(curves)
-    chart = altair.Chart(altair.Data(values=rows), title=title, height=220)
-    chart = chart.mark_line(point=with_dots or len(rows) < 3).encode(
-        x=altair.X("x:Q", title=x_name),
-        y=y_axis,
-        color=altair.Color(
-            "run:N",
-            title=None,
-            scale=altair.Scale(domain=names, range=[COLORS[i % len(COLORS)] for i in range(len(names))]),
-            legend=altair.Legend(orient="bottom") if len(names) > 1 else None,
-        ),
-        tooltip=["run:N", "x:Q", "y:Q"],
-    )
-    st.altair_chart(chart)
+        y_axis = {"scale": {"type": "log"}, "axis": {"values": ticks, "format": "~g"}}
+    spec = {
+        "title": title,
+        "height": 240,
+        "mark": {"type": "line", "point": with_dots, "tooltip": True},
+        "encoding": {
+            "x": {"field": "x", "type": "quantitative", "title": x_name},
+            "y": {"field": "y", "type": "quantitative", "title": None} | y_axis,
+            "color": {
+                "field": "curve",
+                "type": "nominal",
+                "scale": {"domain": list(curves), "range": [color for _, color in _colours(curves)]},
+                "legend": None,  # one for all: _draw_legend
+            },
+        },
+    }
+    st.vega_lite_chart(rows, spec)
+
+
+def _draw_legend(names: Iterable[str]) -> None:
+    dots = (f'<span style="color:{color}">●</span> {escape(name)}' for name, color in _colours(names))
+    st.html("&emsp;".join(dots))
+
+
+def _colours(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    return zip(names, itertools.cycle(COLORS))
 
 
 def thinned(points: list) -> list:
@@ -185,6 +200,7 @@ def _draw_monitor(t: Words, run: RunRecord) -> None:
     for row in rows:
         for warning in row.get("warnings") or []:
             st.warning(f"{t('step')} {row['step']:,}: {warning}")
+    _draw_legend(medians_by_kind(rows, MONITOR[0]))
     columns = st.columns(2)
     for number, key in enumerate(MONITOR):
         steps = [row["step"] for row in rows]

@@ -109,6 +109,7 @@ WORDS = {
         "There is no training run in {directory} yet. One appears here after its first update.",
         "{directory} 中还没有训练记录。训练完成第一次更新后会出现在这里。",
     ),
+    "run": ("run", "训练"),
     "which_runs": ("Runs", "选择训练记录"),
     "live": ("Refresh by itself", "自动刷新"),
     "x_axis": ("Horizontal axis", "横轴"),

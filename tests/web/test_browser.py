@@ -133,6 +133,13 @@ def test_stop_keeps_the_text_and_a_click_elsewhere_does_not_stop(tab, fake):
     shown = messages(tab).last.inner_text()
     expect_answer(tab, f"word{len(shown.split()) + 3}")
     assert fake.n_vanished == n_vanished
+    tab.get_by_role("button", name="新对话").click()  # where another answer comes meanwhile
+    ask(tab, "aside")
+    expect_answer(tab, "You said: aside (1 messages, tiny)")
+    api.expect(tab.get_by_text("word0")).to_have_count(0)
+    tab.get_by_role("button", name="slow one").click()
+    expect_answer(tab, "word30")
+    assert fake.n_vanished == n_vanished
     tab.get_by_role("button", name="停止").click()
     expect_answer(tab, "已停止")
     wait_until(lambda: fake.n_vanished == n_vanished + 1)
