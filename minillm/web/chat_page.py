@@ -30,8 +30,9 @@ def draw_chat_page(t, client: Client, session: Session) -> None:
             t("system"), session.chat.system, key=f"system_{session.chat.id}", help=t("system_note"), height=80
         )
         _draw_files(t, session)
-    if session.wants_answer:
+    if session.take_question():
         session.receive(_start(client, session, settings))
+    n_drawn = session.n_complete
     turns = session.chat.turns()
     if not turns:
         st.header(t("greeting"))
@@ -41,7 +42,7 @@ def draw_chat_page(t, client: Client, session: Session) -> None:
         st.bottom.button(t("stop"), key="stop", icon=":material/stop_circle:", on_click=session.stop)
     st.chat_input(t("write_here"), key="question", on_submit=lambda: session.ask(st.session_state.question or ""))
     _keep(session)
-    _draw_growing_answers(t, session)
+    _draw_growing_answers(t, session, n_drawn)
 
 
 def _start(client: Client, session: Session, settings: Settings) -> Answer:
@@ -49,22 +50,26 @@ def _start(client: Client, session: Session, settings: Settings) -> Answer:
     return Answer(client, request)
 
 
-def _draw_growing_answers(t, session: Session) -> None:
+def _draw_growing_answers(t, session: Session, n_drawn: int) -> None:
     """Draw the answer of the chat that is shown again and again; then the page once more, with all there is to click.
 
     Answers in other chats grow too. A click breaks this loop off where it draws and runs the page from the top; the
     answers do not notice.
+
+    Args:
+        n_drawn: ``session.n_complete`` when the page was drawn. Its own value tells that an answer is complete, even if
+            the thread of an earlier click was the one to collect it.
     """
-    if not session.answers:
-        return
     box = st.chat_message("assistant").empty() if session.answer else st.empty()
-    while not session.collect():
-        messages = {chat_id: answer.look() for chat_id, answer in session.answers.items()}
+    while session.answers and session.n_complete == n_drawn:
         with box.container():
-            if session.answer:
-                _draw_answer(t, messages[session.chat.id], is_running=True)
+            if answer := session.answer:
+                _draw_answer(t, answer.look(), is_running=True)
+        session.look()
         time.sleep(LOOK_EVERY_S)
-    st.rerun()
+        session.collect()
+    if session.n_complete != n_drawn:
+        st.rerun()
 
 
 def _keep(session: Session) -> None:

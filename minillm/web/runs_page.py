@@ -48,8 +48,7 @@ def _last_change(path: Path) -> float:
 
 
 def _draw_runs(t: Words, paths: dict[str, Path], x: str, session: Session) -> None:
-    for answer in session.answers.values():
-        answer.look()  # somebody still waits for it, on the other page
+    session.look()  # the answers on the other page go on
     if not paths:
         return
     runs = [_read(path, name, _signature(path)) for name, path in paths.items()]

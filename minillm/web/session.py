@@ -1,10 +1,12 @@
 """``Session``: what one browser tab has on the chat page, apart from the settings of its widgets.
 
-Nothing here is shared between tabs, and nothing here draws.
+Nothing here is shared between tabs, and nothing here draws. After a click Streamlit draws the page in a new thread,
+while the old one goes on until it draws the next thing: for a moment both are at work here.
 """
 
 import contextlib
 import json
+import threading
 from dataclasses import dataclass, field
 
 from minillm.errors import UserError
@@ -12,13 +14,15 @@ from minillm.web import chats
 from minillm.web.answer import Answer
 from minillm.web.chats import Chat
 
+STOP_S = 5.0  # until an answer that was stopped has ended; then it is taken as it is
+
 
 @dataclass
 class Session:
     """The chats of a tab, newest first, and the answers that are being received.
 
     Attributes:
-        answers: by the id of their chat. wants_answer: whether the chat that is shown has a question to be sent.
+        answers: by the id of their chat. n_complete: answers that were put into their chats so far.
         editing: number of the turn that is being edited, in that chat. problem: with the file that was imported.
         stored: the text that the tab keeps, as ``dump`` made it; None until the tab has told it.
     """
@@ -26,10 +30,12 @@ class Session:
     chats: list[Chat] = field(default_factory=lambda: [Chat()])
     current_id: str = ""
     answers: dict[str, Answer] = field(default_factory=dict)
-    wants_answer: bool = False
+    n_complete: int = 0
     editing: int | None = None
     problem: str = ""
     stored: str | None = None
+    _has_question: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def chat(self) -> Chat:
@@ -67,31 +73,49 @@ class Session:
         if question.strip():
             self.stop()
             self.chat.ask(question, turn=turn)
-            self.wants_answer, self.editing = True, None
+            self._has_question, self.editing = True, None
 
     def ask_again(self) -> None:
         """Have the last question answered anew."""
         self.stop()
         self.chat.drop_answer()
-        self.wants_answer, self.editing = True, None
+        self._has_question, self.editing = True, None
+
+    def take_question(self) -> bool:
+        """Return whether the chat that is shown has a question to be sent; True once per question."""
+        with self._lock:
+            has_question, self._has_question = self._has_question, False
+        return has_question
 
     def receive(self, answer: Answer) -> None:
         """Let ``answer`` be that of the chat that is shown."""
-        self.answers[self.chat.id], self.wants_answer = answer, False
+        self.answers[self.chat.id] = answer
 
     def stop(self) -> None:
         """Stop the answer of the chat that is shown; what came of it stays."""
         if answer := self.answer:
             answer.stop()
-            answer.wait()
-            self.collect()
+            answer.wait(STOP_S)
+            self._put(answer, self.chat)
 
-    def collect(self) -> bool:
-        """Put the answers that are complete into their chats; return whether there was one."""
-        complete = [chat for chat in self.chats if chat.id in self.answers and not self.answers[chat.id].is_running]
-        for chat in complete:
-            chat.messages += self.answers.pop(chat.id).look()
-        return bool(complete)
+    def look(self) -> None:
+        """Tell the answers that somebody still waits for them."""
+        for answer in list(self.answers.values()):
+            answer.look()
+
+    def collect(self) -> None:
+        """Put the answers that are complete into their chats."""
+        for chat in list(self.chats):
+            answer = self.answers.get(chat.id)
+            if answer and not answer.is_running:
+                self._put(answer, chat)
+
+    def _put(self, answer: Answer, chat: Chat) -> None:
+        with self._lock:
+            if self.answers.get(chat.id) is answer:  # otherwise another thread was faster
+                del self.answers[chat.id]
+                chat.messages += answer.look()
+                self.n_complete += 1
 
     def add(self, text: str | bytes) -> int:
         """Add the chats of an exported file before the others, show the first, and return how many there were.

@@ -1,5 +1,8 @@
 """The chats of a tab: new, shown, deleted, asked, stopped, and kept over a reload."""
 
+import threading
+import time
+
 import pytest
 
 from minillm.errors import UserError
@@ -14,7 +17,7 @@ def with_answers(*questions: str) -> Session:
     for question in questions:
         session.new_chat()
         session.ask(question)
-        session.wants_answer = False
+        assert session.take_question()
         session.chat.messages.append({"role": "assistant", "content": f"re {question}"})
     return session
 
@@ -47,9 +50,11 @@ def test_a_new_question_stops_the_answer_and_keeps_it(server):
         pass
     session.ask("next")
     assert [message["role"] for message in session.chat.messages] == ["user", "assistant", "user"]
-    assert session.wants_answer
+    assert session.take_question()
+    assert not session.take_question()
     assert not session.answers
     session.ask("   ")
+    assert not session.take_question()
     assert len(session.chat.messages) == 3
 
 
@@ -60,8 +65,9 @@ def test_answers_in_several_chats(server):
     session.new_chat()
     session.ask("two")
     start(session, server).wait(10)
-    assert session.collect()
-    assert not session.collect()
+    session.collect()
+    session.collect()
+    assert session.n_complete == 2
     texts = [chat.messages[1]["content"] for chat in session.chats]
     assert ["two" in text for text in texts] == [True, False]
 
@@ -72,7 +78,7 @@ def test_answer_again_and_edit():
     session.chat.messages.append({"role": "assistant", "content": "re b"})
     session.ask_again()
     assert [message["content"] for message in session.chat.messages] == ["a", "re a", "b"]
-    assert session.wants_answer
+    assert session.take_question()
     session.ask("A", turn=0)
     assert [message["content"] for message in session.chat.messages] == ["A"]
 
@@ -107,3 +113,28 @@ def test_import():
     assert session.chat.title == "y"
     with pytest.raises(UserError, match="holds no chats"):
         session.add(to_json([Chat()]))
+
+
+class Complete:
+    """An answer that takes a moment to say that it is complete."""
+
+    @property
+    def is_running(self) -> bool:
+        time.sleep(0.05)
+        return False
+
+    def look(self) -> list[dict]:
+        return [{"role": "assistant", "content": "slowly"}]
+
+
+def test_threads_of_two_clicks_collect_an_answer_once():
+    session = Session()
+    session.ask("one")
+    session.receive(Complete())
+    threads = [threading.Thread(target=session.collect) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [message["role"] for message in session.chat.messages] == ["user", "assistant"]
+    assert session.n_complete == 1
