@@ -23,7 +23,7 @@ class WebArguments:
     lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """For serve_api.py, if it is started: an adapter, as NAME=ADAPTER; may be given several times."""
     server_flags: str = ""
-    """Further flags for serve_api.py, if it is started, in quotes: "--max_queue 8 --num_threads 2"."""
+    """Further flags for serve_api.py, if it is started: --server_flags="--max_queue 8 --num_threads 2"."""
     api_key: str = ""
     """Key that the server asks for (default: the variable MINILLM_API_KEY)."""
     save_dir: str = "out"

@@ -1,17 +1,24 @@
 """The two pages behind ``web_demo.py``, and how Streamlit is started to show them."""
 
+import functools
+import shlex
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from minillm.cli.command_line import parse
+from minillm.cli.web_arguments import WebArguments
 from minillm.errors import UserError, missing_package
 from minillm.web import st
 from minillm.web.chat_page import draw_chat_page
+from minillm.web.client import Client
 from minillm.web.runs_page import draw_runs_page
 from minillm.web.server import ServerKeeper
 from minillm.web.session import Session
 from minillm.web.words import LANGUAGES, Words
 
+_PREPARING = threading.Lock()  # tyro, for one, parses in one thread at a time
 # Streamlit's own stop button ends the page's program, not the answer; and it flickers where a page refreshes.
 STYLE = "<style>[data-testid=stStatusWidget]{display:none}</style>"
 
@@ -39,12 +46,49 @@ def start_streamlit(program: str, argv: Sequence[str], *, host: str, port: int) 
     cli.main(["run", program, *flags, "--", *argv], prog_name="streamlit")
 
 
-def draw_app(keeper: ServerKeeper, directory: Path) -> None:
-    """Draw the page that the visitor has chosen, in the language that the visitor has chosen.
+def prepare(argv: Sequence[str], server_program: Path) -> tuple[WebArguments, ServerKeeper]:
+    """Return the arguments and the keeper of the server: the same objects for all visitors.
 
     Args:
-        directory: holds the runs.
+        server_program: what is started if no server answers.
+
+    Raises:
+        UserError, SystemExit: a wrong flag or address.
     """
+    with _PREPARING:
+        return _prepare(tuple(argv), server_program)
+
+
+@functools.cache
+def _prepare(argv: tuple[str, ...], server_program: Path) -> tuple[WebArguments, ServerKeeper]:
+    args = parse(WebArguments, list(argv))
+    client = Client(args.server, api_key=args.key)
+    command = _server_command(args, client, server_program) if args.start_server else []
+    return args, ServerKeeper(client, command, api_key=args.key)
+
+
+def _server_command(args: WebArguments, client: Client, program: Path) -> list[str]:
+    command = [sys.executable, str(program), "--host", client.host, "--port", str(client.port)]
+    command += ["--save_dir", args.save_dir, "--grace_s", "5"]  # with the page, those who wait for answers go
+    command += ["--model", args.model] if args.model else []
+    for adapter in args.lora:
+        command += ["--lora", adapter]
+    return command + shlex.split(args.server_flags)
+
+
+def draw_app(argv: Sequence[str], server_program: Path) -> None:
+    """Draw the page that the visitor has chosen, in the language that the visitor has chosen.
+
+    The arguments are those of ``prepare``; what is wrong with them is what the page shows.
+    """
+    try:
+        args, keeper = prepare(argv, server_program)
+    except UserError as error:
+        st.error(str(error))
+        return
+    except SystemExit:  # tyro has printed what is wrong, or the help
+        st.error(f"wrong flags: {shlex.join(argv)}; the terminal says more")
+        return
     session = st.session_state.setdefault("session", Session())
     default = "zh" if (st.context.locale or "").startswith("zh") else "en"
     with st.sidebar:
@@ -68,7 +112,7 @@ def draw_app(keeper: ServerKeeper, directory: Path) -> None:
 
     def runs() -> None:
         st.set_page_config(page_title="minillm", layout="wide")
-        draw_runs_page(t, directory, session)
+        draw_runs_page(t, Path(args.save_dir), session)
 
     pages = [
         st.Page(chat, title=t("chat"), icon=":material/chat:", url_path="chat", default=True),

@@ -37,7 +37,9 @@ def draw_runs_page(t: Words, directory: Path, session: Session) -> None:
         st.info(t("no_runs", directory=directory))
     else:
         newest = next(iter(names))
-        chosen = st.multiselect(t("which_runs"), list(names), [newest], key="which_runs", persist_state="session")
+        chosen = st.multiselect(
+            t("which_runs"), list(names), [newest], key="which_runs", persist_state="session", placeholder=t("choose")
+        )
     draw = functools.partial(_draw_runs, t, {name: names[name] for name in chosen} if names else {}, x, session)
     st.fragment(draw, run_every=REFRESH_S if is_live else None)()
 

@@ -1,7 +1,6 @@
 """``ServerKeeper``: finds the server at an address, or starts one and stops it when this process ends."""
 
 import atexit
-import functools
 import os
 import shlex
 import subprocess
@@ -18,12 +17,6 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 START_S = 600.0  # a large model takes minutes to load
 STOP_S = 15.0  # the server finishes what runs, or returns it
 N_LINES = 20  # of the output of a server that died
-
-
-@functools.cache
-def server_keeper(url: str, api_key: str, command: tuple[str, ...]) -> "ServerKeeper":
-    """Return the keeper of the server at ``url``; the same one for all visitors of this process."""
-    return ServerKeeper(Client(url, api_key=api_key), command, api_key=api_key)
 
 
 class ServerKeeper:

@@ -41,7 +41,7 @@ def draw_settings(t, models: list[dict], tool_names: list[str]) -> Settings:
     )
     tools: list[str] = []
     if tool_names:
-        tools = _kept(st.multiselect, t, "tools", tool_names)
+        tools = _kept(st.multiselect, t, "tools", tool_names, placeholder=t("choose"))
     show_tokens = _kept(st.toggle, t, "show_tokens")
     with st.expander(t("sampling")):
         fields = {name: _kept(st.slider, t, name, *limits) for name, limits in SLIDERS.items()}

@@ -6,6 +6,7 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 WORDS = {
     "chat": ("Chat", "对话"),
     "runs": ("Training runs", "训练记录"),
+    "choose": ("none chosen", "未选择"),
     # the server
     "starting": ("Starting the server; a large model takes minutes to load …", "正在启动服务，模型较大时需要几分钟……"),
     "no_server": ("There is no server to talk to.", "没有可用的服务。"),

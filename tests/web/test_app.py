@@ -168,6 +168,21 @@ def test_no_server(free_port, tmp_path):
     assert app.button[-1].label == "Try again"
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--server", "nonsense"], "'nonsense' is not the address of a server"),
+        (["--port", "0"], "--port 0: must lie between 1 and 65535"),
+        (["--wrong", "1"], "wrong flags: --wrong 1; the terminal says more"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    """``streamlit run web_demo.py -- FLAGS`` checks them when the first visitor comes."""
+    app = AppTest.from_string(f"from web_demo import main\nmain({flags})", default_timeout=30).run()
+    assert not app.exception
+    assert message in app.error[0].value
+
+
 # ---- training runs -------------------------------------------------------------------------------
 
 
