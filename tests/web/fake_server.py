@@ -49,8 +49,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.fake
 
     def do_GET(self):
+        answers = {
+            "/health": {"status": "ok"},
+            "/v1/models": {"object": "list", "data": MODELS},
+            "/seen": {"n_requests": len(self.fake.requests), "n_vanished": self.fake.n_vanished},
+        }
         if self._is_allowed():
-            self._send(200, {"status": "ok"} if self.path == "/health" else {"object": "list", "data": MODELS})
+            self._send(200, answers[self.path])
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.web.fake_server import FakeServer
-
 pytest.importorskip("streamlit", reason="the pages need streamlit: pip install streamlit")
 api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright: pip install playwright")
 
@@ -26,19 +24,40 @@ PHONE = {"width": 390, "height": 844}
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
 
-def start(program: Path, *flags: str) -> tuple[subprocess.Popen, str]:
-    """Start ``web_demo.py``; return its process and the address of the page."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, str(program), "--port", str(port), *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "STREAMLIT_SERVER_HEADLESS": "true"},
-        cwd=program.parent,
-    )
-    url = f"http://127.0.0.1:{port}"
-    wait_until(lambda: answers(f"{url}/_stcore/health"), within_s=60)
-    return process, url
+class Page:
+    """``web_demo.py`` as its users start it, next to a ``serve_api.py`` that is the fake server.
+
+    Attributes:
+        url: of the page. server: address of the server that the page starts. runs: directory of the training runs.
+    """
+
+    def __init__(self, directory: Path):
+        shutil.copy(ROOT / "web_demo.py", directory)
+        shutil.copytree(ROOT / ".streamlit", directory / ".streamlit")
+        shutil.copy(Path(__file__).with_name("fake_server.py"), directory / "serve_api.py")
+        self.runs = directory / "out"
+        self.runs.mkdir()
+        with socket.socket() as one, socket.socket() as other:
+            ports = []
+            for probe in (one, other):
+                probe.bind(("127.0.0.1", 0))
+                ports.append(probe.getsockname()[1])
+        self.url, self.server = (f"http://127.0.0.1:{port}" for port in ports)
+        self.process = subprocess.Popen(
+            [sys.executable, "web_demo.py", "--port", str(ports[0]), "--server", self.server],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "STREAMLIT_SERVER_HEADLESS": "true"},
+            cwd=directory,
+        )
+        wait_until(lambda: answers(f"{self.url}/_stcore/health"), within_s=60)
+
+    def seen(self, name: str) -> int:
+        """Return what the server counts: ``n_requests`` or ``n_vanished``."""
+        return json.load(urllib.request.urlopen(f"{self.server}/seen", timeout=5))[name]
+
+    def end(self) -> None:
+        """Press Ctrl-C in the terminal."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30)
 
 
 def answers(url: str) -> bool:
@@ -56,23 +75,17 @@ def wait_until(condition, *, within_s: float = 10) -> None:
 
 
 @pytest.fixture(scope="module")
-def fake():
-    server = FakeServer()
-    yield server
-    server.close()
+def page(tmp_path_factory):
+    page = Page(tmp_path_factory.mktemp("page"))
+    assert not answers(f"{page.server}/health"), "a server is started when somebody comes"
+    yield page
+    if page.process.poll() is None:
+        page.end()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("out")
-
-
-@pytest.fixture(scope="module")
-def url(fake, runs):
-    process, url = start(ROOT / "web_demo.py", "--server", fake.url, "--start_server", "0", "--save_dir", str(runs))
-    yield url
-    process.terminate()
-    process.wait(20)
+def url(page) -> str:
+    return page.url
 
 
 @pytest.fixture(scope="module")
@@ -111,38 +124,38 @@ def expect_answer(tab, text: str | re.Pattern, *, number: int = -1) -> None:
     api.expect(messages(tab).nth(number)).to_contain_text(text, timeout=15_000)
 
 
-def test_a_conversation_and_a_reload(tab, fake):
+def test_a_conversation_and_a_reload(tab, page):
     ask(tab, "Hello there")
     expect_answer(tab, "You said: Hello there (1 messages, tiny)")
     ask(tab, "你好")
     expect_answer(tab, "You said: 你好 (3 messages, tiny)")
     api.expect(messages(tab)).to_have_count(4)
-    n_requests = len(fake.requests)
+    n_requests = page.seen("n_requests")
     tab.reload()
     expect_answer(tab, "You said: 你好 (3 messages, tiny)")
     api.expect(messages(tab)).to_have_count(4)
-    assert len(fake.requests) == n_requests, "a reload asks nothing"
+    assert page.seen("n_requests") == n_requests, "a reload asks nothing"
 
 
-def test_stop_keeps_the_text_and_a_click_elsewhere_does_not_stop(tab, fake):
-    n_vanished = fake.n_vanished
+def test_stop_keeps_the_text_and_a_click_elsewhere_does_not_stop(tab, page):
+    n_vanished = page.seen("n_vanished")
     ask(tab, "slow one")
     expect_answer(tab, "word3")
     tab.get_by_text("中文").click()  # runs the whole page again
     api.expect(tab.get_by_role("button", name="停止")).to_be_visible()
     shown = messages(tab).last.inner_text()
     expect_answer(tab, f"word{len(shown.split()) + 3}")
-    assert fake.n_vanished == n_vanished
+    assert page.seen("n_vanished") == n_vanished
     tab.get_by_role("button", name="新对话").click()  # where another answer comes meanwhile
     ask(tab, "aside")
     expect_answer(tab, "You said: aside (1 messages, tiny)")
     api.expect(tab.get_by_text("word0")).to_have_count(0)
     tab.get_by_role("button", name="slow one").click()
     expect_answer(tab, "word30")
-    assert fake.n_vanished == n_vanished
+    assert page.seen("n_vanished") == n_vanished
     tab.get_by_role("button", name="停止").click()
     expect_answer(tab, "已停止")
-    wait_until(lambda: fake.n_vanished == n_vanished + 1)
+    wait_until(lambda: page.seen("n_vanished") == n_vanished + 1)
     assert "word0 word1" in messages(tab).last.inner_text()
     ask(tab, "next")
     expect_answer(tab, "You said: next (3 messages, tiny)")
@@ -208,8 +221,8 @@ def test_the_dark(browser, url):
     context.close()
 
 
-def test_a_run_is_shown_while_it_runs(tab, runs, url):
-    directory = runs / "pretrain_8"
+def test_a_run_is_shown_while_it_runs(tab, page, url):
+    directory = page.runs / "pretrain_8"
     directory.mkdir()
     (directory / "run.yaml").write_text('{"stage": "pretrain", "resolved": {"total_steps": 1000}}')
     with open(directory / "metrics.jsonl", "w") as file:
@@ -223,20 +236,8 @@ def test_a_run_is_shown_while_it_runs(tab, runs, url):
     api.expect(tab.locator(".vega-embed canvas, .vega-embed svg").first).to_be_visible()
 
 
-def test_the_server_is_started_and_ends_with_the_page(browser, tmp_path, free_port):
-    shutil.copy(ROOT / "web_demo.py", tmp_path)
-    shutil.copy(Path(__file__).with_name("fake_server.py"), tmp_path / "serve_api.py")
-    server = f"http://127.0.0.1:{free_port}"
-    process, url = start(tmp_path / "web_demo.py", "--server", server)
-    try:
-        assert not answers(f"{server}/health"), "not before somebody comes"
-        context = browser.new_context(locale="en-US")
-        tab = context.new_page()
-        tab.goto(url)
-        api.expect(tab.get_by_text("What would you like to ask?")).to_be_visible(timeout=30_000)
-        assert answers(f"{server}/health")
-        context.close()
-    finally:
-        process.send_signal(signal.SIGINT if os.name != "nt" else signal.CTRL_C_EVENT)
-        process.wait(20)
-    assert not answers(f"{server}/health")
+def test_the_server_ends_with_the_page(tab, page):
+    api.expect(tab.get_by_text("What would you like to ask?")).to_be_visible(timeout=15_000)
+    assert answers(f"{page.server}/health")
+    page.end()
+    assert not answers(f"{page.server}/health")
