@@ -3,6 +3,8 @@
 import json
 import time
 
+import pytest
+
 from minillm.web.answer import MAX_ROUNDS, Answer, add_chunk
 from minillm.web.client import Client
 
@@ -115,3 +117,6 @@ def test_calls_come_in_parts_and_several_at_once():
         {"name": "units", "arguments": "{}"},
     ]
     assert [call["id"] for call in message["tool_calls"]] == ["a", "b"]
+    for index in (-1, 10**9):  # would fill the memory
+        with pytest.raises(IndexError):
+            add_chunk(message, {"choices": [{"delta": {"tool_calls": [{"index": index}]}}]})
