@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_page():  # Streamlit runs this file for each visitor and after each click
         draw_app(argv, SERVER)
     else:
-        args, _ = prepare(argv, SERVER)  # reports what is wrong
+        args, _, _ = prepare(argv, SERVER)  # reports what is wrong
         start_streamlit(__file__, argv, host=args.host, port=args.port)
 
 

@@ -26,6 +26,8 @@ class WebArguments:
     """Further flags for serve_api.py, if it is started: --server_flags="--max_queue 8 --num_threads 2"."""
     api_key: str = ""
     """Key that the server asks for (default: the variable MINILLM_API_KEY)."""
+    tools: str = ""
+    """Python file with functions that a model may be offered (default: calculator, clock, units)."""
     save_dir: str = "out"
     """Directory that holds the run directories."""
     host: str = "127.0.0.1"

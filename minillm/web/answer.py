@@ -6,11 +6,11 @@ must not hold the stream: a thread does, and the page looks at what came so far 
 
 import threading
 import time
-from collections.abc import Callable
 
+from minillm.serving.tools import Toolbox, tool_loop
 from minillm.web.client import Client, ServerError, Stream
 
-MAX_ROUNDS = 6  # of tools in one answer
+MAX_ROUNDS = 5  # of tools in one answer
 MAX_CALLS = 32  # of tools in one round
 PATIENCE_S = 15.0  # without anybody who looks: the tab was closed
 
@@ -20,22 +20,15 @@ class Answer:
 
     Args:
         request: of the chat completion; its ``messages`` end with the question.
-        call_tool: from the name of a tool and its arguments (JSON) to its result or what is wrong with the call.
+        toolbox: what the model may call; its tools are run here.
 
     Attributes:
         error: what went wrong; empty if nothing did.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        request: dict,
-        *,
-        call_tool: Callable[[str, str], str] | None = None,
-        patience_s: float = PATIENCE_S,
-    ):
+    def __init__(self, client: Client, request: dict, *, toolbox: Toolbox, patience_s: float = PATIENCE_S):
         self.error = ""
-        self._client, self._request, self._call_tool, self._patience_s = client, request, call_tool, patience_s
+        self._client, self._request, self._toolbox, self._patience_s = client, request, toolbox, patience_s
         self._messages: list[dict] = []
         self._stream: Stream | None = None
         self._is_stopped = False
@@ -66,7 +59,7 @@ class Answer:
             self._stream.close()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return when nothing more comes."""
+        """Return when nothing more comes, or after ``timeout_s``."""
         self._thread.join(timeout_s)
 
     def _watch(self) -> None:
@@ -76,33 +69,34 @@ class Answer:
             self._thread.join(min(0.5, self._patience_s / 4))
 
     def _run(self) -> None:
-        for _ in range(MAX_ROUNDS):
-            message = {"role": "assistant", "content": "", "info": {"model": self._request["model"]}}
-            with self._lock:
-                self._messages.append(message)
-            try:
-                self._receive(message)
-            except ServerError as error:
-                self.error = message["info"]["error"] = str(error)
-                return
-            calls = message.get("tool_calls")
-            if not calls or self._is_stopped or self._call_tool is None:
-                return
-            for call in calls:
-                function = call["function"]
-                result = self._call_tool(function["name"], function["arguments"])
-                with self._lock:
-                    self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-        self.error = message["info"]["error"] = f"the model called tools {MAX_ROUNDS} times without an answer"
-
-    def _receive(self, message: dict) -> None:
-        start, info, n_pieces = time.monotonic(), message["info"], 0
-        sent = [{key: value for key, value in each.items() if key != "info"} for each in self._messages[:-1]]
-        self._stream = self._client.stream_chat(self._request | {"messages": self._request["messages"] + sent})
+        messages = self._request["messages"]
         try:
-            if self._is_stopped:  # before there was a stream to close
-                return
-            for chunk in self._stream:
+            for message in tool_loop(self._receive, messages, self._toolbox, max_rounds=MAX_ROUNDS):
+                if message["role"] == "tool":  # the others are there already
+                    self._add(message)
+            if self._messages[-1]["role"] == "tool":
+                self.error = f"the model called tools {MAX_ROUNDS + 1} times without an answer"
+        except _Stopped:
+            return
+        except ServerError as error:
+            self.error = str(error)
+        if self.error:
+            last = next(message for message in reversed(self._messages) if message["role"] == "assistant")
+            last["info"]["error"] = self.error
+
+    def _add(self, message: dict) -> None:
+        with self._lock:
+            self._messages.append(message)
+
+    def _receive(self, messages: list[dict], tools: list[dict]) -> dict:
+        """Ask the server once and return its whole message; meanwhile it grows in ``self._messages``."""
+        start, n_pieces, info = time.monotonic(), 0, {"model": self._request["model"]}
+        message = {"role": "assistant", "content": "", "info": info}
+        self._add(message)
+        request = self._request | {"messages": messages} | ({"tools": tools} if tools else {})
+        self._stream = self._client.stream_chat(request)
+        try:
+            for chunk in [] if self._is_stopped else self._stream:  # stopped before there was a stream to close
                 with self._lock:
                     try:
                         n_pieces += add_chunk(message, chunk)
@@ -113,9 +107,15 @@ class Answer:
                     info["seconds"] = time.monotonic() - start
                     info["n_tokens"] = (chunk.get("usage") or {}).get("completion_tokens") or n_pieces
         finally:
-            if self._is_stopped:
-                info["finish_reason"] = "stopped"
             self._stream.close()
+        if self._is_stopped:
+            info["finish_reason"] = "stopped"
+            raise _Stopped
+        return {key: value for key, value in message.items() if key != "info"}
+
+
+class _Stopped(Exception):
+    """Ends the loop of an answer that nobody wants any more."""
 
 
 def add_chunk(message: dict, chunk: dict) -> int:

@@ -4,12 +4,15 @@ import functools
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minillm.cli.command_line import parse
 from minillm.cli.web_arguments import WebArguments
 from minillm.errors import UserError, missing_package
+from minillm.serving.tools import Toolbox
+from minillm.serving.tools.examples import TOOLS
+from minillm.serving.tools.functions import load_functions
 from minillm.web import st
 from minillm.web.chat_page import draw_chat_page
 from minillm.web.client import Client
@@ -46,25 +49,25 @@ def start_streamlit(program: str, argv: Sequence[str], *, host: str, port: int) 
     cli.main(["run", program, *flags, "--", *argv], prog_name="streamlit")
 
 
-def prepare(argv: Sequence[str], server_program: Path) -> tuple[WebArguments, ServerKeeper]:
-    """Return the arguments and the keeper of the server: the same objects for all visitors.
+def prepare(argv: Sequence[str], server_program: Path) -> tuple[WebArguments, ServerKeeper, dict[str, Callable]]:
+    """Return the arguments, the keeper of the server, and the tools by name: the same objects for all visitors.
 
     Args:
         server_program: what is started if no server answers.
 
     Raises:
-        UserError, SystemExit: a wrong flag or address.
+        UserError, SystemExit: a wrong flag, address or file of tools.
     """
     with _PREPARING:
         return _prepare(tuple(argv), server_program)
 
 
 @functools.cache
-def _prepare(argv: tuple[str, ...], server_program: Path) -> tuple[WebArguments, ServerKeeper]:
+def _prepare(argv: tuple[str, ...], server_program: Path) -> tuple[WebArguments, ServerKeeper, dict[str, Callable]]:
     args = parse(WebArguments, list(argv))
     client = Client(args.server, api_key=args.key)
     command = _server_command(args, client, server_program) if args.start_server else []
-    return args, ServerKeeper(client, command, api_key=args.key)
+    return args, ServerKeeper(client, command, api_key=args.key), _find_tools(args.tools)
 
 
 def _server_command(args: WebArguments, client: Client, program: Path) -> list[str]:
@@ -76,13 +79,20 @@ def _server_command(args: WebArguments, client: Client, program: Path) -> list[s
     return command + shlex.split(args.server_flags)
 
 
+def _find_tools(path: str) -> dict[str, Callable]:
+    """Return the tools of a Python file by their names; of no file: the example tools."""
+    functions = load_functions(path) if path else TOOLS
+    schemas = [schema.get("function") or schema for schema in Toolbox(functions).schemas]
+    return {schema["name"]: function for schema, function in zip(schemas, functions, strict=True)}
+
+
 def draw_app(argv: Sequence[str], server_program: Path) -> None:
     """Draw the page that the visitor has chosen, in the language that the visitor has chosen.
 
     The arguments are those of ``prepare``; what is wrong with them is what the page shows.
     """
     try:
-        args, keeper = prepare(argv, server_program)
+        args, keeper, tools = prepare(argv, server_program)
     except UserError as error:
         st.error(str(error))
         return
@@ -104,7 +114,7 @@ def draw_app(argv: Sequence[str], server_program: Path) -> None:
         try:
             with st.spinner(t("starting")):
                 keeper.ensure()
-            draw_chat_page(t, keeper.client, session)
+            draw_chat_page(t, keeper.client, session, tools)
         except UserError as error:
             st.error(t("no_server"))
             st.code(str(error), language=None, wrap_lines=True)

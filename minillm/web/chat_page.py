@@ -2,8 +2,10 @@
 
 import re
 import time
+from collections.abc import Callable
 
 from minillm.errors import UserError
+from minillm.serving.tools import Toolbox
 from minillm.web import chats, st
 from minillm.web.answer import Answer
 from minillm.web.client import Client
@@ -16,8 +18,11 @@ LOOK_EVERY_S = 0.1
 _IMAGE = re.compile(r"!(?=\[)")
 
 
-def draw_chat_page(t, client: Client, session: Session) -> None:
+def draw_chat_page(t, client: Client, session: Session, tools: dict[str, Callable]) -> None:
     """Draw the page, then the answers that are being received until they are complete or something is clicked.
+
+    Args:
+        tools: functions that the visitor may offer to the model, by name.
 
     Raises:
         UserError: the server does not say which models it has.
@@ -25,13 +30,13 @@ def draw_chat_page(t, client: Client, session: Session) -> None:
     models = client.models()
     with st.sidebar:
         _draw_chats(t, session)
-        settings = draw_settings(t, models, [])
+        settings = draw_settings(t, models, list(tools))
         session.chat.system = st.text_area(
             t("system"), session.chat.system, key=f"system_{session.chat.id}", help=t("system_note"), height=80
         )
         _draw_files(t, session)
     if session.take_question():
-        session.receive(_start(client, session, settings))
+        session.receive(_start(client, session, settings, tools))
     n_drawn = session.n_complete
     turns = session.chat.turns()
     if not turns:
@@ -45,9 +50,9 @@ def draw_chat_page(t, client: Client, session: Session) -> None:
     _draw_growing_answers(t, session, n_drawn)
 
 
-def _start(client: Client, session: Session, settings: Settings) -> Answer:
+def _start(client: Client, session: Session, settings: Settings, tools: dict[str, Callable]) -> Answer:
     request = settings.fields | {"messages": session.chat.prompt(n_earlier=settings.n_earlier)}
-    return Answer(client, request)
+    return Answer(client, request, toolbox=Toolbox([tools[name] for name in settings.tools]))
 
 
 def _draw_growing_answers(t, session: Session, n_drawn: int) -> None:

@@ -135,7 +135,7 @@ def _pieces(word: str, body: dict):
         yield {"choices": 7}
     if body.get("tools") and (word == "loop" or (word == "tool" and messages[-1]["role"] == "user")):
         arguments = '{"expression": "6*7"}'
-        yield _chunk({"tool_calls": [_call(0, "call_a", "calculator", "")]})
+        yield _chunk({"tool_calls": [_call(0, "call_a", body["tools"][0]["function"]["name"], "")]})
         for start in range(0, len(arguments), 5):
             yield _chunk({"tool_calls": [{"index": 0, "function": {"arguments": arguments[start : start + 5]}}]})
         yield _chunk({}, finish_reason="tool_calls")

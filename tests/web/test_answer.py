@@ -1,19 +1,26 @@
 """An answer arrives by itself, calls tools, can be stopped, and stops when nobody looks."""
 
-import json
 import time
 
 import pytest
 
+from minillm.serving.tools import Toolbox
 from minillm.web.answer import MAX_ROUNDS, Answer, add_chunk
 from minillm.web.client import Client
 
-TOOLS = [{"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}]
+
+def calculator(expression: str) -> str:
+    """Calculate.
+
+    Args:
+        expression: to calculate.
+    """
+    return f"{expression}=42"
 
 
-def ask(server, question: str, *, fields: dict | None = None, **options) -> Answer:
+def ask(server, question: str, *, fields: dict | None = None, tools=(), **options) -> Answer:
     request = {"model": "tiny", "messages": [{"role": "user", "content": question}]} | (fields or {})
-    return Answer(Client(server.url), request, **options)
+    return Answer(Client(server.url), request, toolbox=Toolbox(tools), **options)
 
 
 def until(condition, *, within_s: float = 5) -> bool:
@@ -37,25 +44,23 @@ def test_text_thoughts_tokens_and_speed(server):
 
 
 def test_tools_are_called_until_the_model_answers(server):
-    def call_tool(name: str, arguments: str) -> str:
-        return f"{name} of {json.loads(arguments)['expression']}"
-
-    answer = ask(server, "tool", fields={"tools": TOOLS}, call_tool=call_tool)
+    answer = ask(server, "tool", tools=[calculator])
     answer.wait(10)
     calling, result, final = answer.look()
     function = {"name": "calculator", "arguments": '{"expression": "6*7"}'}
     assert calling["tool_calls"] == [{"id": "call_a", "type": "function", "function": function}]
-    assert result == {"role": "tool", "tool_call_id": "call_a", "content": "calculator of 6*7"}
-    assert final["content"] == "The tool says calculator of 6*7. "
+    assert result == {"role": "tool", "tool_call_id": "call_a", "name": "calculator", "content": "6*7=42"}
+    assert final["content"] == "The tool says 6*7=42. "
+    assert server.requests[0]["tools"] == Toolbox([calculator]).schemas
     second = server.requests[1]["messages"]
     assert [message["role"] for message in second] == ["user", "assistant", "tool"]
     assert all("info" not in message for message in second)
 
 
 def test_a_model_that_only_calls_tools_comes_to_an_end(server):
-    answer = ask(server, "loop", fields={"tools": TOOLS}, call_tool=lambda *_: "42")
+    answer = ask(server, "loop", tools=[calculator])
     answer.wait(10)
-    assert len(server.requests) == MAX_ROUNDS
+    assert len(server.requests) == MAX_ROUNDS + 1
     assert "without an answer" in answer.error
     assert answer.look()[-1]["role"] == "tool"
 

@@ -120,6 +120,21 @@ def test_tokens_on_demand(app, server):
     assert "&lt;b&gt;&amp;↵" in view
 
 
+def test_tools_are_offered_and_their_calls_shown(app, server):
+    ask(app, "tool")
+    assert "tools" not in server.requests[0]
+    app.multiselect(key="tools").set_value(["calculate"]).run()
+    ask(app, "tool again")
+    assert [tool["function"]["name"] for tool in server.requests[1]["tools"]] == ["calculate"]
+    (call,) = [expander for expander in app.expander if "Called" in expander.label]
+    assert [code.value for code in call.code] == ['{"expression": "6*7"}', "42"]
+    assert texts(app)[-1] == "The tool says 42."
+    ask(app, "and now?")  # the calls and results are part of the conversation
+    assert [message["role"] for message in server.requests[-1]["messages"][2:]] == [
+        "user", "assistant", "tool", "assistant", "user",
+    ]  # fmt: skip
+
+
 def test_thoughts_are_folded(app):
     ask(app, "think")
     (thoughts,) = [expander for expander in app.expander if expander.label == "Thoughts"]
@@ -172,6 +187,7 @@ def test_no_server(free_port, tmp_path):
     "flags, message",
     [
         (["--server", "nonsense"], "'nonsense' is not the address of a server"),
+        (["--tools", "missing.py"], "--tools missing.py: no such file"),
         (["--port", "0"], "--port 0: must lie between 1 and 65535"),
         (["--wrong", "1"], "wrong flags: --wrong 1; the terminal says more"),
     ],

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from minillm.errors import UserError
+from minillm.serving.tools import Toolbox
 from minillm.web.answer import Answer
 from minillm.web.chats import Chat, to_json
 from minillm.web.client import Client
@@ -24,7 +25,7 @@ def with_answers(*questions: str) -> Session:
 
 def start(session: Session, server) -> Answer:
     request = {"model": "tiny", "messages": session.chat.prompt(n_earlier=0)}
-    answer = Answer(Client(server.url), request)
+    answer = Answer(Client(server.url), request, toolbox=Toolbox([]))
     session.receive(answer)
     return answer
 
