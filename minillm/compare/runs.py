@@ -157,7 +157,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
     except OSError as error:
         raise UserError(f"cannot read {path / 'metrics.jsonl'}: {error.strerror}") from None
     rows = sorted((row for row in rows if row.get("split") in ("train", "valid")), key=lambda row: row["step"])
-    content = _read_yaml(path / "run.yaml")
+    content = read_run_file(path)
     loss = content.get("loss")
     return RunRecord(
         path=path,
@@ -169,10 +169,10 @@ def _read_run(path: Path, name: str) -> RunRecord:
     )
 
 
-def _read_yaml(path: Path) -> dict:
-    """Return the content of a ``run.yaml``; empty if it is missing or damaged."""
+def read_run_file(directory: Path) -> dict:
+    """Return the content of a run's ``run.yaml``; empty if it is missing or damaged."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load((directory / "run.yaml").read_text(encoding="utf-8"))
     except Exception:  # not only YAMLError and OSError: the library raises others for some invalid values
         return {}
     return content if isinstance(content, dict) else {}

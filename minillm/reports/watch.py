@@ -98,10 +98,6 @@ class Watch:
         rows = read_metrics(self.path)
         if not rows:
             return []
-        layers = rows[-1]["layers"]
-        table = [["layers", *FIGURES.values()]]
-        for kind, names in _kinds(layers).items():
-            table.append([f"{kind} ({len(names)})", *(_median_text(layers, names, key) for key in FIGURES)])
         about = (
             "Medians over the layers of each kind. ∇: norms of the gradients, clipped. m and √v: root mean squares of "
             "AdamW's exp_avg and of the root of exp_avg_sq. Step: mean size of AdamW's step in learning rates (1: all "
@@ -112,7 +108,7 @@ class Watch:
         title = f"Adapter at step {rows[-1]['step']}"
         special = "Tokens that the loss asks for in the training data; * marks the special ones."
         return [
-            Section(title, about, table, self.path.with_suffix(".png")),
+            Section(title, about, layer_table(rows[-1]["layers"]), self.path.with_suffix(".png")),
             Section(f"The {len(self.targets) - 1} most frequent targets", special, self.targets),
         ]
 
@@ -163,6 +159,19 @@ def target_table(counts: np.ndarray, tokenizer, *, n: int = N_TARGETS_SHOWN) -> 
     return [["id", "token", "times", "share"], *rows]
 
 
+def layer_table(layers: dict[str, dict]) -> list[list[str]]:
+    """Return the figures of a look as rows of text, with a head: medians over the layers of each kind.
+
+    Args:
+        layers: of a row of ``monitor.jsonl``.
+    """
+    head = ["layers", *FIGURES.values()]
+    return [head] + [
+        [f"{kind} ({len(names)})", *(_median_text(layers, names, key) for key in FIGURES)]
+        for kind, names in _kinds(layers).items()
+    ]
+
+
 def _median_text(layers: dict[str, dict], names: list[str], key: str) -> str:
     values = [layers[name][key] for name in names if layers[name][key] is not None]
     return f"{median(values):.3g}" if values else "-"
@@ -193,11 +202,9 @@ def draw_monitor(rows: list[dict], path, *, title: str) -> None:
         (axes[1, 1], "effective_rank", "effective rank of dW"),
         (axes[1, 2], "adam_step_B", "AdamW's steps of B, in learning rates"),
     )
-    kinds = _kinds(rows[-1]["layers"])
     for axis, key, name in panels:
-        for (kind, layers), color in zip(kinds.items(), COLORS * len(kinds), strict=False):
-            values = [[row["layers"][layer][key] for layer in layers] for row in rows]
-            middle = [median([v for v in some if v is not None] or [float("nan")]) for some in values]
+        curves = medians_by_kind(rows, key)
+        for (kind, middle), color in zip(curves.items(), COLORS * len(curves), strict=False):
             axis.plot(steps, middle, color=color, label=kind, linewidth=1.3)
         axis.set_title(name)
     axes[0, 0].set_title("gradient norm (clipped): median, 10-90 % of layers")
@@ -218,6 +225,15 @@ def draw_monitor(rows: list[dict], path, *, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def medians_by_kind(rows: list[dict], key: str) -> dict[str, list[float]]:
+    """Return for each kind of layer the median of a figure at each look; NaN where no layer of the kind has it."""
+    curves = {}
+    for kind, layers in _kinds(rows[-1]["layers"]).items():
+        values = [[row["layers"][layer][key] for layer in layers] for row in rows]
+        curves[kind] = [median([v for v in some if v is not None] or [float("nan")]) for some in values]
+    return curves
 
 
 def _kinds(names) -> dict[str, list[str]]:

@@ -108,6 +108,7 @@ def numbers_of_rows(page: Path) -> list[list[str]]:
         "docs/chat_templates",
         "docs/finetune-open-models",
         "docs/tools",
+        "docs/web",
     ],
 )
 def test_both_languages_have_the_same_commands_and_tables(page):

@@ -16,7 +16,7 @@ from minillm.serving.tools.toolbox import Toolbox
 
 
 def tool_loop(
-    generate_reply: Callable[[list[dict], list[dict]], str],
+    generate_reply: Callable[[list[dict], list[dict]], str | dict],
     messages: Sequence[dict],
     tools: Toolbox | Sequence[Callable],
     *,
@@ -30,8 +30,8 @@ def tool_loop(
 
     Args:
         generate_reply: takes the conversation and the tools in OpenAI's form, and returns the text of the assistant's
-            reply, calls included. It may show the text meanwhile (``ToolCallParser`` hides the calls). What it raises
-            ends the loop.
+            reply, calls included; or the message, if a server has found the calls already. It may show the text
+            meanwhile (``ToolCallParser`` hides the calls). What it raises ends the loop.
         messages: the conversation up to the question.
         tools: a ``Toolbox``, or functions for one with the default limits.
         max_rounds: of calls; the calls of one reply are a round.
@@ -52,16 +52,22 @@ def _messages(generate_reply, conversation: list[dict], toolbox: Toolbox, max_ro
 
     for n_rounds in range(max_rounds + 1):
         reply = generate_reply(list(conversation), toolbox.schemas)
-        content, calls = parse_tool_calls(reply, tools=toolbox.schemas)
-        if not calls:
-            yield added({"role": "assistant", "content": content})
+        message = reply if isinstance(reply, dict) else _parsed(reply, toolbox)
+        yield added(message)
+        if not message.get("tool_calls"):
             return
-        yield added({"role": "assistant", "content": content or None, "tool_calls": calls})
-        for call in calls:
+        for call in message["tool_calls"]:
             is_allowed = n_rounds < max_rounds
             result = toolbox.run(call) if is_allowed else f"error: not run, after {max_rounds} rounds of calls"
             name = call["function"]["name"]
             yield added({"role": "tool", "tool_call_id": call["id"], "name": name, "content": result})
+
+
+def _parsed(reply: str, toolbox: Toolbox) -> dict:
+    content, calls = parse_tool_calls(reply, tools=toolbox.schemas)
+    if not calls:
+        return {"role": "assistant", "content": content}
+    return {"role": "assistant", "content": content or None, "tool_calls": calls}
 
 
 def describe_message(message: dict) -> str:
