@@ -13,7 +13,8 @@ torch.manual_seed(0)
 query, key = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)  # each (B, T, H, K)
 
 
-def turned(x, position, config=config):
+def turned(x, position):
+    """Return x (B, T, H, K) turned as at a position."""
     return apply_rope(x, *rope_tables(torch.tensor([[position]]), config, dtype=x.dtype))
 
 
@@ -35,22 +36,20 @@ for name, length, scaling in (
         hidden_size=64, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4,
         max_position_embeddings=length, rope_scaling=scaling,
     )  # fmt: skip
-    last = torch.tensor([[length - 1]])
-    frequencies, _ = rope_frequencies(last, longer, dtype=torch.float64)
-    print(f"slowest angle, {name}: {float(last * frequencies[-1]):.3f}")
+    frequencies, _ = rope_frequencies(torch.tensor([[length - 1]]), longer, dtype=torch.float64)
+    print(f"slowest angle, {name}: {(length - 1) * float(frequencies[-1]):.3f}")
 
-# 4. Which token stood three places back? One layer, with positions and with all positions 0.
+# 4. Which token stood three places back? One layer, with its positions, and with all positions 0 (nothing is turned).
 V, T, B = 16, 24, 32
-counts = torch.zeros(4000, V)
 floor = 0.0
 tokens = torch.randint(V, (4000, T))
-for t in range(3, T):  # the entropy of a draw from the tokens before t
-    counts = torch.nn.functional.one_hot(tokens[:, :t], V).sum(dim=1) / t
-    floor += float(torch.special.entr(counts).sum(dim=1).mean()) / (T - 3)
+for t in range(3, T):  # without positions: any of the t tokens before, all equally likely
+    shares = torch.nn.functional.one_hot(tokens[:, :t], V).sum(dim=1) / t  # (rows, V)
+    floor += float(torch.special.entr(shares).sum(dim=1).mean()) / (T - 3)
 print(f"floor without positions: {floor:.3f}")
 
 
-def train(use_positions):
+def loss_after_training(use_positions):
     torch.manual_seed(0)
     model = Transformer(
         ModelConfig(vocab_size=V, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
@@ -60,8 +59,7 @@ def train(use_positions):
     position_ids = torch.arange(T)[None] * use_positions
     losses = []
     for step in range(400):
-        for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * min(1, (step + 1) / 20, (400 - step) / 100)
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20, (400 - step) / 100)
         ids = torch.randint(V, (B, T))
         targets = torch.full_like(ids, -100)
         targets[:, 3:] = ids[:, :-3]
@@ -69,9 +67,9 @@ def train(use_positions):
         (loss_sum / n_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss_sum / n_targets))
-    return sum(losses[-50:]) / 50
+        losses.append(loss_sum.item() / n_targets.item())
+    return sum(losses[-50:]) / 50  # fresh rows in every step, so this is no memory of them
 
 
-print(f"loss with RoPE: {train(True):.3f}")
-print(f"loss without RoPE: {train(False):.3f}")
+print(f"loss with RoPE: {loss_after_training(True):.3f}")
+print(f"loss without RoPE: {loss_after_training(False):.3f}")

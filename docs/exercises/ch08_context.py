@@ -1,0 +1,14 @@
+"""Chapter 8, exercise 2. 第 8 章，练习 2。
+
+MINILLM_EXERCISES=1 pytest tests/exercises/test_ch08.py
+"""
+
+
+def turns_seen(head_dim, theta, length):
+    """Return a list of head_dim / 2 numbers: the full turns of each pair on its way from position 0 to length.
+
+    A pair with less than one turn meets new angles when the context grows.
+
+    返回 head_dim / 2 个数的列表：从位置 0 走到 length，每一对转了几圈。不足一圈的，上下文变长时就会遇到新的角度。
+    """
+    raise NotImplementedError
