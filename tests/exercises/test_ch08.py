@@ -43,8 +43,7 @@ def test_rotate_pairs(candidate):
     torch.manual_seed(0)
     unit = torch.tensor([[1.0, 0, 0, 0]])
     turned = candidate(unit, torch.tensor([1]), 100.0)
-    if turned[0, 0] == pytest.approx(1.0):
-        pytest.fail("use the positions that are given: this row is not at position 0")
+    assert turned[0, 0] != 1, "use the positions that are given: this row is not at position 0"
     assert turned[0, 1] == 0, "number i is paired with number i + K/2, not with its neighbour"
     assert turned[0, 2] > 0, "counter-clockwise: (1, 0) becomes (cos, sin)"
     slow = candidate(torch.tensor([[0.0, 1, 0, 0]]), torch.tensor([1]), 100.0)
