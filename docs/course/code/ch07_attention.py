@@ -9,6 +9,8 @@ from minillm.losses import cross_entropy
 from minillm.model import Transformer
 from minillm.model.attention_plan import AttentionPlan, attend
 
+torch.set_num_threads(1)  # the matrices are small: more threads would wait for one another
+
 # 1. By hand, for four positions of one head of width 2.
 torch.manual_seed(0)
 q, k, v = torch.randn(3, 1, 1, 4, 2)  # each (B, H, T, K)

@@ -7,6 +7,8 @@ from minillm.losses import cross_entropy
 from minillm.model import Transformer
 from minillm.model.rope import apply_rope, rope_frequencies, rope_tables
 
+torch.set_num_threads(1)  # the matrices are small: more threads would wait for one another
+
 # 1. The score of a query and a key depends on the distance alone.
 config = ModelConfig(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4)  # K = 64
 torch.manual_seed(0)
