@@ -38,8 +38,8 @@ def silu_of_product(x, gate, up, down):
 def test_feed_forward(candidate):
     one = torch.ones(1, 1)
     assert float(candidate(one, 3 * one, 0 * one, one)) == 0, "gate and up are multiplied: up 0 lets nothing through"
-    large = float(candidate(one, 20 * one, 2 * one, one))
-    assert abs(large - 40) < 0.01, "silu of a gate of 20 is 20: the number times its sigmoid"
+    large = float(candidate(one, 20 * one, 20 * one, one))
+    assert abs(large - 400) < 0.01, "silu of a gate of 20 is 20: the number times its sigmoid"
     assert float(candidate(one, one, -30 * one, one)) < -20, "only the gate goes through silu, up keeps its sign"
     assert float(candidate(one, -one, one, one)) < -0.2, "a small negative gate lets a little through: silu(-1) = -0.27"
     torch.manual_seed(0)
