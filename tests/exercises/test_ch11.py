@@ -118,8 +118,8 @@ def finder(next_bias):
 
 
 def all_busy(next_bias):
-    moved = next_bias(torch.zeros(3), torch.tensor([1.0, 2.0, 6.0]), 0.1)
-    assert torch.allclose(moved, torch.tensor([0.1, 0.1, -0.1])), "an idle expert is needed to see it"
+    moved = next_bias(torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 6.0]), 0.1)
+    assert torch.allclose(moved, torch.tensor([0.1, 0.1, 0.0, -0.1])), "an idle expert is needed to see it"
 
 
 def the_idle_one(next_bias):
