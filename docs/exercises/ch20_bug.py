@@ -11,7 +11,7 @@ def buggy(student_logits, teacher_logits):
 
 
 def find_the_bug(forward_divergence):
-    """Assert something that a right ``forward_divergence(student_logits, teacher_logits)`` fulfils and ``buggy`` does not.
+    """Assert something that is true of a right ``forward_divergence`` and not of ``buggy`` (same arguments).
 
     写断言：正确的 forward_divergence 能通过，上面的 buggy 通不过。
     """
