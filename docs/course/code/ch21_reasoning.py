@@ -6,7 +6,7 @@ import random
 from minillm.data.reasoning import parse_reasoning, same_answer
 from minillm.evaluation import pass_at_k
 
-N_STEPS, N_TRIALS, N_TEST = 5, 100, 100
+N_STEPS, N_TRIALS, N_TEST = 5, 50, 100
 
 
 def apply(first: int, sign: str, second: int) -> int:
