@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "serving": {"config", "kernels", "model", "tokenizer", "data", "inference", "lora", "hub"},
     "evaluation": {"model", "losses", "tokenizer", "data", "inference", "serving", "hub", "cli"},
     "compare": {"reports"},
+    "explain": {"model", "reports"},
     "web": {"data", "reports", "compare", "serving", "cli"},
     "plan": {"config", "kernels", "model", "losses", "lora", "distributed", "hub", "cli"},
 }
