@@ -34,6 +34,11 @@ def test_both_languages_have_the_same_chapters():
     assert [page.name for page in chapters("en")] == [page.name for page in chapters("zh")]
 
 
+def _common(found: object) -> str:
+    """Return what both languages share of a match: without comments of commands and words in formulas."""
+    return re.sub(r"#[^\n]*|/(en|zh)/|\\text\{[^}]*\}|_zh", "", str(found))
+
+
 @pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: page.stem)
 def test_both_languages_say_the_same(english, chinese):
     texts = [page.read_text(encoding="utf-8") for page in (english, chinese)]
@@ -43,10 +48,7 @@ def test_both_languages_say_the_same(english, chinese):
         "files and symbols": r"`([\w/]+\.py(?:`, `\w[\w.]*)?)`",
         "formulas": r"\$\$(.+?)\$\$",
     }.items():
-        first, second = (sorted(map(str, re.findall(pattern, text, flags=re.S))) for text in texts)
-        first, second = (
-            [re.sub(r"#[^\n]*|/(en|zh)/|\\text\{[^}]*\}|_zh", "", item) for item in items] for items in (first, second)
-        )
+        first, second = (sorted(map(_common, re.findall(pattern, text, flags=re.S))) for text in texts)
         assert first == second, name
 
 
