@@ -3,6 +3,7 @@
 ``make test`` runs the commands of up to three seconds; ``make docs-check`` (``MINILLM_DOCS=1``) runs all of them.
 """
 
+import importlib.util
 import os
 import re
 
@@ -32,6 +33,14 @@ HEADINGS_ZH = ("问题", "先猜一猜", "数学", "代码在哪里", "动手运
 
 def test_both_languages_have_the_same_chapters():
     assert [page.name for page in chapters("en")] == [page.name for page in chapters("zh")]
+
+
+def test_contents_and_neighbours_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("contents", COURSE / "contents.py")
+    contents = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(contents)
+    stale = [str(path) for path, text in contents.written().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run python docs/course/contents.py"
 
 
 def _common(found: object) -> str:
