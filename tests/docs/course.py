@@ -12,6 +12,7 @@ A command that is run stands in a code block behind a comment, and what it must 
 The first number behind the quoted text must lie in the band. ``needs=demo``: it reads what ``make demo`` leaves.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -71,7 +72,9 @@ def examples(page: Path) -> list[Example]:
 def run(example: Example) -> str:
     """Run a command from the root with this Python; return what it prints, errors included."""
     words = [sys.executable if word == "python" else word for word in shlex.split(example.command)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60 + 10 * example.seconds)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # this checkout, whichever is installed
+    limit = 60 + 10 * example.seconds
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{example.command} ended with {done.returncode}:\n{output[-2000:]}"
     return output
