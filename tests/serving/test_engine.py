@@ -9,6 +9,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.errors import UserError
 from minillm.inference import SamplingOptions, complete, generate, stream
+from minillm.inference.sampling import process_logits
 from minillm.lora import apply_lora, save_lora
 from minillm.model import Transformer
 from minillm.serving import DraftModel, Engine, PromptLookup, QueueFullError
@@ -97,6 +98,75 @@ def test_speculation_keeps_greedy_ids(model, drafter):
     engine = Engine(model, n_pages=20, page_len=4, max_batch=6, max_batch_tokens=16, drafter=drafter)
     traffic(engine, model, n=60, seed=2, sampled=False)
     assert 0 < engine.stats.n_accepted < engine.stats.n_drafted
+
+
+class Every:
+    """A constraint that looks back: which tokens may come depends on those that came."""
+
+    def __init__(self, n: int):
+        self.n, self.total = n, 0
+
+    def allowed(self, vocab_size):
+        return (torch.arange(vocab_size) + self.total) % self.n == 0
+
+    def accept(self, token):
+        self.total += token + 1
+
+
+@torch.no_grad()
+def obvious(model, prompt, n: int, options, eos_ids, constraint) -> list[int]:
+    """Return a greedy answer by the slow definition: everything is read again for each token."""
+    ids = []
+    while len(ids) < n and not (ids and ids[-1] in eos_ids):
+        logits = model(torch.tensor([[*prompt, *ids]]))[0, -1]
+        if constraint is not None:
+            logits = logits.masked_fill(~constraint.allowed(len(logits)), float("-inf"))
+        seen = torch.zeros(1, len(logits), dtype=torch.bool)
+        seen[0, [*prompt, *ids]] = True
+        ids.append(int(process_logits(logits[None], options, seen).argmax()))
+        if constraint is not None:
+            constraint.accept(ids[-1])
+    return ids
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_engines_with_random_settings(seed, tmp_path):
+    rng = random.Random(seed)
+    shape = rng.choice([{}, {"sliding_window": 5}, {"num_experts": 4}, {"rope_scaling": YARN}])
+    model, adapted = tiny(seed, **shape), tiny(seed, **shape)
+    apply_lora(adapted, rank=2)
+    for name, parameter in adapted.named_parameters():
+        if ".lora." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(adapted, tmp_path / "a")
+    small = tiny(seed + 1, hidden_size=16, max_position_embeddings=24)
+    drafter = [None, PromptLookup(n_match=1), DraftModel(small, n_draft=3), DraftModel(model, n_draft=5)][seed % 4]
+    page_len = rng.choice([1, 3, 16])
+    n_pages, settings = (
+        -(-48 // page_len),
+        {"max_batch": rng.choice([2, 8]), "max_batch_tokens": rng.choice([1, 5, 24])},
+    )
+    engine = Engine(model, n_pages=n_pages, page_len=page_len, drafter=drafter, **settings)
+    engine.add_adapter("a", tmp_path / "a")
+    prefix, requests = [rng.randrange(97) for _ in range(9)], []
+    for _ in range(10):
+        prompt = rng.choice([[], prefix]) + [rng.randrange(97) for _ in range(rng.randrange(1, 9))]
+        options = SamplingOptions(temperature=0, repetition_penalty=rng.choice([1.0, 1.5]))
+        asked = {"eos_ids": rng.choice([(), (3, 5, 13, 77)]), "n": rng.randrange(1, 25)}
+        n, adapter = rng.choice([None, 5]), rng.choice([None, "a"])
+        own = {"eos_token_id": asked["eos_ids"], "max_new_tokens": asked["n"], "constraint": n and Every(n)}
+        request = engine.submit(prompt, sampling=options, adapter=adapter, n_logprobs=0, **own)
+        requests.append((request, asked | {"options": options, "constraint": n and Every(n)}))
+        for piece in engine.step():
+            assert len(piece.log_probs) == len(piece.ids)
+    engine.run()
+    assert engine.stats.n_free_pages == n_pages
+    for request, asked in requests:
+        used = model if request.adapter is None else adapted
+        assert request.new_ids == obvious(used, list(request.prompt_ids), **asked)
 
 
 def test_a_draft_model_that_is_the_model_is_always_right(model):
@@ -266,24 +336,6 @@ def test_drafts_longer_than_a_step(model):
         assert not engine.has_work
         for request in requests:
             assert request.new_ids == alone(model, list(request.prompt_ids), 8)
-
-
-def test_a_step_never_computes_more_than_its_budget(model):
-    engine = Engine(model, n_pages=18, page_len=2, max_batch=8, max_batch_tokens=6)
-    forward, counts = engine._forward, []
-
-    def counted(shares):
-        logits = forward(shares)
-        counts.append(engine.cache.position_ids.shape[1])
-        return logits
-
-    engine._forward = counted
-    engine.submit(range(34), max_new_tokens=2)  # read slowly, while younger ones answer and lose their pages to it
-    for n in range(3):
-        engine.submit([50 + n, 1], max_new_tokens=20)
-    engine.run()
-    assert engine.stats.n_preempted
-    assert max(counts) == 6
 
 
 def test_cached_tokens_are_those_of_others(model):
