@@ -15,6 +15,8 @@ from torch import Tensor
 from minillm.errors import UserError
 
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: dividing by it could overflow float32
+MAX_TEMPERATURE = 1e6  # all tokens are alike long before
+MAX_PENALTY = 1e3  # logits times or divided by it stay finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,17 @@ class SamplingOptions:
 
     def __post_init__(self):
         limits = {
-            "temperature": (0.0 <= self.temperature < math.inf, "must be 0 (greedy) or a positive number"),
+            "temperature": (
+                0.0 <= self.temperature <= MAX_TEMPERATURE,
+                f"must be 0 (greedy) or a positive number up to {MAX_TEMPERATURE:,.0f}",
+            ),
             "top_k": (self.top_k >= 0 and self.top_k % 1 == 0, "must be 0 (off) or a whole number"),
             "top_p": (0.0 < self.top_p <= 1.0, "must be above 0 and at most 1 (1 is off)"),
             "min_p": (0.0 <= self.min_p <= 1.0, "must lie between 0 (off) and 1"),
-            "repetition_penalty": (0.0 < self.repetition_penalty < math.inf, "must be positive (1 is off)"),
+            "repetition_penalty": (
+                1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY,
+                f"must lie between {1 / MAX_PENALTY:g} and {MAX_PENALTY:,.0f} (1 is off)",
+            ),
         }
         for name, (is_valid, rule) in limits.items():
             if not is_valid:

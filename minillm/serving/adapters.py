@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from minillm.errors import UserError
 from minillm.lora.more.files import read_fitting_adapter
@@ -43,6 +44,7 @@ class ServedAdapters:
         self.spans: list[tuple[str, int, int]] = []
         self._n_added = 0
         self._numbers: dict[str, int] = {}  # of each adapter; another one of the same name has another number
+        self._hooks: dict[str, RemovableHandle] = {}  # of each layer that an adapter changes
 
     def add(self, name: str, path: str | Path) -> None:
         """Load an adapter (a directory of ours or peft's, or a flat ``.pth``).
@@ -67,14 +69,15 @@ class ServedAdapters:
         self._n_added += 1
         self._numbers[name] = self._n_added
         for layer, module in modules.items():
-            module.forward = functools.partial(_forward, module, self, layer)
+            if layer not in self._hooks:  # a hook, since a second engine on the same model adds its own
+                self._hooks[layer] = module.register_forward_hook(functools.partial(_add_parts, self, layer))
 
     def remove(self, name: str) -> None:
         """Forget an adapter; layers that no other adapter changes are as before."""
         self.check_known(name)
         mine = self.layers.pop(name)
         for layer in mine.keys() - {layer for other in self.layers.values() for layer in other}:
-            del self.model.get_submodule(layer).forward
+            self._hooks.pop(layer).remove()
 
     def check_known(self, name: str) -> None:
         """Raise UserError unless there is an adapter of this name."""
@@ -105,11 +108,10 @@ class ServedAdapters:
             self.spans.clear()
 
 
-def _forward(layer: nn.Linear, adapters: ServedAdapters, name: str, x: Tensor) -> Tensor:
-    """Compute an adapted layer, (1, N, in) → (1, N, out)."""
-    y = F.linear(x, layer.weight, layer.bias)
+def _add_parts(adapters: ServedAdapters, name: str, layer: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> None:
+    """Add the adapters' parts to what a layer makes, y (1, N, out), of its inputs, (1, N, in)."""
+    (x,) = inputs
     for adapter, start, end in adapters.spans:
         if low_rank := adapters.layers[adapter].get(name):
             part = F.linear(F.linear(x[:, start:end], low_rank.a.to(x.dtype)), low_rank.b.to(x.dtype))
             y[:, start:end] += (low_rank.scaling * part.to(torch.promote_types(part.dtype, torch.float32))).to(y.dtype)
-    return y

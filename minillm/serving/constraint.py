@@ -67,6 +67,7 @@ class ConstraintMaker:
             if self._vocabulary is None:
                 self._vocabulary = guidance.LLTokenizer(_Vocabulary(self.tokenizer))
         matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        matcher.compute_bitmask()  # some grammars fail only here, and large ones take their time here
         if matcher.is_error():
             raise UserError(f"{what} cannot be used: {matcher.get_error().strip().splitlines()[0][:300]}")
         return TokenConstraint(matcher, self.tokenizer)
@@ -100,6 +101,7 @@ class TokenConstraint:
             bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # the lowest bit is the first id
             n_known = min(vocab_size, self._tokenizer.vocab_size)
             mask[:n_known] = bits.flatten()[:n_known].bool()
+        mask[self._end_ids] = False  # a grammar that fails allows its own end token, here or there
         mask[self._end_ids] = may_end or not bool(mask.any())
         return mask
 

@@ -102,6 +102,10 @@ class Engine:
             )
         is_alone = (config.rope_scaling or {}).get("rope_type") == "dynamic"
         if is_alone:  # its angles depend on the longest sequence of a pass, and stored keys keep theirs
+            if drafter is not None:
+                raise UserError(
+                    "with rope_type dynamic a draft would change the angles of the answer before it: take no drafter"
+                )
             max_batch, max_batch_tokens = 1, config.max_position_embeddings
         if n_pages is None:
             n_tokens = min(max_batch * config.max_position_embeddings, 65_536)
@@ -158,8 +162,11 @@ class Engine:
             raise QueueFullError(f"{self.max_queue} requests are waiting already (max_queue): try again later")
         if n_logprobs is not None and not 0 <= n_logprobs <= MAX_LOGPROBS:
             raise UserError(f"n_logprobs {n_logprobs}: must lie between 0 and {MAX_LOGPROBS}")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed {seed}: must lie between -2**63 and 2**64 - 1")
         if adapter is not None:
             self.adapters.check_known(adapter)
+        prompt_ids = list(prompt_ids)  # the caller may go on with its own list
         answer = new_answer(
             self.model.config,
             prompt_ids,
@@ -234,8 +241,8 @@ class Engine:
         chunks = []
         for share in shares:
             request = share.request
-            ids = [*request.ids[request.n_stored : share.end], *share.draft.ids]
-            chunks.append(Chunk(ids, request.n_stored, [page.number for page in request.pages]))
+            ids = [*request.ids[share.start : share.end], *share.draft.ids]
+            chunks.append(Chunk(ids, share.start, [page.number for page in request.pages]))
         if self._can_decode(shares, chunks):
             return self._decoded(chunks)
         tokens = self.cache.plan(chunks)  # (1, N)
@@ -287,9 +294,9 @@ class Engine:
             tokens = check_draft(request.answer, share.draft, rows) if n_draft else [token]
             pieces.append(self._push(request, tokens, rows))
             self.stats.n_drafted += n_draft
-            self.stats.n_accepted += max(0, len(pieces[-1].ids) - 1)
-            if request.finish_reason == "error":
-                self.cache.clear([page.number for page in request.pages])
+            self.stats.n_accepted += sum(a == b for a, b in zip(pieces[-1].ids, share.draft.ids, strict=False))
+            if request.finish_reason == "error":  # nobody may read its keys; pages that others read were not its own
+                self.cache.clear(self.pool.forget(request.pages))
             else:
                 self.scheduler.stored(request, request.n_tokens - 1)
             if request.finish_reason is not None:

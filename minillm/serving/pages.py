@@ -58,9 +58,8 @@ class PagePool:
     def take(self) -> Page:
         """Return an empty page for one user; there must be a free one. What it held is forgotten."""
         _, page = self._free.popitem(last=False)
-        if page.key is not None:
-            del self._known[page.key]
-        page.n_users, page.key, page.prefix = 1, None, None
+        page.n_users = 1
+        self.forget([page])
         return page
 
     def release(self, pages: Sequence[Page]) -> None:
@@ -69,6 +68,15 @@ class PagePool:
             page.n_users -= 1
             if page.n_users == 0:
                 self._free[page.number] = page
+
+    def forget(self, pages: Sequence[Page]) -> list[int]:
+        """Let nobody find those of ``pages`` that have a single user; return their numbers."""
+        own = [page for page in pages if page.n_users == 1]
+        for page in own:
+            if page.key is not None:
+                del self._known[page.key]
+            page.key, page.prefix = None, None
+        return [page.number for page in own]
 
     def find(self, ids: Sequence[int], root: Hashable) -> list[Page]:
         """Return the pages that hold the beginning of ``ids``, each with one user more.

@@ -57,6 +57,7 @@ class Request:
     n_stored: int = 0
     n_cached: int = 0
     """Tokens of the prompt that were found in shared pages when the request first ran."""
+    has_run: bool = False
     is_cancelled: bool = False
     root: tuple = ()
     """What the content of its pages depends on besides the tokens: the adapter."""

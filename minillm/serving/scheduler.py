@@ -16,9 +16,10 @@ from minillm.serving.speculate import NO_DRAFT, Draft
 
 
 class Share(NamedTuple):
-    """A request's part of a step: its tokens from ``n_stored`` to ``end``, then the draft, which it may yet reject."""
+    """A request's part of a step: its tokens from ``start`` to ``end``, then the draft, which it may yet reject."""
 
     request: Request
+    start: int
     end: int
     draft: Draft
 
@@ -26,6 +27,11 @@ class Share(NamedTuple):
     def is_last(self) -> bool:
         """Return whether the share reaches the request's last token, so that the next one can be chosen."""
         return self.end == self.request.n_tokens
+
+    @property
+    def n_computed(self) -> int:
+        """Return how many tokens of the step's budget it takes."""
+        return self.end - self.start + len(self.draft.ids)
 
 
 class Scheduler:
@@ -52,9 +58,9 @@ class Scheduler:
                 share = self._share(request, budget)
                 if share is not None and self._make_room(request, share):
                     shares[request.number] = share
-                    budget -= _n_computed(share)
+                    budget -= share.n_computed
                 for number in set(shares) - {r.number for r in self.running}:
-                    budget += _n_computed(shares.pop(number))
+                    budget += shares.pop(number).n_computed
         while self.waiting and budget > 0 and len(self.running) < self.max_batch:
             request = self.waiting[0]
             self._find_prefix(request)
@@ -65,8 +71,10 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(request)
             self._take_pages(request, share)
+            if not request.has_run:
+                request.has_run, request.n_cached = True, request.n_stored
             shares[request.number] = share
-            budget -= _n_computed(share)
+            budget -= share.n_computed
         self.running.sort(key=lambda r: r.number)
         return list(shares.values())
 
@@ -103,11 +111,12 @@ class Scheduler:
             return None
         n_missing = request.n_tokens - request.n_stored
         if n_missing > budget:
-            return Share(request, request.n_stored + budget, NO_DRAFT)
+            return Share(request, request.n_stored, request.n_stored + budget, NO_DRAFT)
         draft = self.propose(request) if self.propose is not None else NO_DRAFT
+        draft = draft._replace(ids=draft.ids[: self.max_tokens - 1])  # more would never find room
         if n_missing + len(draft.ids) > budget:  # the last token waits for a step that has room for both
-            return Share(request, request.n_tokens - 1, NO_DRAFT) if n_missing > 1 else None
-        return Share(request, request.n_tokens, draft)
+            return Share(request, request.n_stored, request.n_tokens - 1, NO_DRAFT) if n_missing > 1 else None
+        return Share(request, request.n_stored, request.n_tokens, draft)
 
     def _find_prefix(self, request: Request) -> None:
         """Give a request that has no pages those that hold its beginning already."""
@@ -115,8 +124,6 @@ class Scheduler:
             request.pages = self.pool.find(request.ids, request.root)
             request.n_shared = len(request.pages)
             request.n_stored = request.n_shared * self.pool.page_len
-            if not request.new_ids:
-                request.n_cached = request.n_stored
 
     def _n_missing(self, request: Request, share: Share) -> int:
         """Return the number of pages that a request lacks for its share."""
@@ -141,7 +148,3 @@ class Scheduler:
     def _drop_pages(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages, request.n_stored, request.n_shared = [], 0, 0
-
-
-def _n_computed(share: Share) -> int:
-    return share.end - share.request.n_stored + len(share.draft.ids)

@@ -58,7 +58,7 @@ class PromptLookup:
         if n_draft < 1 or n_match < 1:
             raise UserError(f"n_draft {n_draft}, n_match {n_match}: both must be at least 1")
         self.n_draft, self.n_match = n_draft, n_match
-        self._places: dict[int, tuple[int, dict[tuple, int]]] = {}  # by request: tokens read; what follows where
+        self._places: dict[Request, tuple[int, dict[tuple, int]]] = {}  # tokens read; what follows where
 
     def propose(self, request: Request) -> Draft:
         """Return what followed the last tokens before, if they occurred before."""
@@ -66,16 +66,16 @@ class PromptLookup:
         ids, n = request.ids, self.n_match
         if n_draft < 1 or len(ids) <= n:
             return NO_DRAFT
-        n_read, places = self._places.get(request.number, (n, {}))
+        n_read, places = self._places.get(request, (n, {}))
         for end in range(n_read, len(ids)):  # the last tokens themselves do not count: nothing follows them yet
             places[tuple(ids[end - n : end])] = end
-        self._places[request.number] = (len(ids), places)
+        self._places[request] = (len(ids), places)
         start = places.get(tuple(ids[-n:]))
         return NO_DRAFT if start is None else Draft(ids[start : start + n_draft])
 
     def forget(self, request: Request) -> None:
         """Drop the places of a request that has ended."""
-        self._places.pop(request.number, None)
+        self._places.pop(request, None)
 
 
 class DraftModel:
@@ -89,8 +89,8 @@ class DraftModel:
         if n_draft < 1:
             raise UserError(f"n_draft {n_draft}: must be at least 1")
         self.model, self.n_draft = model, n_draft
-        self._caches: dict[int, tuple[KVCache, list[int]]] = {}  # by request: its keys and values, and whose they are
-        self._drafts: dict[int, tuple[int, Draft]] = {}  # by request: a draft that no step had room for
+        self._caches: dict[Request, tuple[KVCache, list[int]]] = {}  # keys and values, and whose they are
+        self._drafts: dict[Request, tuple[int, Draft]] = {}  # drafts that no step had room for, at which length
 
     def propose(self, request: Request) -> Draft:
         """Return what the smaller model would say."""
@@ -98,23 +98,23 @@ class DraftModel:
         n_draft = min(self.n_draft, request.n_allowed - 1, self.model.config.max_position_embeddings - n_tokens)
         if n_draft < 1:
             return NO_DRAFT
-        if self._drafts.get(request.number, (0,))[0] != n_tokens:
-            self._drafts[request.number] = (n_tokens, self._guess(request, n_draft))
-        return self._drafts[request.number][1]
+        if self._drafts.get(request, (0,))[0] != n_tokens:
+            self._drafts[request] = (n_tokens, self._guess(request, n_draft))
+        return self._drafts[request][1]
 
     def forget(self, request: Request) -> None:
         """Drop the keys and values of a request that has ended."""
-        self._caches.pop(request.number, None)
-        self._drafts.pop(request.number, None)
+        self._caches.pop(request, None)
+        self._drafts.pop(request, None)
 
     @torch.inference_mode()
     def _guess(self, request: Request, n_draft: int) -> Draft:
         answer, ids = request.answer, request.ids
         device = next(self.model.parameters()).device
-        if request.number not in self._caches:
+        if request not in self._caches:
             max_len = min(len(answer.prompt) + answer.limit, self.model.config.max_position_embeddings)
-            self._caches[request.number] = KVCache(self.model.config, batch_size=1, max_len=max_len, device=device), []
-        cache, known = self._caches[request.number]
+            self._caches[request] = KVCache(self.model.config, batch_size=1, max_len=max_len, device=device), []
+        cache, known = self._caches[request]
         n_known = 0
         while n_known < min(len(known), len(ids) - 1) and known[n_known] == ids[n_known]:
             n_known += 1
@@ -136,7 +136,7 @@ class DraftModel:
                 seen[0, token] = True
             draft.append(token)
             new = [token]
-        self._caches[request.number] = cache, [*ids, *draft[:-1]]
+        self._caches[request] = cache, [*ids, *draft[:-1]]
         return Draft(draft, torch.stack(probabilities) if probabilities else None)
 
 

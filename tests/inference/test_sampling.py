@@ -151,7 +151,7 @@ def test_low_precision_logits_are_processed_in_float32_and_float64_stays():
 @pytest.mark.parametrize(
     "bad",
     [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1},
-     {"min_p": -0.1}, {"repetition_penalty": 0.0}],
+     {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": 1e-300}, {"temperature": 1e300}],
 )  # fmt: skip
 def test_bad_options_are_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minillm.errors import UserError
-from minillm.serving.constraint import ConstraintMaker
+from minillm.serving.constraint import ConstraintMaker, TokenConstraint
 from minillm.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
 from tests.foreign.layouts import make_tokenizer
 
@@ -120,9 +120,24 @@ def test_a_forced_call_is_one_of_the_tools(tmp_path):
     assert texts == {call.format(name, n) for name in ("add", "mul") for n in (1, 22)}
 
 
+def test_a_grammar_that_fails_on_its_way_ends_the_answer(tmp_path):
+    class Failed:
+        """A matcher as it is behind an error: of all tokens it allows one that ends."""
+
+        def compute_bitmask(self):
+            bits = sum(1 << token for token in tokenizer.end_ids[:1])
+            return bits.to_bytes(-(-tokenizer.vocab_size // 32) * 4, "little")
+
+        is_stopped = is_accepting = staticmethod(lambda: False)
+
+    tokenizer = load_tokenizer(make_tokenizer("qwen3", tmp_path))
+    mask = TokenConstraint(Failed(), tokenizer).allowed(tokenizer.vocab_size + 3)
+    assert mask.nonzero().flatten().tolist() == sorted(tokenizer.end_ids)
+
+
 def test_what_cannot_be_kept_is_refused(tmp_path):
     maker = ConstraintMaker(load_tokenizer(make_tokenizer("gpt2", tmp_path)))
-    for schema in ({"type": "nonsense"}, {"type": "object", "properties": 3}, {"$ref": "#/nowhere"}):
+    for schema in ({"type": "nonsense"}, {"type": "object", "properties": 3}, {"$ref": "#/nowhere"}, {"$ref": "#"}):
         with pytest.raises(UserError, match="JSON schema cannot be used"):
             maker.json(schema)
     with pytest.raises(UserError, match="lacks <tool_call>"):
