@@ -60,6 +60,13 @@ class Arguments:
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
 
 
+def tokenizer_of(vocab_size: int):
+    """Return a tokenizer with so many tokens, trained on random words; other programs want one that fits the model."""
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(97, 123, (40_000, 5), dtype=torch.uint8, generator=generator)
+    return train_bpe((bytes(word.tolist()).decode() for word in letters), vocab_size=vocab_size)
+
+
 def prompts_of(model, n: int, *, shortest: int = 16, longest: int = 96) -> list[list[int]]:
     """Return ``n`` random prompts of evenly spread lengths."""
     generator = torch.Generator().manual_seed(0)
@@ -210,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = load_model(args.model_path).eval(), load_tokenizer(args.model_path)
     else:
         model = Transformer(ModelConfig.preset(args.shape)).eval()
-        tokenizer = train_bpe(iter(["a"]), vocab_size=267)
+        tokenizer = tokenizer_of(model.config.vocab_size)
     results = {"clients": measure_clients(args, model)}
     clients = results["clients"]
     rows = [["", "tokens/s", "ratio", "same ids"]]

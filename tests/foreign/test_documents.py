@@ -11,10 +11,12 @@ import eval_model
 import train_pretrain
 from minillm.cli.arguments import PretrainArguments
 from minillm.data import TextRows, read_records
+from minillm.data.schema import Prompt
 from minillm.evaluation import perplexity
 from minillm.hub.huggingface import load_model
 from minillm.hub.weights import create_model
 from minillm.inference import samples
+from minillm.inference.chat import ChatModel
 from minillm.tokenizer import load_tokenizer
 from tests.foreign.layouts import LAYOUTS, make_tokenizer
 from tests.foreign.models import make_model
@@ -104,7 +106,8 @@ def test_rows_hold_both_tokens_of_every_document(packing, texts, tmp_path):
 def test_completion_and_samples_begin_like_a_document(layout, texts, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(make_tokenizer(layout, tmp_path / "t"))
     ids = tokenizer.encode(TEXTS[0])
-    prompt = eval_model.encode_prompt(SimpleNamespace(model_mode=0), tokenizer, TEXTS[0])
+    chat_model = ChatModel(model=None, tokenizer=tokenizer, completes_text=True)
+    prompt = eval_model.encode_prompt(SimpleNamespace(model_mode=0), chat_model, Prompt(content=TEXTS[0]))
     assert prompt == tokenizer.document(ids)[:-1]
     seen = {}
 

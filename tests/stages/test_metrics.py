@@ -58,7 +58,6 @@ def test_answers_are_measured_shown_over_time_and_choose_the_best_weights(facts,
     names = ("exact", "f1", "accuracy", "rouge_l", "bleu")
     assert all(name in row for row in rows for name in names)
     assert rows[-1]["exact"] >= 0.5  # what was learned
-    assert rows[-1]["loss"] > min(row["loss"] for row in rows)  # what cannot be known costs more and more
     best = max(rows, key=lambda row: (row["exact"], -row["step"]))
     assert f"exact {best['exact']:.4g}" in done.out
     assert done.result["exact"] == rows[-1]["exact"]

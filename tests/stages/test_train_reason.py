@@ -83,7 +83,7 @@ def test_tags_weigh_more_in_training_and_not_in_validation(tuned, reason):
 
 
 def test_thoughts_are_learned_by_heart_in_their_form(tuned, reason):
-    reason(tuned, "--max_steps", "80", "--learning_rate", "2e-2", "--weight_decay", "0", "--save_interval", "0",
+    reason(tuned, "--max_steps", "160", "--learning_rate", "1e-2", "--weight_decay", "0", "--save_interval", "0",
            "--data_path", tuned.write(tuned.folder / "few.jsonl", thoughts(2, first=1)))  # fmt: skip
     model, tokenizer = load_model(tuned.run).eval(), tuned.tokenizer
     for record in thoughts(2, first=1):
