@@ -26,7 +26,7 @@ from minillm.tokenizer import train_bpe
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's pseudo terminals")
 ROOT = Path(__file__).parents[3]
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02]")
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b(\[[0-9;?]*)?$|[\x01\x02]")  # also one that has not come whole
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
 
 # A chat whose model repeats the question, or does what it says.
