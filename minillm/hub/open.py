@@ -178,11 +178,11 @@ def _find_weights(args: Any) -> tuple[Path, str]:
         has_experts=args.has_experts,
         any_width=args.hidden_size is None,
     )
-    return path, _directory_of_adapters(args.lora_name, save_dir, beside=str(path.parent))
+    return path, _directory_of_adapters(args.lora_name, save_dir, model_dir=str(path.parent))
 
 
-def _directory_of_adapters(lora_name: str, save_dir: str, *, beside: str) -> str:
-    """Return ``save_dir``, or ``beside``, the directory of the model, if it has the adapters and ``save_dir`` none."""
+def _directory_of_adapters(lora_name: str, save_dir: str, *, model_dir: str) -> str:
+    """Return ``save_dir``, or the directory of the model if that has the adapters and ``save_dir`` none."""
     names = [part.partition(":")[0].strip() for part in lora_name.split(",")] if lora_name else []
-    in_save_dir, beside_model = ([adapters_called(n, save_dir=where) for n in names] for where in (save_dir, beside))
-    return beside if names and all(beside_model) and not any(in_save_dir) else save_dir
+    in_save_dir, in_model_dir = ([adapters_called(n, save_dir=where) for n in names] for where in (save_dir, model_dir))
+    return model_dir if names and all(in_model_dir) and not any(in_save_dir) else save_dir

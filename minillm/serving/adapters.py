@@ -61,7 +61,7 @@ class ServedAdapters:
         if others:
             raise UserError(
                 f"the adapter {path} is more than A and B of linear layers inside the blocks ({others[0]}), so it "
-                f"cannot run beside others: merge it (python -m minillm.lora merge) and serve the result"
+                f"cannot run with others in one batch: merge it (python -m minillm.lora merge) and serve the result"
             )
         device = next(self.model.parameters()).device
         factors = {layer: [adapter.tensors[f"{layer}.{key}"].to(device) for key in "AB"] for layer in modules}

@@ -1,4 +1,4 @@
-"""The chat page: chats beside, the conversation, and an answer that grows while it is looked at."""
+"""The chat page: chats at the side, the conversation, and an answer that grows while it is looked at."""
 
 import re
 import time
@@ -87,7 +87,7 @@ def _keep(session: Session) -> None:
         st.rerun()
 
 
-# ---- beside the conversation ---------------------------------------------------------------------
+# ---- next to the conversation --------------------------------------------------------------------
 
 
 def _draw_chats(t, session: Session) -> None:

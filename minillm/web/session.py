@@ -76,7 +76,7 @@ class Session:
             self._has_question, self.editing = True, None
 
     def ask_again(self) -> None:
-        """Have the last question answered anew."""
+        """Have the last question answered again."""
         self.stop()
         self.chat.drop_answer()
         self._has_question, self.editing = True, None

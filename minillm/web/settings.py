@@ -1,4 +1,4 @@
-"""How the answers are made: the widgets beside the chat, each with a line that explains it."""
+"""How the answers are made: the widgets next to the chat, each with a line that explains it."""
 
 from dataclasses import dataclass
 

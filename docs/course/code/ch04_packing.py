@@ -25,16 +25,16 @@ documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, -1, -1]])
 print(f"allowed pairs of the mask: {document_mask(documents).sum()}")
 print(f"position of the second document's first token: {document_positions(documents)[0, 5]}")
 
-# 4. A document beside another one gets the logits that it gets alone; without the mask it does not.
+# 4. A document next to another one gets the logits that it gets alone; without the mask it does not.
 torch.manual_seed(0)
 model = Transformer(ModelConfig.preset("demo")).eval()
 ids = torch.randint(1, 1024, (1, 8))
 row = documents[:, :8]
 with torch.no_grad():
     alone = model(ids[:, 5:])
-    beside = model(ids, document_ids=row)[:, 5:]
+    packed = model(ids, document_ids=row)[:, 5:]
     unmasked = model(ids)[:, 5:]
-print(f"difference, beside another document: {(beside - alone).abs().max():.6f}")
+print(f"difference, next to another document: {(packed - alone).abs().max():.6f}")
 print(f"difference without the mask is visible: {int((unmasked - alone).abs().max() > 1e-2)}")
 
 # 5. The test against seeing the future: change the last token, and no earlier logits may move.

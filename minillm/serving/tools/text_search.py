@@ -9,7 +9,7 @@ MAX_LINES = 10
 
 
 def search_in(path: str | Path, *, name: str = "search") -> Callable[[str], str]:
-    """Return a tool that finds lines of the text file ``path``; the file is read anew at every call.
+    """Return a tool that finds lines of the text file ``path``; the file is read again at every call.
 
     Args:
         name: of the tool.
