@@ -2,9 +2,8 @@
 
 import html
 import json
-import math
 
-from minillm.explain.text import number, row, shown
+from minillm.explain.text import COLUMNS, next_note, row, shown, total_row
 from minillm.explain.trace import Trace
 from minillm.explain.words import WORDS
 from minillm.reports.page import STYLE
@@ -70,7 +69,7 @@ def as_page(trace: Trace, tokenizer, config, language: str) -> str:
         '<div class="wide"><table id="map"></table></div>',
         *_experts(trace, tokens),
         _both("h2", lambda words: words["next"]),
-        _both("p", lambda words: _next_note(trace, config, words), "note"),
+        _both("p", lambda words: next_note(trace, config, words), "note"),
         _candidates(trace, tokenizer),
     ]
     return (
@@ -94,16 +93,13 @@ def _token(token: int, text: str) -> str:
 
 def _way(trace: Trace, tokenizer, words: dict[str, str]) -> str:
     """Return the table of all parts; a row's details are under the mouse."""
-    names = ("part", "shape", "parameters", "flops", "bytes", "time", "norm", "guess")
-    lines = ["<tr>" + "".join(f"<th>{html.escape(words[name])}</th>" for name in names) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{html.escape(words[name])}</th>" for name in COLUMNS) + "</tr>"]
     for part in trace.parts:
         lengths = "" if part.stream_norms is None else ", ".join(f"{value:.2f}" for value in part.stream_norms.tolist())
         details = f"{part.name}: {part.n_parameters:,} | {part.flops:,.0f} FLOPs | {part.n_bytes:,} B | {lengths}"
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row(part, tokenizer, words))
         lines.append(f'<tr title="{html.escape(details)}">{cells}</tr>')
-    sums = [number(trace.total(name)) for name in ("n_parameters", "flops", "n_bytes")]
-    cells = [words["total"], "", *sums, f"{trace.total('seconds') * 1e3:.2f} ms", "", ""]
-    lines.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in cells) + "</tr>")
+    lines.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in total_row(trace, words)) + "</tr>")
     return f'<div class="wide"><table class="lines">{"".join(lines)}</table></div>'
 
 
@@ -129,12 +125,6 @@ def _experts(trace: Trace, tokens: list[str]) -> list[str]:
         lines.append(f"<tr><th>{part.name}</th>{cells}</tr>")
     table = f'<div class="wide"><table class="lines">{"".join(lines)}</table></div>'
     return [_both("p", lambda words: words["experts_note"], "note"), table]
-
-
-def _next_note(trace: Trace, config, words: dict[str, str]) -> str:
-    return words["next_note"].format(
-        vocabulary=f"{config.vocab_size:,}", entropy=trace.entropy, choices=math.exp(trace.entropy)
-    )
 
 
 def _candidates(trace: Trace, tokenizer) -> str:

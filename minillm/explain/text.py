@@ -1,11 +1,13 @@
 """The explanation for a terminal."""
 
+import math
 import unicodedata
 
 from minillm.explain.trace import Part, Trace
 from minillm.explain.words import WORDS
 from minillm.terminal import BOLD, RESET, use_colour
 
+COLUMNS = ("part", "shape", "parameters", "flops", "bytes", "time", "norm", "guess")
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -14,15 +16,9 @@ def as_text(trace: Trace, tokenizer, config, language: str) -> str:
     words = WORDS[language]
     lines = [_heading(words["tokens"]), *_token_lines(trace, tokenizer)]
     lines += ["", _heading(words["way"])]
-    names = ("part", "shape", "parameters", "flops", "bytes", "time", "norm", "guess")
-    rows = [[words[name] for name in names]] + [row(part, tokenizer, words) for part in trace.parts]
-    sums = [number(trace.total(name)) for name in ("n_parameters", "flops", "n_bytes")]
-    rows.append([words["total"], "", *sums, f"{trace.total('seconds') * 1e3:.2f} ms", "", ""])
-    lines += table(rows)
-    note = words["next_note"].format(
-        vocabulary=f"{config.vocab_size:,}", entropy=trace.entropy, choices=2.718281828**trace.entropy
-    )
-    lines += ["", _heading(words["next"]), note]
+    rows = [[words[name] for name in COLUMNS]] + [row(part, tokenizer, words) for part in trace.parts]
+    lines += table([*rows, total_row(trace, words)])
+    lines += ["", _heading(words["next"]), next_note(trace, config, words)]
     for token, probability in trace.candidates:
         lines.append(f"{probability:7.2%}  {'█' * round(40 * probability):<40}  {shown(tokenizer, token)}")
     return "\n".join(lines)
@@ -37,6 +33,19 @@ def row(part: Part, tokenizer, words: dict[str, str]) -> list[str]:
         part_name(part, words), f"{came} → {went}", number(part.n_parameters), number(part.flops), number(part.n_bytes),
         f"{part.seconds * 1e3:.2f} ms", length, guess,
     ]  # fmt: skip
+
+
+def total_row(trace: Trace, words: dict[str, str]) -> list[str]:
+    """Return the cells of the row with the sums."""
+    sums = [number(trace.total(name)) for name in ("n_parameters", "flops", "n_bytes")]
+    return [words["total"], "", *sums, f"{trace.total('seconds') * 1e3:.2f} ms", "", ""]
+
+
+def next_note(trace: Trace, config, words: dict[str, str]) -> str:
+    """Return what is said above the most probable next tokens."""
+    return words["next_note"].format(
+        vocabulary=f"{config.vocab_size:,}", entropy=trace.entropy, choices=math.exp(trace.entropy)
+    )
 
 
 def part_name(part: Part, words: dict[str, str]) -> str:

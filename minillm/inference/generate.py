@@ -194,8 +194,12 @@ def _last_logits(model, tokens: Tensor, document_ids: Tensor | None, cache) -> T
     rows = torch.arange(tokens.shape[0], device=tokens.device)
 
     def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
-        used = hidden[rows, last]  # (B, T, D) -> (B, D); an adapted output layer has already made logits of them
-        return used if output_weight is None else torch.nn.functional.linear(used, output_weight)  # (B, V)
+        return output_logits(hidden[rows, last], output_weight)  # (B, T, D) -> (B, D) -> (B, V)
 
     out = model(tokens, document_ids=document_ids, cache=cache, head=head)
     return out if out.dim() == 2 else out[rows, last]  # a wrapped output layer ignores head: (B, T, V)
+
+
+def output_logits(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
+    """Return logits (n, V) of hidden states (n, D); without a weight they are logits: the layer has an adapter."""
+    return hidden if output_weight is None else torch.nn.functional.linear(hidden, output_weight)

@@ -25,30 +25,18 @@ class Chunk(NamedTuple):
 class PagedCache:
     """Keys and values (pages, L, G, K) per layer. The model uses it like a ``KVCache``; ``plan`` says what comes next.
 
+    They have the dtype in which the model makes them; under autocast that is not the weights'.
+
     Args:
-        n_pages: page 0 included. dtype: of the keys; None: that in which the model makes them (it is not that of its
-            weights under autocast).
+        n_pages: page 0 included.
     """
 
     mask, is_causal = None, False  # a ``KVCache`` has these instead of groups
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        n_pages: int,
-        page_len: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: ModelConfig, n_pages: int, page_len: int, *, device: torch.device):
         self.page_len, self.device, self.window = page_len, device, config.sliding_window
         self._shape = (n_pages, page_len, config.num_key_value_heads, config.head_dim)
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
-        if dtype is not None:
-            self._layers = [self._new(device, dtype) for _ in self._layers]
-
-    def _new(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return tuple(torch.zeros(self._shape, device=device, dtype=dtype) for _ in range(2))
 
     def plan(self, chunks: Sequence[Chunk], *, n_pages: int = 1) -> Tensor:
         """Plan one forward pass; return its tokens, (1, N): the chunks one behind the other.
@@ -117,7 +105,7 @@ class PagedCache:
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of a layer, each (1, G, N, K); return those of all pages, (pages, L, G, K)."""
         if self._layers[layer] is None:
-            self._layers[layer] = self._new(keys.device, keys.dtype)
+            self._layers[layer] = tuple(keys.new_zeros(self._shape) for _ in range(2))
         for pool, new in zip(self._layers[layer], (keys, values), strict=True):
             pool.view(-1, *pool.shape[2:]).index_copy_(0, self._slots, new[0].transpose(0, 1).to(pool.dtype))
         return self._layers[layer]

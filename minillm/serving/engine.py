@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minillm.errors import UserError
 from minillm.inference.answer import NOT_FINITE, Constraint, new_answer, next_tokens
-from minillm.inference.generate import evaluating, uncompiled
+from minillm.inference.generate import evaluating, output_logits, uncompiled
 from minillm.inference.sampling import SamplingOptions, row_uniforms
 from minillm.inference.text import check_stop
 from minillm.serving.adapters import ServedAdapters
@@ -255,8 +255,7 @@ class Engine:
         rows = torch.tensor(rows, dtype=torch.long, device=self.device)
 
         def head(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
-            used = hidden[0, rows]  # (1, N, D) → (rows, D)
-            return used if output_weight is None else torch.nn.functional.linear(used, output_weight)
+            return output_logits(hidden[0, rows], output_weight)  # (1, N, D) → (rows, D) → (rows, V)
 
         lengths = [(share.request.adapter, len(chunk.ids)) for share, chunk in zip(shares, chunks, strict=True)]
         with evaluating(self.model), uncompiled(), self.autocast(), self.adapters.active(lengths):
@@ -352,4 +351,4 @@ class Engine:
 
 def _all_logits(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
     """Return the logits (N, V) of all tokens (1, N)."""
-    return hidden[0] if output_weight is None else torch.nn.functional.linear(hidden[0], output_weight)
+    return output_logits(hidden[0], output_weight)

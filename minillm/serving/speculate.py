@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minillm.errors import UserError
 from minillm.inference.answer import Answer, next_logits
-from minillm.inference.generate import evaluating, uncompiled
+from minillm.inference.generate import evaluating, output_logits, uncompiled
 from minillm.inference.sampling import draw, process_logits
 from minillm.model import KVCache
 from minillm.serving.request import Request
@@ -142,8 +142,7 @@ class DraftModel:
 
 def _last(hidden: Tensor, output_weight: Tensor | None) -> Tensor:
     """Return the logits (1, V) behind the last token."""
-    used = hidden[:, -1]
-    return used if output_weight is None else torch.nn.functional.linear(used, output_weight)
+    return output_logits(hidden[:, -1], output_weight)
 
 
 def check_draft(answer: Answer, draft: Draft, logits: Tensor) -> Iterator[int]:
