@@ -1,7 +1,7 @@
 """Every published format in the tables of dataset/README.md and dataset/README_zh.md is read as the table says.
 
-The texts of the records tell what they are: Q a question (or a document), A an answer, B a worse one, S a system message, R a
-thought or a tool's result.
+The texts of the records tell what they are: Q a question (or a document), A an answer, B a worse one, S a system
+message, R a thought or a tool's result.
 """
 
 import json
