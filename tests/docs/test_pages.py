@@ -107,7 +107,9 @@ def flags_of(path: Path) -> set[str]:
     parsed = [
         node.args[0].id
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Name)
+        if isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.args[0], ast.Name)
         and (getattr(node.func, "id", "") == "parse" or getattr(node.func, "attr", "") == "cli")
     ]
     flags, todo = set(), [name for name in parsed if name in own]
