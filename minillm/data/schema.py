@@ -3,6 +3,7 @@
     {"text"}                                                     -> "text"        text
     {"conversations" or "messages": turns}                       -> "chat"        messages
     {"conversation": [{"system", "instruction", "input", "output"}]} -> "chat"    messages
+    {"conversation": [{"human", "assistant"}]}                   -> "chat"        messages
     {QUESTION, ANSWER}                                           -> "chat"        messages
     {"chosen", "rejected"}, two conversations                    -> "preference"  messages (shared), chosen, rejected
     {QUESTION or turns, "chosen", "rejected"}                    -> "preference"  messages (prompt), chosen, rejected
@@ -12,7 +13,7 @@
     QUESTION  "instruction" with "input" (Alpaca), "prompt", "query", "question", or "input" alone: a text
               ("prompt" may also be turns); "history", a list of [question, answer], may come before it
     ANSWER    "output", "completion", "response" or "answer": a text, or turns; "reasoning_content" may go with it
-    "label"   true or false, 1 or 0; also as "kto_tag"
+    "label"   true or false, 1 or 0; also as "kto_tag"; an object or a list is only a note
     "system"  or "system_prompt", with all forms except "text": a system turn at the beginning
     "tools"   or "functions", with all forms except "text": a list of the functions that the assistant may call
 
@@ -166,8 +167,11 @@ def _tools(value: dict) -> tuple[list[dict] | None, set[str]]:
 
 
 def _label(value: dict) -> tuple[bool | None, set[str]]:
-    """Return the label of a judged answer and its keys. The label of a text is only a note, such as its class."""
-    keys = _keys_in(value, ("label", "kto_tag"))
+    """Return the label of a judged answer and its keys.
+
+    The label of a text is only a note, such as its class, and so is a label that is an object or a list.
+    """
+    keys = [key for key in _keys_in(value, ("label", "kto_tag")) if not isinstance(value[key], (dict, list))]
     if not keys or not _has_turns(value):
         return None, set()
     for key in keys:
@@ -205,7 +209,8 @@ def _check_unused_keys(value: dict, used_keys: set[str], messages: list[dict]) -
 def _repeats_messages(item, messages: list[dict]) -> bool:
     if isinstance(item, str):
         contents = [(message.get("content") or "").strip() for message in messages]
-        return item.strip() in contents or all(content in item for content in contents)
+        # Line by line: a prompt with headings (Alpaca's "text") comes between an instruction and its input.
+        return item.strip() in contents or all(line in item for text in contents for line in text.splitlines())
     try:
         turns = normal_messages(item)
     except UserError:
@@ -326,27 +331,34 @@ def _turns(value: dict, key: str) -> tuple[list[dict], set[str]]:
 
 
 def _input_output_turns(items: list) -> list[dict]:
-    """Return the turns of ``{"conversation": [{"system", "instruction", "input", "output"}]}``."""
+    """Return the turns of ``{"conversation": [{"system", "instruction", "input", "output"}]}``.
+
+    ``input`` and ``output`` may also be called ``human`` and ``assistant``.
+    """
     messages = []
     for index, turn in enumerate(items):
-        if not isinstance(turn, dict) or "output" not in turn:
-            raise UserError(f"turn {index} of conversation must be an object with input and output")
+        is_object = isinstance(turn, dict)
+        question_key, answer_key = ("human", "assistant") if is_object and "assistant" in turn else ("input", "output")
+        if not is_object or answer_key not in turn:
+            raise UserError(
+                f"turn {index} of conversation must be an object with input and output, or human and assistant"
+            )
         for key, item in turn.items():
-            if key not in ("system", "instruction", "input", "output") and not is_empty(item):
+            if key not in ("system", "instruction", question_key, answer_key) and not is_empty(item):
                 raise UserError(f"an unknown key inside a turn: {key!r} of turn {index} would be lost; leave it out")
-        question = _instruction(turn)
+        question = _instruction(turn, question_key)
         if turn.get("system"):
             messages.append({"role": "system", "content": turn["system"]})
         if question:
             messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": turn["output"]})
+        messages.append({"role": "assistant", "content": turn[answer_key]})
     return messages
 
 
-def _instruction(value: dict) -> str:
-    parts = [value.get(key) or "" for key in ("instruction", "input")]
+def _instruction(value: dict, input_key: str = "input") -> str:
+    parts = [value.get(key) or "" for key in ("instruction", input_key)]
     if not all(isinstance(part, str) for part in parts):
-        raise UserError("instruction and input must be strings")
+        raise UserError(f"instruction and {input_key} must be strings")
     return "\n".join(filter(None, parts))
 
 

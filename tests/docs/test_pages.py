@@ -1,13 +1,15 @@
 """The pages agree with the repository: links and anchors lead somewhere; commands, flags, files and symbols exist."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md", ROOT / "dataset/README.md"]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"]
+PAGES += [*(ROOT / "dataset").glob("*.md")]
 SOURCES = [path for folder in ("minillm", "tests", "benchmarks", "dataset") for path in (ROOT / folder).rglob("*.py")]
 SOURCES += [*ROOT.glob("*.py"), *(ROOT / "docs").rglob("*.py")]
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.M | re.S)
@@ -84,9 +86,65 @@ def test_flags_exist():
         assert not flags - known, page
 
 
+# A command: an optional launcher with its own flags, then our program with the rest of the line.
+PROGRAM = re.compile(
+    r"\b(?:python|torchrun|deepspeed|streamlit run)(?: --?\w\S* [\w.:]+)* (-m minillm[\w.]*|[\w/]+\.py)\b(.*)"
+)
+
+
+@functools.cache
+def class_definitions() -> dict[str, ast.ClassDef]:
+    """Return the classes of all packages by name; those of ``minillm.cli`` have unique names."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "minillm").rglob("*.py")]
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@functools.cache
+def flags_of(path: Path) -> set[str]:
+    """Return the flags of a program: the fields of the class that it parses, or the parameters of its functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = class_definitions() | {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    parsed = [
+        node.args[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.args[0], ast.Name)
+        and (getattr(node.func, "id", "") == "parse" or getattr(node.func, "attr", "") == "cli")
+    ]
+    flags, todo = set(), [name for name in parsed if name in own]
+    if not todo:  # subcommands, which are functions; or a script whose main is elsewhere
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                flags |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+            if isinstance(node, ast.ImportFrom) and node.module == "minillm.web.app":
+                flags |= flags_of(ROOT / "minillm/web/app.py")
+    while todo:
+        node = own[todo.pop()]
+        flags |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+        todo += [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in own]
+    return flags | {"config", "help"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_program_has_the_flags_that_the_commands_give_it(page):
+    for command in commands(page):
+        for program, rest in PROGRAM.findall(command):
+            if program.startswith("-m"):
+                path = ROOT / program.removeprefix("-m ").replace(".", "/")
+                path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+            else:
+                path = ROOT / program
+            takes_the_flags_of_another_program = path.name == "harness.py" and rest.startswith(" run ")
+            if path.name not in NOT_HERE and path.exists() and not takes_the_flags_of_another_program:
+                given = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", rest.partition("#")[0]))
+                assert not given - flags_of(path), command
+
+
 def commands(page: Path) -> list[str]:
-    """Return the lines of a page's code blocks, without comments and runs of spaces."""
-    lines = [re.sub(r"(^|\s)#.*", "", line) for block in FENCE.findall(text_of(page)) for line in block.splitlines()]
+    """Return the commands of a page's code blocks, each in one line, without comments and runs of spaces."""
+    blocks = [re.sub(r"\\\n", " ", block) for block in FENCE.findall(text_of(page))]
+    lines = [re.sub(r"(^|\s)#.*", "", line) for block in blocks for line in block.splitlines()]
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
@@ -99,6 +157,8 @@ def numbers_of_rows(page: Path) -> list[list[str]]:
     "page",
     [
         "README",
+        "dataset/README",
+        "docs/faq",
         "docs/guide",
         "docs/tour",
         "docs/data",
