@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from minillm.cli.command_line import parse, script
+from minillm.cli.command_line import parse, require, script
 from minillm.cli.serve_arguments import ServeArguments
 from minillm.hub import open_model
 from minillm.hub.adapters import find_adapters
@@ -25,6 +25,7 @@ from minillm.model.sizes import describe_parameters
 from minillm.serving import DraftModel, Engine, PromptLookup
 from minillm.serving.api import create_app
 from minillm.serving.api.server import serve
+from minillm.serving.int8 import to_int8
 
 
 @script
@@ -38,7 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     drafter = None
     if args.draft:
         drafter = PromptLookup() if args.draft == "lookup" else DraftModel(open_model(args.draft, **how)[0])
-    compiles = next(model.parameters()).is_cuda if args.compile == "auto" else args.compile == "1"
+    is_int8, is_cuda = args.quantization == "int8", next(model.parameters()).is_cuda
+    if is_int8:
+        require(not is_cuda, "--quantization int8: is for a CPU; add --device cpu, or leave it out")
+        to_int8(model)
+    compiles = is_cuda or is_int8 if args.compile == "auto" else args.compile == "1"
     engine = Engine(
         model,
         tokenizer,
