@@ -75,9 +75,9 @@ def test_dot_products_equal_linear_layers(bias, n_rows, monkeypatch):
     linear, x = nn.Linear(24, 10, bias=bias), torch.randn(1, n_rows, 24)
     expected = linear(x)
     calls = []
-    monkeypatch.setattr(torch.Tensor, "sum", lambda self, *args, sum=torch.Tensor.sum: calls.append(0) or sum(self, *args))
+    summed = torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self, dim: calls.append(dim) or summed(self, dim))
     with DotProducts():
         found = linear(x)
-        assert DotProducts and torch.equal(nn.functional.linear(x, weight=linear.weight), x @ linear.weight.T)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert bool(calls) == (n_rows == 1)
