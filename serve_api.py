@@ -12,6 +12,7 @@ Standard error has one JSON line per request; /health and /metrics are for whoev
 running answers finish. docs/serving.md has clients, proxies and containers.
 """
 
+import signal
 import sys
 
 import torch
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: other machines can reach {args.host}, and there is no --api_key", file=sys.stderr)
 
     serve(app, host=args.host, port=args.port, grace_s=args.grace_s, on_start=announce)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C has nothing left to end
     print("ended")
 
 
