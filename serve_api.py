@@ -12,11 +12,12 @@ Standard error has one JSON line per request; /health and /metrics are for whoev
 running answers finish. docs/serving.md has clients, proxies and containers.
 """
 
+import signal
 import sys
 
 import torch
 
-from minillm.cli.command_line import parse, script
+from minillm.cli.command_line import parse, require, script
 from minillm.cli.serve_arguments import ServeArguments
 from minillm.hub import open_model
 from minillm.hub.adapters import find_adapters
@@ -25,6 +26,7 @@ from minillm.model.sizes import describe_parameters
 from minillm.serving import DraftModel, Engine, PromptLookup
 from minillm.serving.api import create_app
 from minillm.serving.api.server import serve
+from minillm.serving.int8 import to_int8
 
 
 @script
@@ -38,7 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     drafter = None
     if args.draft:
         drafter = PromptLookup() if args.draft == "lookup" else DraftModel(open_model(args.draft, **how)[0])
-    compiles = next(model.parameters()).is_cuda if args.compile == "auto" else args.compile == "1"
+    is_int8, is_cuda = args.quantization == "int8", next(model.parameters()).is_cuda
+    if is_int8:
+        require(not is_cuda, "--quantization int8: is for a CPU; add --device cpu, or leave it out")
+        to_int8(model)
+    compiles = is_cuda or is_int8 if args.compile == "auto" else args.compile == "1"
     engine = Engine(
         model,
         tokenizer,
@@ -73,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: other machines can reach {args.host}, and there is no --api_key", file=sys.stderr)
 
     serve(app, host=args.host, port=args.port, grace_s=args.grace_s, on_start=announce)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C has nothing left to end
     print("ended")
 
 

@@ -4,11 +4,13 @@
 
 Random weights, the same on both sides, prompts of one length (transformers would pad others). The sides take turns; a
 ratio is the median of the rounds' own ratios, above 1 where ours is faster. ``engine`` is the serving engine with all
-requests at once, ``compiled`` the same with compiled decode steps (the compilation is not timed). The last column is
-the share of the memory bandwidth that batch 1 of ``generate`` reaches: bytes of the weights read per second, over what
-a plain sum over a large array reads on this machine, in the same process.
+requests at once, ``compiled`` the same with compiled decode steps (the compilation is not timed), ``int8`` that with
+weights in eight bits, whose answers are its own. The last column is the share of the memory bandwidth that batch 1 of
+``compiled`` reaches: bytes of the weights read per second, over what a plain sum over a large array reads on this
+machine, in the same process.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from minillm.errors import missing_package
 from minillm.inference import generate
 from minillm.model import Transformer
 from minillm.serving import Engine
+from minillm.serving.int8 import to_int8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class Arguments:
     dtype: str = "float32"
     """Of weights and cache: float32 or bfloat16."""
     compile: bool = True
-    """A fourth side: the engine with compiled decoding (the compilation is not timed)."""
+    """Two more sides: the engine with compiled decoding (the compilation is not timed), and with int8 weights too."""
     output: str = "out/benchmarks/generate.json"
     """JSON file for the figures (empty: none)."""
 
@@ -85,10 +88,13 @@ def sides(args: Arguments, model: Transformer, prompts: list[list[int]]) -> dict
         return out[:, ids.shape[1] :].tolist()
 
     pages = len(prompts) * -(-(args.prompt_len + n) // 16)
-    engines = {
-        name: Engine(model, n_pages=pages, max_batch=len(prompts), max_batch_tokens=4096, compile=name == "compiled")
-        for name in ("engine", "compiled")[: 1 + args.compile]
-    }
+    settings = {"n_pages": pages, "max_batch": len(prompts), "max_batch_tokens": 4096}
+    engines = {"engine": Engine(model, **settings)}
+    if args.compile:
+        in_int8 = copy.deepcopy(model)
+        to_int8(in_int8)
+        engines["compiled"] = Engine(model, compile=True, **settings)
+        engines["int8"] = Engine(in_int8, compile=True, **settings)
 
     def answer(engine: Engine) -> list[list[int]]:
         requests = [engine.submit(prompt, max_new_tokens=n, eos_token_id=()) for prompt in prompts]
@@ -129,13 +135,13 @@ def compare(args: Arguments, shape: str, batch_size: int) -> dict:
             seconds[name].append(time.perf_counter() - began)
     n_tokens = batch_size * args.max_new_tokens
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
-    read = sum(sizes) / median(seconds["generate"]) * args.max_new_tokens
+    read = sum(sizes) / median(seconds.get("compiled", seconds["generate"])) * args.max_new_tokens
     return {
         "shape": shape,
         "batch_size": batch_size,
         "tokens_per_s": {name: n_tokens / median(times) for name, times in seconds.items()},
         "ratio": {name: median_ratio(seconds["transformers"], seconds[name]) for name in runs},
-        "same_ids": {name: answers[name] == answers["transformers"] for name in runs},
+        "same_ids": {name: answers[name] == answers["transformers"] for name in runs if name != "int8"},
         "bandwidth_share": read / bandwidth() if batch_size == 1 else None,
     }
 

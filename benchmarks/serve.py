@@ -9,13 +9,16 @@ rounds' own ratios, above 1 where the second side of a pair is faster.
     first token  long prompts arrive while others answer: read as a whole against read in parts; the longest pause in an
                  answer, and the time to the first token (median, 95th percentile)
     repeats      greedy answers to texts that repeat, without and with prompt lookup (batch 1); the guesses kept
-    llama.cpp    (where llama_cpp is installed) the same greedy answers, one at a time, from the GGUF of the same model
+    llama.cpp    (where llama_cpp is installed) greedy answers, one at a time, from the GGUF of the same model: its f32
+                 against ours, its q8_0 against ours in int8
 """
 
+import copy
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -30,6 +33,7 @@ from minillm.hub import load_model, save_model
 from minillm.hub.gguf import export_gguf
 from minillm.model import Transformer
 from minillm.serving import Engine, PromptLookup
+from minillm.serving.int8 import to_int8
 from minillm.tokenizer import load_tokenizer, train_bpe
 
 
@@ -173,7 +177,7 @@ def measure_repeats(args: Arguments, model) -> dict:
 
 
 def measure_llama_cpp(args: Arguments, model, tokenizer) -> dict | None:
-    """Compare with llama.cpp, greedy, one request at a time, f32; None where it is not installed."""
+    """Compare with llama.cpp, greedy, one request at a time; None where it is not installed."""
     try:
         import llama_cpp
     except ImportError:
@@ -181,29 +185,38 @@ def measure_llama_cpp(args: Arguments, model, tokenizer) -> dict | None:
     prompts, n = prompts_of(model, 4), args.max_new_tokens
     with tempfile.TemporaryDirectory() as directory:
         save_model(model, directory, tokenizer=tokenizer)
-        export_gguf(directory, Path(directory) / "model.gguf", dtype="f32")
-        threads = {"n_threads": args.num_threads, "n_threads_batch": args.num_threads}
-        theirs = llama_cpp.Llama(str(Path(directory) / "model.gguf"), n_ctx=512, verbose=False, **threads)
+        theirs = {}
+        for dtype in ("f32", "q8_0"):
+            path = Path(directory) / f"{dtype}.gguf"
+            export_gguf(directory, path, dtype=dtype)
+            threads = {"n_threads": args.num_threads, "n_threads_batch": args.num_threads}
+            theirs[f"llama.cpp {dtype}"] = llama_cpp.Llama(str(path), n_ctx=512, verbose=False, **threads)
 
-        def answer(prompt: list[int]) -> list[int]:
-            tokens = theirs.generate(prompt, temp=0.0, repeat_penalty=1.0)
-            return [next(tokens) for _ in range(n)]
+    def run_theirs(name: str) -> None:
+        for prompt in prompts:
+            tokens = theirs[name].generate(prompt, temp=0.0, repeat_penalty=1.0)
+            for _ in range(n):
+                next(tokens)
 
-        engines = {"ours": Engine(model, max_batch=1, n_pages=64)}
-        if args.compile:
-            engines["ours, compiled"] = Engine(model, max_batch=1, n_pages=64, compile=True)
+    def run_ours(name: str) -> None:
+        for prompt in prompts:
+            ours[name].submit(prompt, max_new_tokens=n, eos_token_id=())
+        ours[name].run()
 
-        def run_ours(name: str) -> None:
-            for prompt in prompts:
-                engines[name].submit(prompt, max_new_tokens=n, eos_token_id=())
-            engines[name].run()
-
-        sides = {"llama.cpp": lambda: [answer(prompt) for prompt in prompts]}
-        sides |= {name: (lambda name=name: run_ours(name)) for name in engines}
-        seconds = alternate(sides, args.rounds)
+    settings = {"max_batch": 1, "n_pages": 64}
+    ours = {"ours": Engine(model, **settings)}
+    pairs = {"ours": "llama.cpp f32"}
+    if args.compile:
+        in_int8 = copy.deepcopy(model)
+        to_int8(in_int8)
+        ours["ours, compiled"] = Engine(model, compile=True, **settings)
+        ours["ours, int8"] = Engine(in_int8, compile=True, **settings)
+        pairs |= {"ours, compiled": "llama.cpp f32", "ours, int8": "llama.cpp q8_0"}
+    sides = {name: partial(run_theirs, name) for name in theirs} | {name: partial(run_ours, name) for name in ours}
+    seconds = alternate(sides, args.rounds)
     return {
         "tokens_per_s": {name: len(prompts) * n / median(times) for name, times in seconds.items()},
-        "ratio": {name: median_ratio(seconds["llama.cpp"], seconds[name]) for name in engines},
+        "ratio": {name: median_ratio(seconds[theirs], seconds[name]) for name, theirs in pairs.items()},
     }
 
 

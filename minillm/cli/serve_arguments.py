@@ -61,6 +61,10 @@ class ServeArguments:
     """Faster steps, but not for adapters and with --draft: a CUDA device records them, a CPU compiles them, a minute
     when the first requests come. auto: on CUDA."""
 
+    quantization: Literal["none", "int8"] = "none"
+    """int8: weights in eight bits, for a CPU that answers one request at a time (then --compile is on): fewer bytes to
+    read per token. Answers may differ from those of the full weights."""
+
     temperature: float = 1.0
     """For requests without a temperature; 0 is greedy."""
     top_p: float = 1.0
@@ -84,6 +88,9 @@ class ServeArguments:
             require(value >= least, f"--{name} {value}: must be at least {least}")
         require(0 <= self.port <= 65535, f"--port {self.port}: must lie between 0 and 65535")
         require(self.max_body_mb > 0, f"--max_body_mb {self.max_body_mb}: must be positive")
+        if self.quantization == "int8":
+            require(not self.lora, "--quantization int8: has no adapters; merge the adapter, or serve the full weights")
+            require(self.compile != "0", "--quantization int8: is slow without the compiler; leave out --compile 0")
         for entry in self.lora:
             name, equals, path = entry.partition("=")
             require(bool(name and equals and path), f"--lora {entry}: write NAME=ADAPTER")

@@ -181,10 +181,11 @@ class Transformer(nn.Module):
     def _head_is_plain(self) -> bool:
         """Return whether the output layer is its weight alone, so that the logits need not exist as a whole.
 
-        Not with an adapter, nor where someone has replaced its ``forward``: a hook that, say, fetches the weight from
-        the CPU must be run. The second is not of this library's making, so what it costs is worth a word.
+        Not with an adapter or in another form (int8), nor where someone has replaced its ``forward``: a hook that, say,
+        fetches the weight from the CPU must be run. That is not of this library's making, so what it costs is worth a
+        word.
         """
-        if "lora" in self.lm_head._modules:
+        if "lora" in self.lm_head._modules or not isinstance(self.lm_head, nn.Linear):
             return False
         if "forward" not in vars(self.lm_head):
             return True

@@ -1,8 +1,10 @@
 """Steps in which every request adds one token, made fast: they come in few shapes, again and again.
 
 On a CPU most of the time of a small model goes into starting hundreds of small operations; the compiler makes a few
-large ones of them. On a GPU the launches are recorded once per shape and replayed (CUDA graphs). Either way it is the
-same computation.
+large ones of them. A larger model waits for its weights: a single request multiplies each of them once, and the loop
+that the compiler writes for that reads memory several times faster than the library of matrix products, which is made
+for many rows. On a GPU the launches are recorded once per shape and replayed (CUDA graphs). Either way it is the same
+computation.
 
 Shapes: b requests, V vocabulary.
 """
@@ -10,7 +12,9 @@ Shapes: b requests, V vocabulary.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minillm.serving.cache import PagedCache
 
@@ -23,7 +27,11 @@ class CompiledDecode:
     """
 
     def __init__(self, run: Callable[[PagedCache, Tensor], Tensor]):
-        self._run = torch.compile(run, dynamic=True)
+        def run_with_dot_products(cache: PagedCache, tokens: Tensor) -> Tensor:
+            with DotProducts():
+                return run(cache, tokens)
+
+        self._run = torch.compile(run_with_dot_products, dynamic=True)
 
     def shape(self, n_requests: int, n_pages: int) -> tuple[int, int]:
         """Return how many requests and pages to plan for: a single page would be compiled on its own."""
@@ -31,6 +39,18 @@ class CompiledDecode:
 
     def __call__(self, cache: PagedCache, tokens: Tensor) -> Tensor:
         return self._run(cache, tokens)
+
+
+class DotProducts(TorchFunctionMode):
+    """Inside, a linear layer on a single row is a dot product per output, for the compiler to make one loop of."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and not torch.is_autocast_enabled("cpu"):
+            x, weight, bias = (*args, None)[:3]  # (1, 1, D), (O, D), (O,) or None
+            if x.numel() == weight.shape[1]:
+                y = (weight * x.reshape(-1)).sum(-1)  # (O,)
+                return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+        return func(*args, **kwargs or {})
 
 
 class RecordedDecode:

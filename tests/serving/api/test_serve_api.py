@@ -103,6 +103,8 @@ def test_a_second_signal_ends_it_at_once(saved, python):
         (["--model", "nothing"], "nothing"), (["--lora", "a=nothing"], "no adapter 'nothing'"),
         (["--temperature", "-1"], "temperature"), (["--host", "192.0.2.1"], "cannot listen"),
         (["--lora", "tiny_32=cooking"], "tiny_32"),
+        (["--quantization", "int8", "--lora", "a=cooking"], "adapters"),
+        (["--quantization", "int8", "--compile", "0"], "compiler"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_one_line(saved, capsys, flags, words):
