@@ -11,6 +11,7 @@ def candidate_probability(similarity, n_bands, n_rows):
     independently of the others. A band is equal if all its numbers are.
 
     返回 Jaccard 系数为 similarity 的两条记录至少有一个条带相同的概率。
-    签名分成 n_bands 个条带，每个 n_rows 个数；每个数相同的概率是 similarity，相互独立。整个条带的数都相同，条带才算相同。
+    签名分成 n_bands 个条带，每个 n_rows 个数；每个数相同的概率是 similarity，相互独立。
+    整个条带的数都相同，条带才算相同。
     """
     raise NotImplementedError

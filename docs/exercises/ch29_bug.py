@@ -11,7 +11,7 @@ def buggy(tokens_per_s, *, n_parameters, peak, recomputes):
 
 
 def find_the_bug(mfu):
-    """Assert something that holds for a right ``mfu(tokens_per_s, *, n_parameters, peak, recomputes)``, not for ``buggy``.
+    """Assert something that holds for a right ``mfu``, called like ``buggy``, and does not hold for ``buggy``.
 
     写断言：正确的 mfu 能通过，上面的 buggy 通不过。
     """

@@ -85,12 +85,18 @@ def of_the_smallest_source(available, shares, size):
 )
 def test_mixture(candidate):
     smallest = list(candidate([300, 100], [0.7, 0.3], "smallest"))
-    assert smallest[0] / sum(smallest) == pytest.approx(0.7, abs=0.01), "the first source must be 70 % of what is written"
+    assert smallest[0] / sum(smallest) == pytest.approx(0.7, abs=0.01), (
+        "the first source must be 70 % of all that is written"
+    )
     assert smallest[1] <= 100, "no record may be written twice: the source that is scarcest for its share decides"
     assert smallest == [233, 100], "as many as possible: the 100 records of the second source are 30 % of 333"
-    assert list(candidate([300, 100], [7, 3], "smallest")) == [233, 100], "7 and 3 are the shares 0.7 and 0.3: add up to 1"
+    assert list(candidate([300, 100], [7, 3], "smallest")) == [233, 100], (
+        "7 and 3 are shares of 0.7 and 0.3: they must add up to 1"
+    )
     largest = list(candidate([300, 100], [0.7, 0.3], "largest"))
-    assert largest == [300, 129], "largest: every record is written, and the second source is repeated to keep its share"
+    assert largest == [300, 129], (
+        "largest: every record is written, and the second source is repeated to keep its share"
+    )
 
 
 def right_split(texts, ratio):

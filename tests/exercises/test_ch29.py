@@ -52,7 +52,9 @@ def in_seconds(**run):
 def test_hours_and_price(candidate):
     n_hours, price = candidate(**RUN)
     assert n_hours != pytest.approx(1e6), "that is seconds: an hour has 3,600 of them"
-    assert n_hours != pytest.approx(1e6 / 3600 * 0.4), "of the peak, only the share mfu is reached: the run takes longer"
+    assert n_hours != pytest.approx(1e6 / 3600 * 0.4), (
+        "of the peak, only the share mfu is reached: the run takes longer"
+    )
     assert n_hours == pytest.approx(1e6 / 3600), "6 per parameter and token: 2 forward and 4 in the backward pass"
     assert price == pytest.approx(2 * 1e6 / 3600)
     eight_hours, eight_price = candidate(**RUN | {"n_gpus": 8})
@@ -108,7 +110,7 @@ def test_best_split(candidate):
         def loss(n, compute=compute, fit=fit):
             return fit["a"] / n ** fit["alpha"] + fit["b"] / (compute / 6 / n) ** fit["beta"]
 
-        assert d / n != pytest.approx(20, rel=1e-6), "20 tokens per parameter is a rule of thumb: take the best of this fit"
+        assert d / n != pytest.approx(20, rel=1e-6), "20 per parameter is a rule of thumb: take the best of this fit"
         is_least = loss(n) < min(loss(0.99 * n), loss(1.01 * n))
         assert is_least, "1 % more or fewer parameters give a smaller loss: where is the derivative 0?"
 
@@ -122,7 +124,7 @@ MACHINE = {"n_parameters": 1e9, "peak": 3e14}
 
 def finder(mfu):
     without = mfu(10_000, **MACHINE, recomputes=False)
-    assert mfu(10_000, **MACHINE, recomputes=True) == without, "the same speed is the same utilisation: the work is the model's"
+    assert mfu(10_000, **MACHINE, recomputes=True) == without, "the same speed is the same MFU, recomputed or not"
 
 
 def by_hand_without(mfu):

@@ -54,9 +54,17 @@ with tempfile.TemporaryDirectory() as temporary:
     (folder / "raw.jsonl").write_text("\n".join(dirty) + "\n", encoding="utf-8")
     questions = [json.dumps({"question": text}) for text in (*QUESTIONS, "too short to find")]
     (folder / "eval.jsonl").write_text("\n".join(questions) + "\n", encoding="utf-8")
-    flags = "--min_characters 100 --max_duplicate_lines 0.3 --near_duplicates drop --valid_ratio 0.1 --valid_overlap drop"
-    files = f"--data_path {folder}/raw.jsonl --output {folder}/clean.jsonl --eval_files {folder}/eval.jsonl --overwrite"
-    report = prepare_command([*files.split(), *flags.split()])
+    files = [
+        "--data_path",
+        folder / "raw.jsonl",
+        "--output",
+        folder / "clean.jsonl",
+        "--eval_files",
+        folder / "eval.jsonl",
+    ]
+    rules = "--min_characters 100 --max_duplicate_lines 0.3 --near_duplicates drop"
+    split = "--valid_ratio 0.1 --valid_overlap drop"
+    report = prepare_command([*map(str, files), *rules.split(), *split.split(), "--overwrite"])
     with gzip.open(folder / "clean.dropped.jsonl.gz", "rt", encoding="utf-8") as file:
         dropped = [json.loads(line) for line in file]
     n_written = sum(output["records"] for output in report["outputs"].values())
@@ -73,5 +81,5 @@ with tempfile.TemporaryDirectory() as temporary:
             )
         )
         for source in mixed["mixture"]:
-            name, written = Path(source["source"]).stem, source["written"] // 97
-            print(f"{size}, {name}: {written} records of {source['available'] // 97}, share {source['written_share']:.4f}")
+            name, written, available = Path(source["source"]).stem, source["written"] // 97, source["available"] // 97
+            print(f"{size}, {name}: {written} records of {available}, share {source['written_share']:.4f}")

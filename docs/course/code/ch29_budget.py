@@ -1,4 +1,4 @@
-"""Chapter 29: FLOPs, hours and price of a run, and how a budget is divided, by formulas. Argument: your price per GPU-hour."""
+"""Chapter 29: FLOPs, hours and price of a run, and how a budget is divided. Argument: your price of a GPU-hour."""
 
 import sys
 

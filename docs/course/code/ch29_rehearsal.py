@@ -10,7 +10,6 @@ from pathlib import Path
 
 from minillm.config import ModelConfig
 from minillm.plan.flops import count_flops, hours
-from minillm.plan.gpus import find_gpu
 from minillm.plan.parameters import meta_model
 from minillm.reports.tracking import read_metrics
 
@@ -73,10 +72,9 @@ with tempfile.TemporaryDirectory() as folder:
     # 4. The rest, to see whether that was right.
     run(*command, "--from_resume")
     rows = train_rows(metrics)
-    steps = [row["step"] for row in rows]
-    print(f"steps logged twice or never: {len(set(range(10, n_steps + 1, 10)) ^ set(steps)) + len(steps) - len(set(steps))}")
+    is_without_gap = [row["step"] for row in rows] == [*range(10, n_steps, 10), n_steps]
+    print(f"rows of metrics without gap and repetition: {'yes' if is_without_gap else 'no'}")
     print(f"tokens foretold / seen: {whole_tokens / rows[-1]['tokens']:.4f}")
     print(f"seconds: dry run {dry_seconds:.1f}, planner {foretold:.1f}, measured {rows[-1]['seconds']:.1f}")
-    gpu = find_gpu("A100-80")
-    there = 3600 * hours(flops, whole_tokens, peak=gpu.half_peak, mfu=0.35)
-    print(f"the same FLOPs on an A100, if MFU were 35 %: {there:.3f} s")
+    small = count_flops(meta_model(ModelConfig.preset("small")), 512)
+    print(f"the 26M plan at this many FLOPs per second: {hours(small, 516_597_760, peak=peak, mfu=mfu):,.0f} hours")
