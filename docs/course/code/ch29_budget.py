@@ -59,7 +59,7 @@ for factor in (0.5, 0.25):
     extra = loss(best_n * factor, best_d / factor) - loss(best_n, best_d)
     print(f"the same FLOPs with {factor} of the parameters: loss {extra:+.4f}")
 
-# 4. The same loss from half the parameters: trained longer, and half as dear for everyone who uses it.
+# 4. The same loss from half the parameters: trained longer, and half as expensive for everyone who uses it.
 small_n = best_n / 2
 small_d = (B / (loss(best_n, best_d) - E - A / small_n**ALPHA)) ** (1 / BETA)
 longer = small_n * small_d / (best_n * best_d)

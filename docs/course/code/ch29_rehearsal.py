@@ -1,4 +1,4 @@
-"""Chapter 29: the rehearsal of a run: dry run, a hundred steps, a stop, the whole run foretold, and then made."""
+"""Chapter 29: the rehearsal of a run: dry run, a hundred steps, a stop, the whole run predicted, and then made."""
 
 import re
 import signal
@@ -56,7 +56,7 @@ with tempfile.TemporaryDirectory() as folder:
         sys.exit((Path(folder) / "log.txt").read_text())
     print(f"exit code: {code}, saved after step {stopped_at[1]}")
 
-    # 3. The whole run, foretold from steps 21 to 100: the first twenty are slower.
+    # 3. The whole run, predicted from steps 21 to 100: the first twenty are slower.
     rows = {row["step"]: row for row in train_rows(metrics)}
     n_tokens, seconds = (rows[100][name] - rows[20][name] for name in ("tokens", "seconds"))
     tokens_per_s = n_tokens / seconds
@@ -64,17 +64,17 @@ with tempfile.TemporaryDirectory() as folder:
     flops = count_flops(meta_model(ModelConfig.preset("demo", vocab_size=512)), 128)
     mfu = sum(row["mfu"] for step, row in rows.items() if 20 < step <= 100) / 8
     peak = sum(row["tokens_per_s"] * flops.training / row["mfu"] for step, row in rows.items() if 20 < step <= 100) / 8
-    foretold = 3600 * hours(flops, whole_tokens, peak=peak, mfu=mfu)
+    predicted = 3600 * hours(flops, whole_tokens, peak=peak, mfu=mfu)
     print(f"tokens per second: {tokens_per_s:,.0f}, with {flops.training:,.0f} FLOPs each")
     print(f"MFU: {mfu:.2f} of the {peak / 1e9:.0f} GFLOP/s that this machine reached in a plain product")
-    print(f"tokens foretold: {whole_tokens:,.0f}")
+    print(f"tokens predicted: {whole_tokens:,.0f}")
 
     # 4. The rest, to see whether that was right.
     run(*command, "--from_resume")
     rows = train_rows(metrics)
     is_without_gap = [row["step"] for row in rows] == [*range(10, n_steps, 10), n_steps]
     print(f"rows of metrics without gap and repetition: {'yes' if is_without_gap else 'no'}")
-    print(f"tokens foretold / seen: {whole_tokens / rows[-1]['tokens']:.4f}")
-    print(f"seconds: dry run {dry_seconds:.1f}, planner {foretold:.1f}, measured {rows[-1]['seconds']:.1f}")
+    print(f"tokens predicted / seen: {whole_tokens / rows[-1]['tokens']:.4f}")
+    print(f"seconds: dry run {dry_seconds:.1f}, planner {predicted:.1f}, measured {rows[-1]['seconds']:.1f}")
     small = count_flops(meta_model(ModelConfig.preset("small")), 512)
     print(f"the 26M plan at this many FLOPs per second: {hours(small, 516_597_760, peak=peak, mfu=mfu):,.0f} hours")
