@@ -5,8 +5,9 @@ The similarity of two records is the Jaccard index of their shingles (runs of 5 
     J(a, b) = |a ∩ b| / |a ∪ b|
 
 A signature has 128 numbers, each the minimum of a hash function over the shingles. Two signatures agree in a share J of
-their numbers, with a standard deviation of sqrt(J(1 - J)/128), 0.035 at 0.8. To find the pairs without comparing all,
-the signature is cut into bands, and only records with an equal band are compared:
+their numbers, with a standard deviation of about sqrt(J(1 - J)/128), 0.035 at 0.8 (less for short texts, because the
+numbers of rensa are not independent). To find the pairs without comparing all, the signature is cut into bands, and
+only records with an equal band are compared:
 
     P(some band of r rows is equal, of b bands) = 1 - (1 - J^r)^b        98.5 % at 0.8 with b = 18, r = 7
 
