@@ -47,7 +47,8 @@ STYLE = (
     ".state.bad,.wrong{color:#c2571a}.right-answer{color:#3b7d3b}.contents a{margin-right:1.2em;white-space:nowrap}"
     ".samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));gap:.8em;margin:1em 0}"
     ".sample{border:1px solid #8884;border-radius:6px;padding:.6em .8em;font-size:14px;min-width:0}"
-    ".sample b{display:block;white-space:pre-wrap;overflow-wrap:anywhere}.sample pre{margin:.1em 0 .4em;padding:.3em .5em}"
+    ".sample b{display:block;white-space:pre-wrap;overflow-wrap:anywhere}"
+    ".sample pre{margin:.1em 0 .4em;padding:.3em .5em}"
     ".sample span{color:#777}.corpora{display:grid;gap:0 2em;"
     "grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}.corpora>div{min-width:0}"
     "h2{margin-top:2em;border-top:1px solid #8884;padding-top:.6em}.bars td{padding:.05em .8em .05em 0;font-size:14px}"
@@ -109,8 +110,8 @@ BEFORE = {"pretrain": "before_random", "distill": "before_hard", "reason": "befo
 AFTER = {"distill": "after_teacher", "reason": "after_steps"}
 # Validation figures that are drawn: a picture's name, and what is in it.
 FIGURES = (
-    ("bits_per_byte", ("bits_per_byte",)), ("accuracy", ("accuracy",)), ("rewards", ("reward_chosen", "reward_rejected")),
-    ("kl", ("kl",)),
+    ("bits_per_byte", ("bits_per_byte",)), ("accuracy", ("accuracy",)),
+    ("rewards", ("reward_chosen", "reward_rejected")), ("kl", ("kl",)),
 )  # fmt: skip
 
 
@@ -454,7 +455,11 @@ def _tokens(name: str, root: Path, path: Path, kind: str) -> str:
         found = data_report(rows, tokenizer, n_frequent=12)
     except UserError:
         return ""
-    numbers = {"targets": f"{found['targets']:,}", "records": f"{found['records']:,}", "bytes": found["bytes_per_target"]}
+    numbers = {
+        "targets": f"{found['targets']:,}",
+        "records": f"{found['records']:,}",
+        "bytes": found["bytes_per_target"],
+    }
     counts = np.sort(rows.target_counts)[::-1]
     shares = (counts[counts > 0] / counts.sum()).tolist()
     ranks = [0, *np.unique(np.geomspace(1, len(shares), 60).round().astype(int) - 1).tolist()]  # evenly on its axis

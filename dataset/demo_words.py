@@ -6,10 +6,10 @@ from minillm.reports.page import LANGUAGES
 WORDS = {
     "title": ("The demo, stage by stage", "演示：逐个阶段"),
     "intro": (
-        "A toy world of short Chinese and English texts, a tokenizer, and every stage of training, made on this machine "
-        "by make demo. {parameters} parameters, {time} of training. Written on {date}.",
-        "一个由中英文短文本构成的小世界、一个分词器和所有训练阶段，都由 make demo 在这台机器上完成。参数量 {parameters}，训练共用 "
-        "{time}。生成于 {date}。",
+        "A toy world of short Chinese and English texts, a tokenizer and every stage of training, made on this "
+        "machine by make demo. {parameters} parameters, {time} of training. Written on {date}.",
+        "一个由中英文短文本构成的小世界、一个分词器和所有训练阶段，都由 make demo 在这台机器上完成。"
+        "参数量 {parameters}，训练共用 {time}。生成于 {date}。",
     ),
     "none": ("–", "–"),
     "read_more": ("Read more: ", "延伸阅读："),
@@ -20,7 +20,8 @@ WORDS = {
     "table_note": (
         "Each figure before and after its stage, on held-out questions. Shares are better when higher. Nats above the "
         "floor are better when lower: at 0 a model is as good as any can be.",
-        "各项指标在该阶段之前与之后的数值，都在没见过的问题上测得。百分比越高越好；高出下界的奈特数越低越好，0 就是任何模型所能达到的极限。",
+        "各项指标在该阶段之前与之后的数值，都在没见过的问题上测得。百分比越高越好；高出下界的奈特数越低越好，"
+        "0 就是任何模型所能达到的极限。",
     ),
     "metric": ("figure", "指标"),
     "before": ("before", "之前"),
@@ -28,7 +29,10 @@ WORDS = {
     "complete": ("{steps} steps in {time}", "{steps} 步，用时 {time}"),
     "shortened": ("shortened to {steps} steps in {time}", "缩短为 {steps} 步，用时 {time}"),
     "unfinished": ("not finished: step {steps} of {total}", "未完成：第 {steps} 步，共 {total} 步"),
-    "missing": ("missing: there is no run in {run}; make demo trains it", "缺失：{run} 里没有训练记录；运行 make demo 来训练"),
+    "missing": (
+        "missing: there is no run in {run}; make demo trains it",
+        "缺失：{run} 里没有训练记录；运行 make demo 来训练",
+    ),
     "not_measured": (", not measured", "，未评测"),
     # a stage
     "loss": ("loss, nats per {unit[0]}", "损失（奈特/{unit[1]}）"),
@@ -101,8 +105,8 @@ WORDS = {
     "floor_per_byte": ("floor, nats/byte", "下界（奈特/字节）"),
     "distribution": ("Tokens", "词元分布"),
     "distribution_note": (
-        "What the model learns to predict: the tokens that are targets, in pretraining all of them, in fine-tuning those "
-        "of the answers.",
+        "What the model learns to predict: the tokens that are targets, in pretraining all of them, in fine-tuning "
+        "those of the answers.",
         "模型要预测的词元：预训练时是全部词元，微调时只有回答部分。",
     ),
     "texts": ("pretraining texts", "预训练文本"),
@@ -142,9 +146,10 @@ STAGES = {
     "pretrain": (
         ("Pretraining", "预训练"),
         (
-            "A model with random weights learns to predict the next token of plain texts. A grammar wrote them and knows "
-            "their exact probability, so the loss has a floor that no model can go below: the dashed line.",
-            "从随机权重出发，学习预测普通文本的下一个词元。文本由一套语法生成，概率精确可知，所以损失有一条任何模型都越不过的下界，即图中的虚线。",
+            "A model with random weights learns to predict the next token of plain texts. A grammar wrote them and "
+            "knows their exact probability, so the loss has a floor that no model can go below: the dashed line.",
+            "从随机权重出发，学习预测普通文本的下一个词元。文本由一套语法生成，概率精确可知，所以损失有一条任何模型都越不过的下界，"
+            "即图中的虚线。",
         ),
     ),
     "full_sft": (
@@ -158,24 +163,25 @@ STAGES = {
     "lora": (
         ("LoRA", "LoRA"),
         (
-            "A small adapter tells the model who it is. Old conversations are mixed in, so that it keeps its other skills.",
+            "A small adapter tells the model who it is. Old conversations are mixed in, so that it keeps its other "
+            "skills.",
             "用一个小适配器让模型知道自己是谁。训练时混入旧对话，好让它保住其他能力。",
         ),
     ),
     "dpo": (
         ("DPO", "DPO"),
         (
-            "Pairs of replies teach the model to prefer a full sentence to a single word. ✓: more like the chosen reply "
-            "than like the rejected one.",
+            "Pairs of replies teach the model to prefer a full sentence to a single word. ✓: more like the chosen "
+            "reply than like the rejected one.",
             "用成对的回答教模型说完整的句子，而不是只吐一个词。✓ 表示更接近被选中的回答。",
         ),
     ),
     "distill": (
         ("Distillation", "知识蒸馏"),
         (
-            "A student with a third of the parameters learns from the pretrained model's probabilities; its training loss "
-            "is the distance from them, its validation loss that of the texts. Before: the same student, trained for as "
-            "many steps on the texts alone.",
+            "A student with a third of the parameters learns from the pretrained model's probabilities; its training "
+            "loss is the distance from them, its validation loss that of the texts. Before: the same student, trained "
+            "for as many steps on the texts alone.",
             "参数量为三分之一的学生模型，从预训练模型给出的概率中学习：训练损失是与教师的距离，验证损失仍按文本计算。"
             "“之前”是同样大小的学生只用文本训练同样多步的结果。",
         ),
@@ -183,15 +189,16 @@ STAGES = {
     "reason": (
         ("Reasoning", "推理"),
         (
-            "Five operations modulo 10, worked out one by one between <think> tags. Before: a model that was trained on "
-            "the same problems to answer at once.",
+            "Five operations modulo 10, worked out one by one between <think> tags. Before: a model that was trained "
+            "on the same problems to answer at once.",
             "模 10 的五步运算，在 <think> 标签里一步一步算。“之前”是用同样的题目训练、直接给出答案的模型。",
         ),
     ),
     "tools": (
         ("Tools", "工具调用"),
         (
-            "The model learns to call functions and to answer with what they return, and to say so where none can help.",
+            "The model learns to call functions and to answer with what they return, and to say so where none can "
+            "help.",
             "模型学习调用函数，并根据返回的结果作答；没有合适的函数时，就如实说明。",
         ),
     ),

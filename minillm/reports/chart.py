@@ -14,7 +14,8 @@ CHART_STYLE = (
     ".charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em;margin:1em 0}"
     ".chart{margin:0;font-size:14px}.chart figcaption{font-weight:600}.chart svg{width:100%;height:auto}"
     ".chart text{font-size:11px;fill:currentColor;opacity:.75}.chart path{stroke:currentColor;opacity:.15}"
-    ".key{display:inline-block;width:1.2em;border-top:3px solid;margin:0 .3em .25em 1em}.key.floor{border-top-style:dashed}"
+    ".key{display:inline-block;width:1.2em;border-top:3px solid;margin:0 .3em .25em 1em}"
+    ".key.floor{border-top-style:dashed}"
     ".blue{color:#4f86c6}.red{color:#b3402a}.floor{color:#3b7d3b}.grey{color:#777}"
     "@media(prefers-color-scheme:dark){.blue{color:#7fa7d6}.red{color:#e58068}.floor{color:#7dbb7d}.grey{color:#aaa}}"
 )
@@ -113,7 +114,9 @@ def chart(
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_text(value)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     for language, name in x_names.items():
-        parts.append(f'<text data-l="{language}" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(name)}</text>')
+        parts.append(
+            f'<text data-l="{language}" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(name)}</text>'
+        )
     for curve in curves:
         dashes = ' stroke-dasharray="5 4"' if curve.color == "floor" else ""
         parts.append(f'<g class="{curve.color}" fill="none" stroke="currentColor" stroke-width="1.8"{dashes}>')

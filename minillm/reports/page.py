@@ -56,7 +56,8 @@ def language_page(titles: Mapping[str, str], *parts: str, language: str = "", st
         f'<body class="{language or "en"}"><p class="right">{buttons}</p>{both("h1", titles)}{"".join(parts)}'
         f"<script>{SPEAK};speak({first});{script}</script></body>"
     )
-    return _document(titles[language] if language else " · ".join(titles.values()), body, STYLE + LANGUAGE_STYLE + style)
+    title = titles[language] if language else " · ".join(titles.values())
+    return _document(title, body, STYLE + LANGUAGE_STYLE + style)
 
 
 def _document(title: str, body: str, style: str) -> str:

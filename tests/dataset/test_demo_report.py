@@ -32,12 +32,19 @@ def write_run(directory, *, steps=60, total=None, max_steps=0, **valid):
     ]
     rows += [{"step": n, "split": "valid", "loss": 4.0, "seconds": 0.5 * n} | valid for n in (steps // 2, steps)]
     write(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    content = {"arguments": {"max_steps": max_steps}, "resolved": {"total_steps": total or steps}, "n_parameters": 918656}
+    content = {
+        "arguments": {"max_steps": max_steps},
+        "resolved": {"total_steps": total or steps},
+        "n_parameters": 918656,
+    }
     write(directory / "run.yaml", yaml.safe_dump(content))
 
 
 def answers(n, *, shift=0):
-    rows = [{"question": f"q{i}<&", "expected": f"e{i}", "answer": f"a{i + shift}", "correct": bool(shift)} for i in range(n)]
+    rows = [
+        {"question": f"q{i}<&", "expected": f"e{i}", "answer": f"a{i + shift}", "correct": bool(shift)}
+        for i in range(n)
+    ]
     return {"task_average": 0.25 + shift / 2, "accuracy": 0.125 + shift / 2, "answers": rows}
 
 
@@ -61,15 +68,18 @@ def demo(tmp_path):
         content["preference"] = {"accuracy": 0.5 + number / 2, "like_chosen": 0.5, "answers": free}
         write(results / f"{name}.json", content)
     for number, name in enumerate(("direct", "reason")):
-        rows = [{"question": f"mod:{i}", "expected": "7", "texts": [f"<think>{number}</think>"], "correct": [True]} for i in (1, 2)]
+        rows = [
+            {"question": f"mod:{i}", "expected": "7", "texts": [f"<think>{number}</think>"], "correct": [True]}
+            for i in (1, 2)
+        ]
         figures = {"accuracy": 0.075 + number / 2, "format_adherence": 1.0, "answers": rows}
         write(results / f"{name}.json", {"reasoning": {"thinking": figures}})
     pairs = [{"chosen": [{"role": "user", "content": f"who {i}?"}, {"role": "assistant", "content": f"Ming {i}."}]}
              for i in range(4)]  # fmt: skip
     pairs = [pair | {"rejected": [pair["chosen"][0], {"role": "assistant", "content": "Ming"}]} for pair in pairs]
     write(tmp_path / "data" / "dpo_test.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
-    meta = {"seed": 42, "records": {"pretrain_train": 3000, "sft_train": 7}, "document_shares": {"facts": 1.0, "talk": 3.0},
-            "floor": {"facts": {"nats_per_byte": 0.123456}}}  # fmt: skip
+    meta = {"seed": 42, "records": {"pretrain_train": 3000, "sft_train": 7}}
+    meta |= {"document_shares": {"facts": 1.0, "talk": 3.0}, "floor": {"facts": {"nats_per_byte": 0.123456}}}
     write(tmp_path / "data" / "meta.json", meta)
     return out
 
@@ -106,7 +116,9 @@ class Page(html.parser.HTMLParser):
             assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        if all(shown for _, shown in self.open) and not any(tag in ("title", "style", "script") for tag, _ in self.open):
+        if all(shown for _, shown in self.open) and not any(
+            tag in ("title", "style", "script") for tag, _ in self.open
+        ):
             self.text += data
             if any(tag in ("td", "th") for tag, _ in self.open):
                 self.rows[-1][-1] += data

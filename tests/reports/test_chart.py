@@ -12,7 +12,9 @@ STEP = {"en": "step", "zh": "步数"}
 
 
 def draw(*curves, **settings):
-    return chart(NAMES, [Curve(points=points, names=NAMES, color="blue") for points in curves], x_names=STEP, **settings)
+    return chart(
+        NAMES, [Curve(points=points, names=NAMES, color="blue") for points in curves], x_names=STEP, **settings
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,9 @@ def test_a_logarithmic_axis_has_a_few_numbers(low, high):
 
 def test_points_are_between_the_axes():
     picture = draw([(1, 2.0), (3, 1.0), (5, 4.0)], [(2, 3.0)])
-    lines = [[tuple(map(float, pair.split(","))) for pair in text.split()] for text in re.findall('points="(.*?)"', picture)]
+    lines = [
+        [tuple(map(float, pair.split(","))) for pair in text.split()] for text in re.findall('points="(.*?)"', picture)
+    ]
     assert lines == [[(48, 113.3), (190, 166), (332, 8)], [(119, 60.7)]]  # (4 - 2) / 3 of the height below the top
     assert picture.count("<circle") == 1  # a single point is no line
 

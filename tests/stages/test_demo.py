@@ -53,7 +53,9 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
     report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert all(f'id="{stage}"' in report for stage in stages[1:])
     assert report.count("shortened to 6 steps in") == 7 + 10  # in the table; with each run's curves
-    assert not [words for words in ("missing", "not finished", "not measured", "No samples", "No dist") if words in report]
+    assert not [
+        words for words in ("missing", "not finished", "not measured", "No samples", "No dist") if words in report
+    ]
     for name in ("identity", "identity_alone"):
         directory = tmp_path / "out" / "lora" / f"{name}_128"
         written = {path.name for path in directory.iterdir()}
