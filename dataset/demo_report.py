@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from demo_table import Line, all_lines, read_result  # noqa: E402
-from demo_words import FILES, METRICS_ZH, OTHER_RUNS, STAGES, UNITS, WORDS, in_languages, texts  # noqa: E402
+from demo_words import FILES, KINDS, METRICS_ZH, OTHER_RUNS, STAGES, UNITS, WORDS, in_languages, texts  # noqa: E402
 from demo_world.arguments import DemoDataArguments  # noqa: E402
 
 from minillm.cli.command_line import parse, script  # noqa: E402
@@ -53,6 +53,8 @@ STYLE = (
     "grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}.corpora>div{min-width:0}"
     "h2{margin-top:2em;border-top:1px solid #8884;padding-top:.6em}.bars td{padding:.05em .8em .05em 0;font-size:14px}"
     ".percent{display:inline-block;width:4em}"
+    "@media(max-width:600px){.lines td{white-space:normal}.lines td,.lines th{padding-right:.7em}"
+    ".lines .long{min-width:0}}"
     "@media(prefers-color-scheme:dark){.state,.sample span{color:#aaa}.state.bad,.wrong{color:#e9a06b}"
     ".right-answer{color:#7dbb7d}}"
 )
@@ -357,7 +359,8 @@ def _samples(stage: Stage, root: Path, data: Path) -> str:
         replies = [*zip(names, (sample.before, sample.after), strict=True)]
         if sample.expected:
             replies.append((texts("expected"), Reply(text=sample.expected)))
-        shown = (f"<div>{_heading(name, reply)}<pre>{escape(reply.text) or ' '}</pre></div>"
+        nothing = f"<i>{both('span', texts('empty'))}</i>"
+        shown = (f"<div>{_heading(name, reply)}<pre>{escape(reply.text) or nothing}</pre></div>"
                  for name, reply in replies if reply is not None)  # fmt: skip
         cards.append(f'<div class="sample"><b>{escape(sample.question)}</b>{"".join(shown)}</div>')
     explained = both("p", texts("samples_note" if stage.after else "texts_note"), "note")
@@ -440,7 +443,8 @@ def _counts(meta: dict) -> Iterator[str]:
     rows = []
     for kind, share in shares.items():
         floor = meta["floor"].get(kind, {}).get("nats_per_byte")
-        rows.append([kind, _bar(share / total), "–" if floor is None else f"{floor:.4f}"])
+        name = both("span", in_languages(KINDS.get(kind, (kind, kind))))
+        rows.append([name, _bar(share / total), NONE if floor is None else f"{floor:.4f}"])
     yield f"<h3>{both('span', texts('kinds'))}</h3>{both('p', texts('kinds_note'), 'note')}"
     yield wide_table([both("span", texts(key)) for key in ("kind", "share", "floor_per_byte")], rows)
 
@@ -464,7 +468,8 @@ def _tokens(name: str, root: Path, path: Path, kind: str) -> str:
     shares = (counts[counts > 0] / counts.sum()).tolist()
     ranks = [0, *np.unique(np.geomspace(1, len(shares), 60).round().astype(int) - 1).tolist()]  # evenly on its axis
     curve = Curve(points=[(rank + 1, shares[rank]) for rank in dict.fromkeys(ranks)], names=texts(name), color="blue")
-    frequent = [[escape(text), _bar(share)] for _, text, share in found["frequent_targets"]]
+    most = shares[0]
+    frequent = [[escape(text), _bar(share, of=most)] for _, text, share in found["frequent_targets"]]
     n_records = sum(n for _, _, n in found["histogram"])
     lengths = [[f"{low:,} – {high:,}", _bar(n / n_records)] for low, high, n in found["histogram"]]
     parts = [
@@ -482,9 +487,9 @@ def _bars(rows: list[list[str]]) -> str:
     return f'<table class="bars">{lines}</table>'
 
 
-def _bar(share: float) -> str:
-    """Return a share as a number and a bar."""
-    return f'<span class="percent">{share:.1%}</span><span class="bar" style="width:{10 * share:.2f}em"></span>'
+def _bar(share: float, *, of: float = 1.0) -> str:
+    """Return a share as a number and a bar, which is longest at ``of``."""
+    return f'<span class="percent">{share:.1%}</span><span class="bar" style="width:{10 * share / of:.2f}em"></span>'
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ WORDS = {
         "一个由中英文短文本构成的小世界、一个分词器和所有训练阶段，都由 make demo 在这台机器上完成。"
         "参数量 {parameters}，训练共用 {time}。生成于 {date}。",
     ),
-    "none": ("–", "–"),
     "read_more": ("Read more: ", "延伸阅读："),
     "separator": (", ", "、"),
-    "colon": (": ", "："),
     # the table
     "table": ("All stages", "各阶段汇总"),
     "table_note": (
@@ -49,7 +47,7 @@ WORDS = {
     "kl": ("validation: distance from the reference, nats", "验证：与参考模型的距离（奈特）"),
     "samples": ("Samples", "样例"),
     "samples_note": (
-        "Every so many-th question of the test file; nothing is picked by hand.",
+        "Questions at regular distances in the test file; none is picked by hand.",
         "题目按固定间隔从测试集中抽取，没有人工挑选。",
     ),
     "texts_note": (
@@ -58,6 +56,7 @@ WORDS = {
     ),
     "no_samples": ("No samples: their files are missing.", "没有样例：缺少相应的文件。"),
     "expected": ("expected", "参考"),
+    "empty": ("(empty)", "（空）"),
     "before_random": ("random weights", "随机权重"),
     "before_hard": ("without a teacher", "没有教师"),
     "after_teacher": ("with a teacher", "有教师"),
@@ -210,6 +209,14 @@ OTHER_RUNS = {
     "pretrain_64": ("the student without a teacher", "没有教师的学生模型"),
     "direct/full_sft_128": ("the model that answers at once", "直接回答的模型"),
 }
+
+# Kinds of text of the demo world.
+KINDS = {
+    "facts": ("facts", "事实"), "stories": ("stories", "故事"), "addition": ("addition", "加法"),
+    "sorting": ("sorting", "排序"), "counting": ("counting letters", "数字母"),
+    "translation": ("word pairs", "词语对照"), "talk": ("talks", "对话"),
+    "chains": ("chains modulo 10", "模 10 连续运算"),
+}  # fmt: skip
 
 # File of the data: what is in it.
 FILES = {

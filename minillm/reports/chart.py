@@ -11,8 +11,9 @@ WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 48, 8, 8, 34  # margins, with room for the numbers of the axes
 MAX_TICKS = 5
 CHART_STYLE = (
-    ".charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em;margin:1em 0}"
-    ".chart{margin:0;font-size:14px}.chart figcaption{font-weight:600}.chart svg{width:100%;height:auto}"
+    ".charts{display:grid;gap:1em;margin:1em 0;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}"
+    ".chart{margin:0;font-size:14px;max-width:370px}.chart figcaption{font-weight:600}"
+    ".chart svg{width:100%;height:auto}"
     ".chart text{font-size:11px;fill:currentColor;opacity:.75}.chart path{stroke:currentColor;opacity:.15}"
     ".key{display:inline-block;width:1.2em;border-top:3px solid;margin:0 .3em .25em 1em}"
     ".key.floor{border-top-style:dashed}"
@@ -91,7 +92,7 @@ def chart(
     log_x: bool = False,
     log_y: bool = False,
 ) -> str:
-    """Return a figure of curves with axes and a legend; without any point, an empty text.
+    """Return a figure of curves with axes, and a legend if there are several; without any point, an empty text.
 
     Args:
         titles, x_names: by language.
@@ -127,7 +128,8 @@ def chart(
         parts.append("</g>")
     label = escape(" · ".join(titles.values()), quote=True)
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    legend = "".join(f'<span class="key {curve.color}"></span>{both("span", curve.names)}' for curve in curves)
+    keys = (f'<span class="key {curve.color}"></span>{both("span", curve.names)}' for curve in curves)
+    legend = "".join(keys) if len(curves) > 1 else ""
     return f'<figure class="chart">{both("figcaption", titles)}{picture}<div>{legend}</div></figure>'
 
 

@@ -15,6 +15,7 @@ import demo_report
 import demo_words
 from demo_report import PIPELINE, main, read_demo, samples_of, state_of
 from demo_table import all_lines, lines_of
+from demo_world import grammar
 
 LANGUAGES = ("en", "zh")
 EXACT = ("full_sft", "pretrain", "identity_sft_test", "rlhf", "reason_sft_test", "tools_sft_test")
@@ -230,7 +231,8 @@ def test_the_data_is_counted(demo):
     english = Page(page_of(demo), "en")
     assert ["pretrain_train", "3,000", "texts with their exact probability"] in english.rows
     assert ["facts", "25.0%", "0.1235"] in english.rows
-    assert ["talk", "75.0%", "–"] in english.rows
+    assert ["talks", "75.0%", "–"] in english.rows
+    assert set(demo_words.KINDS) == set(grammar.KINDS)
     assert "Shortened: 3,000 texts for pretraining, where the demo has 190,000." in english.text
     assert "No distribution of tokens" in english.text
 
