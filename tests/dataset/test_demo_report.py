@@ -167,7 +167,8 @@ def test_both_languages_have_the_same_rows_and_words(demo):
 
 
 def test_a_missing_stage_is_named(demo):
-    english, chinese = (Page(page_of(demo), language) for language in LANGUAGES)
+    text = page_of(demo)
+    english, chinese = (Page(text, language) for language in LANGUAGES)
     run = demo / "tools" / "full_sft_128"
     assert f"7. Tools missing: there is no run in {run}; make demo trains it" in [row[0] for row in english.rows]
     assert f"7. 工具调用 缺失：{run} 里没有训练记录；运行 make demo 来训练" in [row[0] for row in chinese.rows]
