@@ -161,6 +161,7 @@ def test_both_languages_have_the_same_rows_and_words(demo):
     for name, pair in demo_words.WORDS.items():
         in_braces = [sorted(re.findall(r"\{(\w+)", text)) for text in pair]
         assert in_braces[0] == in_braces[1], name
+        assert re.search(r"[\u4e00-\u9fff、]", pair[1]), name
     assert "各阶段汇总" in chinese.text
     assert "各阶段汇总" not in english.text
     assert not re.search(r"[\u4e00-\u9fff]", english.text.replace("中文", ""))
@@ -206,6 +207,10 @@ def test_samples_are_taken_evenly_with_what_was_said_before(demo):
     assert [sample.after.is_right for sample in pairs] == [True, False, True, False]
     assert by_name["reason"][0].after.text == "<think>1</think>"
     assert by_name["tools"] == by_name["pretrain"] == []  # no result; no weights
+    others = answers(8)
+    others["answers"][0]["question"] = "another question"
+    write(demo / "results" / "full_sft_identity_test.json", {"exact_match": others})
+    assert [sample.before is None for sample in samples_of(PIPELINE[2], demo, data)] == [True, *[False] * 5]
     (demo / "results" / "full_sft_identity_test.json").unlink()
     assert samples_of(PIPELINE[2], demo, data)[0].before is None
     assert "q0&lt;&amp;" in page_of(demo)
