@@ -221,7 +221,7 @@ def _stage(
     yield f'<h2 id="{stage.name}">{number}. {both("span", _title(stage))}</h2>'
     yield both("p", in_languages(STAGES[stage.name][1]), "note")
     yield f"<p>{_state(run, stage.config)}{_run_page(run, folder)}</p>"
-    yield _charts(run)
+    yield _charts(run, has_teacher=stage.name == "distill")
     for other in stage.others:
         state = f"<p>{_state(runs[other], CONFIG_OF_OTHERS[other])}{_run_page(runs[other], folder)}</p>"
         title = both("span", texts("compared", run=OTHER_RUNS[other]))
@@ -238,30 +238,42 @@ def _run_page(run: RunRecord, folder: Path) -> str:
     return link if page.is_file() else ""
 
 
-def _charts(run: RunRecord) -> str:
-    """Return the curves of a run: its loss with the floor, what its validations measured, its learning rate."""
-    train, valid = (run.points(split, "loss") for split in ("train", "valid"))
+def _charts(run: RunRecord, *, has_teacher: bool = False) -> str:
+    """Return the curves of a run: its loss with the floor, what its validations measured, its learning rate.
+
+    Args:
+        has_teacher: the training loss is the distance from a teacher, and has a picture of its own.
+    """
+    train, valid, floors = run.points("train", "loss"), run.points("valid", "loss"), run.points("valid", "floor")
     curves = [
         Curve(points=train, names=texts("training"), color="blue"),
         Curve(points=valid, names=texts("validation"), color="red", with_dots=True),
     ]
-    steps, floors = [step for step, _ in train + valid], run.points("valid", "floor")
     if floors:
-        floor = floors[-1][1]
+        floor, steps = floors[-1][1], [step for step, _ in train + valid]
         points = [(min(steps), floor), (max(steps), floor)]
         curves.append(Curve(points=points, names=texts("floor", value=floor), color="floor"))
-    is_log = is_wide([loss for _, loss in train + valid])
-    pictures = [chart(texts("loss", unit=UNITS[run.unit]), curves, x_names=texts("step"), log_y=is_log)]
+    pictures = []
+    if has_teacher:
+        distance, *curves = curves
+        pictures.append(chart(texts("distance"), [distance], x_names=texts("step"), log_y=_is_wide([distance])))
+    loss = texts("loss", unit=UNITS[run.unit])
+    pictures.insert(0, chart(loss, curves, x_names=texts("step"), log_y=_is_wide(curves)))
     for name, keys in FIGURES:
         curves = [
             Curve(points=run.points("valid", key), names=texts(key if len(keys) > 1 else "validation"), color=color,
                   with_dots=True)
             for key, color in zip(keys, ("blue", "red") if len(keys) > 1 else ("red",), strict=True)
         ]  # fmt: skip
-        pictures.append(chart(texts(name), curves, x_names=texts("step")))
+        limits = (0.0, 1.0) if name == "accuracy" else None
+        pictures.append(chart(texts(name), curves, x_names=texts("step"), y_limits=limits))
     rates = Curve(points=run.points("train", "lr"), names=texts("training"), color="grey")
     pictures.append(chart(texts("lr"), [rates], x_names=texts("step")))
     return f'<div class="charts">{"".join(pictures)}</div>'
+
+
+def _is_wide(curves: Sequence[Curve]) -> bool:
+    return is_wide([value for curve in curves if curve.color != "floor" for _, value in curve.points])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,10 +322,16 @@ def _replies(root: Path, name: str, *keys: str) -> list[tuple[dict, Reply]]:
     for number, row in enumerate(rows):
         is_right = row["correct"] if "correct" in row else row.get("like_chosen")
         text = row["texts"][0] if "texts" in row else row["answer"]
-        if number < len(calls) and calls[number]["answer"] not in ("[]", ""):
-            text = f"{calls[number]['answer']}\n{text}"
+        if number < len(calls):
+            text, expected = (_with_calls(calls[number][side], row[side]) for side in ("answer", "expected"))
+            row = row | {"expected": expected}
         replies.append((row, Reply(text=text, is_right=is_right[0] if isinstance(is_right, list) else is_right)))
     return replies
+
+
+def _with_calls(calls: str, answer: str) -> str:
+    """Return the calls of functions, as JSON, and the answer below them."""
+    return answer if calls == "[]" else f"{calls}\n{answer}"
 
 
 def _pair_questions(data: Path) -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ WORDS = {
     "not_measured": (", not measured", "，未评测"),
     # a stage
     "loss": ("loss, nats per {unit[0]}", "损失（奈特/{unit[1]}）"),
+    "distance": ("training: distance from the teacher, nats per token", "训练：与教师的距离（奈特/词元）"),
     "training": ("training", "训练"),
     "validation": ("validation", "验证"),
     "floor": ("floor {value:.3f}", "下界 {value:.3f}"),

@@ -91,19 +91,20 @@ def chart(
     x_names: Mapping[str, str],
     log_x: bool = False,
     log_y: bool = False,
+    y_limits: tuple[float, float] | None = None,
 ) -> str:
     """Return a figure of curves with axes, and a legend if there are several; without any point, an empty text.
 
     Args:
         titles, x_names: by language.
-        log_x, log_y: logarithmic axes, for values above 0.
+        log_x, log_y: logarithmic axes, for values above 0. y_limits: of a figure whose range is known.
     """
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
     points = [point for curve in curves for point in curve.points]
     x = axis_of([a for a, _ in points], start=LEFT, end=WIDTH - RIGHT, is_log=log_x)
-    y = axis_of([b for _, b in points], start=HEIGHT - BOTTOM, end=TOP, is_log=log_y)
+    y = axis_of(y_limits or [b for _, b in points], start=HEIGHT - BOTTOM, end=TOP, is_log=log_y)
     parts = []
     for value in y.ticks():
         at = f"{y.at(value):.1f}"

@@ -218,10 +218,10 @@ def test_samples_are_taken_evenly_with_what_was_said_before(demo):
 
 def test_calls_of_tools_are_shown_above_the_answer(demo):
     content = {"exact_match": answers(1, shift=1), "tool_calls": answers(1, shift=1)}
-    content["tool_calls"]["answers"][0]["answer"] = '[["clock", {}]]'
+    content["tool_calls"]["answers"][0] |= {"answer": '[["clock", {}]]', "expected": "[]"}
     write(demo / "results" / "tools_tools_test.json", content)
     (sample,) = samples_of(PIPELINE[-1], demo, demo.parent / "data")
-    assert sample.after.text == '[["clock", {}]]\na1'
+    assert (sample.after.text, sample.expected) == ('[["clock", {}]]\na1', "e0")
 
 
 def test_times_add_up(demo):

@@ -47,6 +47,8 @@ def test_equal_values_and_no_values():
     assert draw([]) == ""
     (line,) = re.findall('points="(.*?)"', draw([(1, 2.0), (2, 2.0)]))
     assert line == "48.0,87.0 332.0,87.0"  # in the middle
+    (line,) = re.findall('points="(.*?)"', draw([(1, 1.0), (2, 1.0)], y_limits=(0.0, 1.0)))
+    assert line == "48.0,8.0 332.0,8.0"
     assert axis_of([0.0], start=0, end=10).at(0.0) == 5
 
 
