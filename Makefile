@@ -1,4 +1,4 @@
-# make demo: installs into .venv, makes the demo world, trains every stage, evaluates, lets you chat.
+# make demo: installs into .venv, makes the demo world, trains every stage, evaluates, writes a report, lets you chat.
 # make test: installs into .venv and runs the tests.
 # make docs-check: runs every command of the course and compares what it prints with the chapter (make test: the short ones).
 # make test-report: the same with ten times the examples of the property tests, line coverage, the 20 slowest tests.
@@ -9,6 +9,7 @@ DEMO ?= out/demo
 DATA := dataset/demo
 RESULTS = $(DEMO)/results
 EVAL = python eval_model.py --save_dir $(DEMO) --preset demo --max_new_tokens 96
+STARTED := $(shell date +%s)
 STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 400 --learning_rate 5e-3  # as in configs/demo/distill.yaml
 
 .PHONY: demo demo-run test test-report docs-check lint bench clean
@@ -24,7 +25,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(MAKE) --no-print-directory demo-run PATH="$(abspath $(BIN)):$(PATH)"
+	$(MAKE) --no-print-directory demo-run STARTED=$(STARTED) PATH="$(abspath $(BIN)):$(PATH)"
 
 # The stages, with whatever python is on the PATH. DATA_FLAGS and TRAIN_FLAGS shorten them in the tests.
 demo-run:
@@ -71,9 +72,8 @@ demo-run:
 	    $(EVAL) --from_weight $(DEMO)/tools/full_sft_128 --task_file $(DATA)/$$file.jsonl \
 	        --output $(RESULTS)/tools_$$file.json || exit 1; \
 	done
-	@echo "curves and samples: $(DEMO)/pretrain_128/summary.html  $(DEMO)/full_sft_128/summary.html" \
-	    " $(DEMO)/lora/identity_128/summary.html  $(DEMO)/rlhf_128/summary.html  $(DEMO)/reason_128/summary.html $(DEMO)/tools/full_sft_128/summary.html"
 	python dataset/demo_table.py --save_dir $(DEMO)
+	python dataset/demo_report.py --save_dir $(DEMO) --data_dir $(DATA) --started $(STARTED)
 	python eval_model.py --save_dir $(DEMO) --preset demo --model_mode 3 --temperature 0 --history_turns 0
 
 test: $(VENV)/.installed-dev

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,12 +31,12 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One figure of one stage: a share between 0 and 1, or a loss in nats per token."""
+    """One figure of one stage: a share between 0 and 1, or a loss in nats per token; None where it is not known."""
 
     stage: str
     metric: str
     before: float | None
-    after: float
+    after: float | None
     is_share: bool = True
 
     def cells(self) -> list[str]:
@@ -46,14 +47,21 @@ class Line:
 
 def lines_of(save_dir: str | Path) -> Iterator[Line]:
     """Yield the lines of all stages that have figures."""
-    root = Path(save_dir)
+    return (line for line in all_lines(save_dir) if line.after is not None)
 
-    def result(name: str, *keys: str) -> float | None:
-        path = root / "results" / f"{name}.json"
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        for key in keys:
-            value = None if value is None else value.get(key)
-        return value
+
+def read_result(save_dir: str | Path, name: str, *keys: str):
+    """Return what is under ``keys`` in a result file of eval_model.py; None if the file or a key is missing."""
+    path = Path(save_dir) / "results" / f"{name}.json"
+    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    for key in keys:
+        value = None if value is None else value.get(key)
+    return value
+
+
+def all_lines(save_dir: str | Path) -> Iterator[Line]:
+    """Yield the lines of all stages, also of those that have no figures yet."""
+    root, result = Path(save_dir), partial(read_result, save_dir)
 
     def gap(run: str) -> float | None:
         """Return the last validation loss minus the entropy of the texts."""
@@ -65,7 +73,8 @@ def lines_of(save_dir: str | Path) -> Iterator[Line]:
 
     rows = [row for row in read_metrics(root / "pretrain_128" / "metrics.jsonl") if "floor" in row]
     config = root / "pretrain_128" / "config.json"
-    gap_of_guessing = math.log(json.loads(config.read_text())["vocab_size"]) - rows[-1]["floor"] if rows else None
+    is_known = bool(rows) and config.is_file()
+    gap_of_guessing = math.log(json.loads(config.read_text())["vocab_size"]) - rows[-1]["floor"] if is_known else None
     identity, calls = ("exact_match", "accuracy"), ("tool_calls", "task_average")
     figures = [
         ("pretrain", "nats/token above the floor (before: guessing)", gap_of_guessing, gap("pretrain_128"), False),
@@ -89,8 +98,7 @@ def lines_of(save_dir: str | Path) -> Iterator[Line]:
         ("tools", "tasks, exact match", tasks("full_sft"), tasks("tools_sft_test")),
     ]  # fmt: skip
     for stage, metric, before, after, *is_share in figures:
-        if after is not None:
-            yield Line(stage=stage, metric=metric, before=before, after=after, is_share=not is_share)
+        yield Line(stage=stage, metric=metric, before=before, after=after, is_share=not is_share)
 
 
 def table(lines: list[Line]) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from minillm.compare.runs import RunRecord
+from minillm.reports.chart import axis_of, polyline
 from minillm.reports.page import drawing, save_and_cut
 from minillm.reports.summary import log_scale_if_wide
 
@@ -97,15 +98,12 @@ def small_curve(run: RunRecord, *, width: int = 140, height: int = 36) -> str:
     points = [point for each in curves.values() for point in each]
     if not points:
         return ""
-    (left, right), (low, high) = ((min(each), max(each)) for each in zip(*points, strict=True))
+    x = axis_of([step for step, _ in points], start=2, end=width - 2)
+    y = axis_of([loss for _, loss in points], start=height - 2, end=2)
     lines = ""
     for color, curve in curves.items():
-        at = " ".join(
-            f"{2 + (width - 4) * (x - left) / (right - left or 1):.1f},"
-            f"{2 + (height - 4) * (high - y) / (high - low or 1):.1f}"
-            for x, y in curve
-        )
-        lines += f'<polyline points="{at}" fill="none" stroke="{color}" stroke-width="1.5"/>' if curve else ""
+        if curve:
+            lines += f'<polyline points="{polyline(curve, x, y)}" fill="none" stroke="{color}" stroke-width="1.5"/>'
     return f'<svg width="{width}" height="{height}" role="img" aria-label="loss">{lines}</svg>'
 
 

@@ -6,17 +6,15 @@ import json
 from minillm.explain.text import COLUMNS, next_note, row, shown, total_row
 from minillm.explain.trace import Trace
 from minillm.explain.words import WORDS
-from minillm.reports.page import STYLE
+from minillm.reports.page import both, language_page
 
 OWN_STYLE = (
     ".token{display:inline-block;border:1px solid #8888;border-radius:4px;padding:0 .35em;margin:.1em}"
     ".token{font-family:monospace}"
-    ".token small{color:#777;margin-left:.4em}.bar{display:inline-block;height:.8em;background:#3d7ea6}"
+    ".token small{color:#777;margin-left:.4em}"
     "#map td{width:1.1em;height:1.1em;padding:0;border:0}#map th{font:12px monospace;padding:0 .3em;text-align:right}"
-    "#map th.up{writing-mode:vertical-rl;text-align:left;padding:.3em 0}[data-l]{display:none}"
-    "body.en [data-l=en],body.zh [data-l=zh]{display:revert}.right{float:right}"
-    "@media(prefers-color-scheme:dark){body{background:#181a1b;color:#ddd}.lines tr{border-color:#444}"
-    ".note,.token small{color:#aaa}}"
+    "#map th.up{writing-mode:vertical-rl;text-align:left;padding:.3em 0}"
+    "@media(prefers-color-scheme:dark){.token small{color:#aaa}}"
 )
 SCRIPT = """
 const state = {layer: 0, head: -1};
@@ -42,7 +40,6 @@ function draw() {
   }
 }
 function choose(what, value) { state[what] = Number(value); draw(); }
-function speak(language) { document.body.className = language; }
 draw();
 """
 
@@ -53,10 +50,8 @@ def as_page(trace: Trace, tokenizer, config, language: str) -> str:
     attention = [part.probabilities for part in trace.parts if part.kind == "attention"]
     numbers = [[[[round(v, 4) for v in line] for line in head] for head in layer.tolist()] for layer in attention]
     data = json.dumps({"tokens": tokens, "attention": numbers}, ensure_ascii=False).replace("<", "\\u003c")
-    title = html.escape(WORDS[language]["title"])
-    buttons = (f"<button onclick=\"speak('{name}')\">{words['language']}</button>" for name, words in WORDS.items())
+    titles = {name: words["title"] for name, words in WORDS.items()}
     sections = [
-        _both("h1", lambda words: words["title"]),
         _both("h2", lambda words: words["tokens"]),
         _both("p", lambda words: words["tokens_note"], "note"),
         "<p>" + "".join(_token(token, text) for token, text in zip(trace.ids, tokens, strict=True)) + "</p>",
@@ -72,19 +67,13 @@ def as_page(trace: Trace, tokenizer, config, language: str) -> str:
         _both("p", lambda words: next_note(trace, config, words), "note"),
         _candidates(trace, tokenizer),
     ]
-    return (
-        '<!doctype html><html><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}{OWN_STYLE}</style></head>"
-        f'<body class="{language}"><p class="right">{" ".join(buttons)}</p>{"".join(sections)}'
-        f"<script>const data = {data};{SCRIPT}</script></body></html>"
-    )
+    script = f"const data = {data};{SCRIPT}"
+    return language_page(titles, *sections, language=language, style=OWN_STYLE, script=script)
 
 
 def _both(tag: str, text, css: str = "") -> str:
     """Return the same element in every language; the page shows one of them."""
-    css = f' class="{css}"' if css else ""
-    return "".join(f'<{tag}{css} data-l="{name}">{html.escape(text(words))}</{tag}>' for name, words in WORDS.items())
+    return both(tag, {name: text(words) for name, words in WORDS.items()}, css)
 
 
 def _token(token: int, text: str) -> str:

@@ -2,7 +2,6 @@
 
 WORDS = {
     "en": {
-        "language": "English",
         "title": "From a text to the next token",
         "tokens": "Tokens",
         "tokens_note": "The tokenizer cuts the text into pieces of its vocabulary; the model sees only their numbers.",
@@ -24,7 +23,6 @@ WORDS = {
         "probability": "probability",
     },
     "zh": {
-        "language": "中文",
         "title": "从一段文本到下一个词元",
         "tokens": "词元",
         "tokens_note": "分词器把文本切成词表里的片段，模型看到的只有它们的编号。",

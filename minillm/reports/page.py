@@ -5,12 +5,13 @@ import contextlib
 import html
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
+    ":root{color-scheme:light dark}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
     "h1,td,th,p{overflow-wrap:anywhere}img{max-width:100%;height:auto}svg{display:block}"
     ".large{max-width:none;width:1100px}.panels{display:flex;flex-wrap:wrap;gap:.5em 1em}.wide{overflow-x:auto}"
     "table{border-collapse:collapse}td,th{padding:.15em 1.2em .15em 0;text-align:left;vertical-align:top}"
@@ -21,9 +22,16 @@ STYLE = (
     ".answers{font-size:14px}.answers td,.answers th{border:1px solid #ddd;padding:.4em .6em;white-space:pre-wrap;"
     "min-width:8em}"
     "pre{background:#f5f5f2;padding:.6em;white-space:pre-wrap;overflow-wrap:anywhere;margin:.2em 0 1em}"
+    ".bar{display:inline-block;height:.8em;background:#3d7ea6}"
     "@media(max-width:600px){body{margin:1em auto}.panels img{width:auto}.facts td,.facts th{display:block;padding:0}"
     ".facts td{margin-bottom:.6em}}"
+    "@media(prefers-color-scheme:dark){body{background:#181a1b;color:#ddd}.lines tr{border-color:#444}.note{color:#aaa}"
+    ".answers td,.answers th{border-color:#444}pre{background:#26282a}"
+    "img{filter:invert(.9) hue-rotate(180deg)}}"  # of matplotlib: dark paper, the same hues
 )
+LANGUAGES = {"en": "English", "zh": "中文"}
+LANGUAGE_STYLE = ".right{float:right}body.en [data-l=zh],body.zh [data-l=en]{display:none!important}"
+SPEAK = "function speak(name){document.body.className=name;document.documentElement.lang=name}"
 CHINESE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Zen Hei",
     "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC",
@@ -33,12 +41,42 @@ SCALE = 0.8  # of a picture on a page; phones and sharp screens have more pixels
 
 def page(title: str, *parts: str) -> str:
     """Return a page; ``parts`` are HTML."""
+    return _document(title, f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body>", STYLE)
+
+
+def language_page(titles: Mapping[str, str], *parts: str, language: str = "", style: str = "", script: str = "") -> str:
+    """Return a page in English and Chinese, with a button for each; its parts are made with ``both``.
+
+    Args:
+        titles: by language. language: the one shown first; default: the browser's. style, script: the page's own.
+    """
+    buttons = " ".join(f"<button onclick=\"speak('{key}')\">{name}</button>" for key, name in LANGUAGES.items())
+    first = f"'{language}'" if language else "navigator.language.startsWith('zh')?'zh':'en'"
+    body = (
+        f'<body class="{language or "en"}"><p class="right">{buttons}</p>{both("h1", titles)}{"".join(parts)}'
+        f"<script>{SPEAK};speak({first});{script}</script></body>"
+    )
+    title = titles[language] if language else " · ".join(titles.values())
+    return _document(title, body, STYLE + LANGUAGE_STYLE + style)
+
+
+def _document(title: str, body: str, style: str) -> str:
     return (
         '<!doctype html><html><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>{body}</html>"
     )
+
+
+def both(tag: str, texts: Mapping[str, str], css: str = "") -> str:
+    """Return an element in each language, of which the page shows one; ``texts``, by language, are plain."""
+    return both_html(tag, {language: html.escape(text) for language, text in texts.items()}, css)
+
+
+def both_html(tag: str, contents: Mapping[str, str], css: str = "") -> str:
+    """Return an element in each language, as ``both``; ``contents`` are HTML."""
+    css = f' class="{css}"' if css else ""
+    return "".join(f'<{tag}{css} data-l="{language}">{text}</{tag}>' for language, text in contents.items())
 
 
 def facts_table(facts: dict[str, str]) -> str:

@@ -45,7 +45,7 @@ MODULES = sorted((ROOT / "minillm").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")
 STAGES = [path for path in SCRIPTS if path.stem.startswith("train_") and path.stem != "train_tokenizer"]
 TOP_LEVEL = {path.stem for path in SCRIPTS} | {"tests", "benchmarks", "dataset", "demo_world", "make_demo"}
-TOP_LEVEL |= {"demo_table", "demo_tools", "make_persona"}
+TOP_LEVEL |= {"demo_report", "demo_table", "demo_tools", "demo_words", "make_persona"}
 # What no extra of ours names, but code around language models easily pulls in.
 NEVER_NEEDED = {"sentencepiece", "peft", "trl", "accelerate", "datasets", "pandas", "scipy", "sklearn", "tensorboard"}
 IMPORT_NAMES = {"rouge-score": "rouge_score", "nvidia-ml-py": "pynvml", "lm-eval": "lm_eval",

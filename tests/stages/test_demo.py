@@ -49,6 +49,13 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
     expected = ["stage", "pretrain", "full_sft", *2 * ["lora"], *3 * ["dpo"], "distill", *3 * ["reason"]]
     assert stages == [*expected, *3 * ["tools"]]
     assert sum(line.count("%") for line in table) == 23  # losses have none, and the form has no before
+    assert f"\nreport: {tmp_path}/out/report.html\n" in done.stdout
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert all(f'id="{stage}"' in report for stage in stages[1:])
+    assert report.count("shortened to 6 steps in") == 7 + 10  # in the table; with each run's curves
+    assert not [
+        words for words in ("missing", "not finished", "not measured", "No samples", "No dist") if words in report
+    ]
     for name in ("identity", "identity_alone"):
         directory = tmp_path / "out" / "lora" / f"{name}_128"
         written = {path.name for path in directory.iterdir()}
