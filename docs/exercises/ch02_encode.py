@@ -10,6 +10,6 @@ def encode(text, merges):
     返回一个片段的词元（字符串列表）：按学习的先后顺序应用合并规则。
 
     Args:
-        text: its letters are the tokens to begin with. merges: list of pairs of strings, the first learned first.
+        text: its letters are the tokens to begin with. merges: list of tuples of two strings, first learned first.
     """
     raise NotImplementedError

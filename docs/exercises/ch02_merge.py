@@ -10,6 +10,6 @@ def merge(ids, pair, new_id):
     返回一个新列表：从左到右，把 ids 中每一处 pair 换成 new_id。不要改动 ids。
 
     Args:
-        ids: list of int; it must not change. pair: two ids. new_id: int.
+        ids: list of int; it must not change. pair: tuple of two ids. new_id: int.
     """
     raise NotImplementedError

@@ -10,6 +10,7 @@ def conditional_entropy(counts):
     返回只看一个词元的最佳模型的平均损失（浮点数，单位奈特）；0 · ln 0 按 0 算。
 
     Args:
-        counts: (V, V), how often the column's token follows the row's token.
+        counts: (V, V), a tensor of whole numbers: how often the column's token follows the row's token. A row may be
+            empty. 整数张量 (V, V)：列对应的词元跟在行对应的词元后面多少次；可以有全零的行。
     """
     raise NotImplementedError

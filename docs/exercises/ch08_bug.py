@@ -20,8 +20,10 @@ def buggy(document_ids):
 def find_the_bug(positions):
     """Assert something that holds for a right ``positions(document_ids)`` and does not hold for ``buggy``.
 
-    Equal numbers side by side are one document; another number begins the next one, and -1 is padding.
+    Equal numbers side by side are one document; another number begins the next one. -1 is padding; its
+    positions are counted in the same way.
 
-    写断言：正确的 positions 能通过，上面的 buggy 通不过。相邻且相等的编号是同一篇文档，编号一变就是下一篇，-1 是填充。
+    写断言：正确的 positions 能通过，上面的 buggy 通不过。相邻且相等的编号是同一篇文档，编号一变就是下一篇。-1 是填充，
+    位置的数法相同。
     """
     raise NotImplementedError

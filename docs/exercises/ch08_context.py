@@ -5,10 +5,14 @@ MINILLM_EXERCISES=1 pytest tests/exercises/test_ch08.py
 
 
 def turns_seen(head_dim, theta, length):
-    """Return a list of head_dim / 2 numbers: the full turns of each pair on its way from position 0 to length.
+    """Return a list of head_dim / 2 floats: how many turns each pair makes from position 0 to position ``length``.
 
     A pair with less than one turn meets new angles when the context grows.
 
-    返回 head_dim / 2 个数的列表：从位置 0 走到 length，每一对转了几圈。不足一圈的，上下文变长时就会遇到新的角度。
+    返回 head_dim / 2 个浮点数的列表：从位置 0 走到位置 length，每一对转了多少圈。不足一圈的，上下文变长时就会遇到
+    新的角度。
+
+    Args:
+        theta: the base b of the chapter, ``rope_theta`` 章节里的底数 b.
     """
     raise NotImplementedError

@@ -12,6 +12,6 @@ def rotate_pairs(x, positions, theta):
     返回经 RoPE 旋转的 x (T, K)：位置 p 的第 i 对逆时针转过 p · theta^(-2i/K)；第 i 个数与第 i + K/2 个数是一对。
 
     Args:
-        x: (T, K), K even 偶数. positions: (T,). theta: a float 浮点数.
+        x: (T, K), K even 偶数. positions: (T,). theta: the chapter's base b 章节里的底数 b.
     """
     raise NotImplementedError

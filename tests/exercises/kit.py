@@ -6,11 +6,13 @@
 
 Normally the test runs once with the solution, which must pass, and once with each wrong answer, which must fail with
 its message. With ``MINILLM_EXERCISES=1`` it runs with ``mean_loss`` of ``docs/exercises/ch05_loss.py``: the reader's.
+A failure then prints its message only: pytest's traceback would show the test's source, with the solution in it.
 """
 
 import functools
 import importlib.util
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,23 @@ def yours(file: str, name: str):
     return getattr(module, name)
 
 
+def check_yours(test: Callable, file: str, name: str) -> None:
+    """Run ``test`` with the reader's function; fail with what is wrong and nothing of the test's source."""
+    try:
+        test(yours(file, name))
+        return
+    except NotImplementedError:
+        message = f"write {name} in docs/exercises/{file}.py"
+    except AssertionError as error:  # below the message pytest explains the values: nested parts are left out
+        message = "\n".join(line for line in str(error).splitlines() if not line.startswith(" +    "))
+    except Exception as error:  # the reader's code, or the test that cannot use what it returned
+        frames = traceback.extract_tb(error.__traceback__)
+        shown = [f for f in frames if Path(f.filename).parent.name == "exercises" and f.filename != __file__]
+        lines = traceback.format_list(shown)
+        message = "".join([*lines, f"{type(error).__name__}: {error}"])
+    pytest.fail(message, pytrace=False)
+
+
 def exercise(file: str, *, solution: Callable, wrong: dict[str, tuple[Callable, str]]):
     """Make a test of a function: its name behind ``test_`` is the function's name in ``docs/exercises/<file>.py``."""
     assert len(wrong) >= 3, "give at least three plausible wrong answers"
@@ -42,12 +61,7 @@ def exercise(file: str, *, solution: Callable, wrong: dict[str, tuple[Callable, 
         def run(case: str):
             candidate, message = cases[case]
             if case == "yours":
-                is_written = True
-                try:
-                    test(yours(file, name))
-                except NotImplementedError:
-                    is_written = False
-                assert is_written, f"write {name} in docs/exercises/{file}.py"
+                check_yours(test, file, name)
             elif message is None:
                 test(candidate)
             else:
@@ -60,11 +74,18 @@ def exercise(file: str, *, solution: Callable, wrong: dict[str, tuple[Callable, 
     return decorate
 
 
-def find_the_bug(file: str, *, right: Callable, finder: Callable, wrong: dict[str, Callable]):
+def find_the_bug(
+    file: str,
+    *,
+    right: Callable,
+    finder: Callable,
+    wrong: dict[str, Callable],
+    hint: str = "try other lengths, masks, dtypes or values",
+):
     """Make a test of a test. ``docs/exercises/<file>.py`` has ``buggy``, and the reader's ``find_the_bug(function)``.
 
     A finder must pass with the right function and raise AssertionError with the buggy one. ``finder`` does so; each of
-    ``wrong`` does not.
+    ``wrong`` does not. ``hint`` says in which cases the bug stays hidden.
     """
     assert len(wrong) >= 3, "give at least three plausible finders that do not find it"
 
@@ -72,12 +93,13 @@ def find_the_bug(file: str, *, right: Callable, finder: Callable, wrong: dict[st
         try:
             candidate(right)
         except AssertionError as error:
-            raise AssertionError(f"it accuses the right function: {error}") from None
+            line = traceback.extract_tb(error.__traceback__)[1]  # of the candidate
+            raise AssertionError(f"it accuses the right function in line {line.lineno}: {line.line}\n{error}") from None
         try:
             candidate(yours(file, "buggy"))
         except AssertionError:
             return
-        raise AssertionError("it does not notice the bug: try other lengths, masks, dtypes or values")
+        raise AssertionError(f"it does not notice the bug: {hint}")
 
     judge.__name__ = "test_find_the_bug"
     messages = "it accuses the right function|it does not notice the bug"

@@ -88,4 +88,5 @@ test_find_the_bug = find_the_bug(
     right=right_speed,
     finder=finder,
     wrong={"equal times": equal_times, "one step": one_step, "expects the fault": expects_the_fault},
+    hint="it hides in a run whose steps all take the same time",
 )

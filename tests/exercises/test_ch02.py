@@ -56,8 +56,8 @@ def test_merge(candidate):
     odd = candidate([5, 5, 5], (5, 5), 9)
     assert odd != [9, 9], "in 5 5 5 the middle 5 is used up by the first pair; it cannot be merged twice"
     assert odd == [9, 5], "go from the left: 5 5 5 gives 9 5"
-    assert candidate([], (1, 2), 9) == []
-    assert candidate([2, 1], (1, 2), 9) == [2, 1]
+    assert candidate([], (1, 2), 9) == [], "an empty row stays empty"
+    assert candidate([2, 1], (1, 2), 9) == [2, 1], "2 1 is another pair than 1 2"
 
 
 MERGES = [("w", "e"), ("l", "o"), ("e", "we"), ("n", "ewe"), ("o", "we")]
@@ -153,4 +153,5 @@ test_find_the_bug = find_the_bug(
     right=right_decode,
     finder=finder,
     wrong={"English": only_english, "a whole character": a_whole_character, "half a character": half_a_character},
+    hint="it hides while every token is whole characters",
 )

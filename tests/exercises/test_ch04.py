@@ -43,7 +43,7 @@ def inputs_masked_too(stored, is_answer):
 def test_shift(candidate):
     inputs, targets = candidate([5, 6, 7, 8], [1, 1, 1, 1])
     assert list(targets) == [6, 7, 8], "targets[t] is the token after input_ids[t]"
-    assert list(inputs) == [5, 6, 7]
+    assert list(inputs) == [5, 6, 7], "the last token has no target: it is no input"
     inputs, targets = candidate([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
     assert list(targets) != [2, 3, 4, 5], "questions are no targets: put -100 there"
     assert list(targets) == [-100, -100, 4, 5], "the mask belongs to the targets: shift it with them"
@@ -74,13 +74,13 @@ def outer(documents):
 )
 def test_mask(candidate):
     found = candidate(torch.tensor([0, 0, 1, 1, 1, -1, -1]))
-    assert found.shape == (7, 7)
+    assert found.shape == (7, 7), "a row and a column for each token: (T, T)"
     assert not found.triu(1).any(), "a token must not look at the future: columns right of the diagonal are false"
     assert not found[2:5, :2].any(), "a token looks only into its own document"
     assert found[:5, :5].diagonal().all(), "a token looks at itself too"
     assert found[5:, 5:].diagonal().all(), "padding looks at itself: a softmax over nothing is 0 / 0"
     assert not found[6, 5], "padding looks at itself alone"
-    assert int(found.sum()) == 3 + 6 + 2
+    assert int(found.sum()) == 3 + 6 + 2, "n (n + 1) / 2 pairs in a document of n tokens, one for each padding"
 
 
 def right_pairs(documents):
@@ -108,4 +108,5 @@ test_find_the_bug = find_the_bug(
     right=right_pairs,
     finder=finder,
     wrong={"one document": one_document, "counts": expects_one_pair_less, "a part": targets_follow_inputs},
+    hint="it hides in a row of one document; what must not be among the pairs?",
 )

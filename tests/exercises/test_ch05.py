@@ -51,9 +51,8 @@ def test_mean_loss(candidate):
     assert even == pytest.approx(math.log(7)), (
         "ln 7 is expected for an even guess: logits become probabilities by softmax"
     )
-    assert float(candidate(logits, targets)) == pytest.approx(
-        float(F.cross_entropy(logits.view(-1, 7), targets.view(-1)))
-    )
+    expected = float(F.cross_entropy(logits.view(-1, 7), targets.view(-1)))
+    assert float(candidate(logits, targets)) == pytest.approx(expected), "the mean of -ln p over all rows and positions"
     targets[0, 2:] = -100
     expected = float(F.cross_entropy(logits.view(-1, 7), targets.view(-1)))
     assert float(candidate(logits, targets)) == pytest.approx(expected), (
@@ -77,7 +76,7 @@ def test_entropy(candidate):
     fair = float(candidate(torch.full((8,), 1 / 8)))
     assert fair != pytest.approx(3.0), "an even choice of 8 has ln 8 nats: use ln, log2 gives 3 bits"
     assert float(candidate(torch.tensor([0.9, 0.1]))) == pytest.approx(0.32508, abs=1e-4), "each -ln p is weighted by p"
-    assert fair == pytest.approx(math.log(8))
+    assert fair == pytest.approx(math.log(8)), "an even choice of 8 has ln 8 nats"
     with_zero = float(candidate(torch.tensor([0.5, 0.5, 0.0])))
     assert with_zero == pytest.approx(math.log(2)), "tokens that never come add nothing: 0 · ln 0 is 0, not nan"
 
@@ -115,4 +114,5 @@ test_find_the_bug = find_the_bug(
     right=right_step_loss,
     finder=finder,
     wrong={"equal counts": equal_counts, "one micro-batch": one_micro_batch, "expects the fault": mean_of_means},
+    hint="it hides while all micro-batches have equally many targets",
 )

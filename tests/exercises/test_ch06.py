@@ -39,7 +39,8 @@ def test_rms_norm(candidate):
     assert half.dtype == torch.float16, "the result has the dtype of x"
     assert torch.allclose(half.float(), one, atol=1e-3), "the square of 300 is beyond float16: compute in float32"
     x, weight = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)), torch.arange(5.0)
-    torch.testing.assert_close(candidate(x, weight, 1e-5), F.rms_norm(x, (5,), weight, 1e-5))
+    expected = F.rms_norm(x, (5,), weight, 1e-5)
+    assert torch.allclose(candidate(x, weight, 1e-5), expected, atol=1e-5), "each number is multiplied by its weight"
 
 
 def library_gradient(x, grad):
@@ -70,11 +71,11 @@ def test_rms_norm_gradient(candidate):
     draw = torch.Generator().manual_seed(0)
     x, grad = 3 * torch.randn(4, 7, generator=draw), torch.randn(4, 7, generator=draw)
     found = candidate(x, grad)
-    assert found.shape == x.shape
+    assert found.shape == x.shape, "a gradient has the shape of what it belongs to: (N, D)"
     assert (found * x).sum(-1).abs().max() < 1e-4, "stretching x changes nothing: the gradient is at right angles to x"
     expected = library_gradient(x, grad)
     assert torch.allclose(found, expected, atol=1e-5), (
-        "at a vector twice as long the gradient is half as steep: r · ..."
+        "at right angles to x, and still wrong: at a vector twice as long the gradient is half as steep"
     )
 
 
@@ -109,4 +110,5 @@ test_find_the_bug = find_the_bug(
     right=right_norm,
     finder=finder,
     wrong={"mean of all": mean_square_of_all, "one position": one_position, "longer input": longer_input},
+    hint="it hides while you look at one position, or at the mean of all",
 )

@@ -132,4 +132,5 @@ test_find_the_bug = find_the_bug(
     right=right_attention,
     finder=finder,
     wrong={"whole text": whole_text, "equal values": equal_values, "torch's corner": corner_of_torch},
+    hint="it hides while there are as many queries as keys",
 )

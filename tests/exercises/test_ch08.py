@@ -49,7 +49,9 @@ def test_rotate_pairs(candidate):
     slow = candidate(torch.tensor([[0.0, 1, 0, 0]]), torch.tensor([1]), 100.0)
     assert slow[0, 3] == pytest.approx(math.sin(0.1), abs=1e-6), "the speed of pair i is theta^(-2i/K)"
     x, positions = torch.randn(5, 6), torch.tensor([7, 0, 3, 3, 90])
-    assert torch.allclose(candidate(x, positions, 1e4), by_hand(x, positions, 1e4), atol=1e-5)
+    assert torch.allclose(candidate(x, positions, 1e4), by_hand(x, positions, 1e4), atol=1e-5), (
+        "each row turns by its own position, in any order"
+    )
 
 
 def library_turns(head_dim, theta, length):
@@ -81,7 +83,9 @@ def test_turns_seen(candidate):
     assert len(turns) == 4, "a pair is two numbers of the head: head_dim / 2 pairs"
     assert candidate(8, 10_000.0, 4096)[0] > turns[0], "a longer text makes more turns"
     assert turns[0] > turns[-1], "pair 0 is the fastest"
-    assert turns[0] == pytest.approx(2048 / (2 * math.pi)), "a full turn is 2 pi radians"
+    assert turns[0] == pytest.approx(2048 / (2 * math.pi)), (
+        "pair 0 turns by 1 radian per position, by 2048 in all; a full turn is 2 pi radians; do not round"
+    )
     assert turns[-1] == pytest.approx(2.048 / (2 * math.pi)), "the speed of pair i is theta^(-2i/K)"
 
 
@@ -107,4 +111,5 @@ test_find_the_bug = find_the_bug(
     right=document_positions,
     finder=finder,
     wrong={"one document": one_document, "rising numbers": rising, "positions go on": not_restarted},
+    hint="it hides while the numbers of the documents rise",
 )

@@ -122,4 +122,5 @@ test_find_the_bug = find_the_bug(
     right=right_decode,
     finder=finder,
     wrong={"prompt only": prompt_only, "one token repeated": one_token, "shape": shape},
+    hint="it hides in the prompt's logits, and with a single new token repeated",
 )

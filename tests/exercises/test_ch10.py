@@ -44,7 +44,9 @@ def test_feed_forward(candidate):
     assert float(candidate(one, -one, one, one)) < -0.2, "a small negative gate lets a little through: silu(-1) = -0.27"
     torch.manual_seed(0)
     x, gate, up, down = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5, 4), torch.randn(4, 5)
-    assert torch.allclose(candidate(x, gate, up, down), layer(x, gate, up, down), atol=1e-5)
+    assert torch.allclose(candidate(x, gate, up, down), layer(x, gate, up, down), atol=1e-5), (
+        "down is (D, F): it leads from the F hidden units back to D numbers"
+    )
 
 
 @exercise(
@@ -69,8 +71,8 @@ def test_gated_width(candidate):
         assert 3 * width * hidden_size >= 8 * hidden_size**2, "at least 8 D² parameters: round up"
         assert 3 * (width - 64) * hidden_size < 8 * hidden_size**2, "the smallest such multiple"
         config = ModelConfig(hidden_size=hidden_size, num_attention_heads=2)
-        assert width == config.intermediate_size
-    assert candidate(512, multiple=1) == 1366
+        assert width == config.intermediate_size, "the library chooses another width"
+    assert candidate(512, multiple=1) == 1366, "multiple is not always 64: with 1 the width is 8 D / 3, rounded up"
 
 
 def right_gradients(gate, up, grad):
@@ -107,4 +109,5 @@ test_find_the_bug = find_the_bug(
     right=right_gradients,
     finder=finder,
     wrong={"gate of zero": gate_of_zero, "large gates": large_gates, "up alone": up_alone},
+    hint="it hides in the gradient of up, and where the gate is 0 or far from 0",
 )
