@@ -62,3 +62,7 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
         assert {"adapter_config.json", "adapter_model.safetensors", "summary.html"} <= written
         assert f"out/full_sft_128 + {directory}: parameters" in done.stdout
     assert done.stdout.count("\nidentity ") == 3 * 8  # groups of the held-out questions: without, and with adapters
+    command = [python, "docs/course/pictures.py", "--save_dir", str(tmp_path / "out")]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    drawn = {path.name for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert drawn == {f"{name}.{t}.svg" for name in ("loss", "attention", "lora", "dpo") for t in ("light", "dark")}
