@@ -1,0 +1,188 @@
+"""The documentation site: every page is in it, links hold after the pages are moved, and it builds without a warning."""
+
+import html
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tests.docs.test_pages import PAGES, ROOT, text_of
+
+SITE = ROOT / "docs" / "site"
+LANGUAGES = ("en", "zh")
+
+
+@pytest.fixture(scope="module")
+def build():
+    """docs/site/build.py, which needs none of the site's packages to be imported."""
+    spec = importlib.util.spec_from_file_location("build_site", SITE / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+def is_chinese(page: Path) -> bool:
+    return page.stem.endswith("_zh") or "zh" in page.parts
+
+
+# ---- the navigation ----------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation_once(build):
+    for section in build.SITE["navigation"]:
+        assert set(section["title"]) == set(LANGUAGES)
+        for pattern in section["pages"]:
+            assert list(ROOT.glob(pattern)), f"{pattern} matches no page"
+    listed = [page for section in build.SITE["navigation"] for page in build.english_pages(section)]
+    assert sorted(listed) == sorted(page for page in PAGES if not is_chinese(page))
+    assert set(build.places("en")) | set(build.places("zh")) == set(PAGES)
+
+
+def test_a_chinese_page_has_the_place_of_its_english_one(build):
+    english, chinese = build.places("en"), build.places("zh")
+    assert sorted(english.values()) == sorted(chinese.values())
+    assert len(set(english.values())) == len(english)
+    assert not [page for page in english if is_chinese(page)]
+    assert chinese[ROOT / "docs/data_zh.md"] == english[ROOT / "docs/data.md"] == "data.md"
+    assert chinese[ROOT / "docs/course/zh/05-loss.md"] == english[ROOT / "docs/course/en/05-loss.md"]
+    assert chinese[ROOT / "README_zh.md"] == english[ROOT / "README.md"] == "index.md"
+
+
+def test_titles_are_those_of_the_pages(build):
+    sections = {language: build.settings(language)["nav"] for language in LANGUAGES}
+    course = {language: next(iter(sections[language][1].values())) for language in LANGUAGES}
+    assert {"5 Loss, entropy and its floor": "course/05-loss.md"} in course["en"]
+    assert list(sections["zh"][1]) == ["课程"]
+    assert [list(entry.values()) for entry in course["en"]] == [list(entry.values()) for entry in course["zh"]]
+
+
+def test_the_reference_is_of_modules_that_export(build):
+    for name in build.SITE["reference"]["modules"]:
+        assert "__all__" in (ROOT / "minillm" / name / "__init__.py").read_text(encoding="utf-8")
+
+
+# ---- what is changed in pages ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rewrite(build):
+    """Rewrites a text as if it stood in a page."""
+    return lambda page, text, language="en": build.make_site(language).rewrite(ROOT / page, text)
+
+
+@pytest.mark.parametrize(
+    ("page", "language", "link", "wanted"),
+    [
+        ("README.md", "en", "docs/course/en/05-loss.md#run-it", "course/05-loss.md#run-it"),
+        ("docs/course/en/05-loss.md", "en", "../../results.md", "../results.md"),
+        ("docs/course/en/README.md", "en", "../zh/README.md", "../../zh/course/index.html"),
+        ("docs/course/zh/05-loss.md", "zh", "README.md", "index.md"),
+        ("docs/guide_zh.md", "zh", "guide.md", "../en/guide.html"),
+        ("docs/guide_zh.md", "zh", "architecture.md", "architecture.md"),  # in English only
+        ("docs/guide.md", "en", "../minillm/plan", "source/minillm/plan/index.md"),
+        ("docs/course/en/05-loss.md", "en", "../../../train_sft.py", "../source/train_sft.py.md"),
+        ("README.md", "en", "docs/pictures/demo_pretrain.png", "pictures/demo_pretrain.png"),
+        ("README.md", "en", "https://example.org/a.md#b", "https://example.org/a.md#b"),
+        ("README.md", "en", "#try-it", "#try-it"),
+    ],
+)
+def test_links(rewrite, page, language, link, wanted):
+    for form in ("[text]({})", '<img src="{}" alt="">'):
+        assert form.format(wanted) in rewrite(page, form.format(link), language)
+
+
+def test_files_and_symbols_become_links_to_their_lines(rewrite):
+    text = rewrite("docs/course/en/18-lora.md", "`minillm/lora/core.py`, `LoRA`: `lora/core.py`, `train_sft.py`, `a/b.py`")
+    found = re.match(
+        r"\[`minillm/lora/core\.py`\]\((\S+)\), \[`LoRA`\]\((\S+)#__codelineno-0-(\d+)\): "
+        r"\[`lora/core\.py`\]\(\1\), `train_sft\.py`, `a/b\.py`$",
+        text,
+    )
+    assert found, text
+    assert found[1] == found[2] == "../source/minillm/lora/core.py.md"
+    lines = (ROOT / "minillm/lora/core.py").read_text(encoding="utf-8").splitlines()
+    assert lines[int(found[3]) - 1].startswith("class LoRA")
+    linked = "[`minillm/lora/core.py`](https://example.org)"
+    assert rewrite("README.md", linked) == linked
+
+
+def test_code_is_left_alone(rewrite):
+    code = "```bash\ncat [a](docs/guide.md) `minillm/lora/core.py` # 中\n文\n```"
+    assert rewrite("README.md", f"text\n\n{code}\n") == f"text\n\n{code}\n"
+
+
+def test_formulas_comments_pictures_lists_and_lines_of_chinese(rewrite):
+    assert rewrite("README.md", "```math\na\n= b\n```") == "$$a\n= b$$"
+    assert rewrite("README.md", "<!-- run: seconds=1 -->\n```bash\nls\n```") == "```bash\nls\n```"
+    picture = (
+        '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/a-dark.svg">\n'
+        '  <img alt="x" src="docs/a.svg" width="9">\n</picture>'
+    )
+    assert rewrite("README.md", picture) == (
+        '<img alt="x" src="a.svg#only-light" width="9"><img alt="x" src="a-dark.svg#only-dark" width="9">'
+    )
+    assert rewrite("README.md", "1. a\n\n   ```\n   b\n   ```\n* c\n\n  d\n\ne") == (
+        "1. a\n\n    ```\n    b\n    ```\n* c\n\n    d\n\ne"
+    )
+    assert rewrite("README_zh.md", "甲，\n乙\nGPU\n丙：\n\n* 丁。\n  戊\n* 己\n", "zh") == "甲，乙\nGPU\n丙：\n\n* 丁。戊\n* 己\n"
+
+
+def test_a_page_without_chinese_says_so(rewrite, build):
+    assert rewrite("docs/architecture.md", "# A\n\nb", "zh").startswith("# A\n\n*本页只有英文。*\n\nb")
+    assert "只有英文" not in rewrite("docs/guide_zh.md", "# A\n\nb", "zh") + rewrite("docs/architecture.md", "# A\n\nb")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_all_files_that_pages_want_exist(build, language):
+    site = build.make_site(language)
+    for page in site.places:
+        site.rewrite(page, text_of(page))
+    assert len(site.wanted) > 50
+    assert not [path for path in site.wanted if not path.exists()]
+
+
+# ---- the site itself ---------------------------------------------------------------------------------------------
+
+LOADED = re.compile(r'<(?:script|img|source|iframe)\b[^>]*?\s(?:src|srcset)="([^"]+)"|<link\b[^>]*?\shref="([^"]+)"')
+LINKED = re.compile(r'<a\b[^>]*?\shref="([^"]*)"')
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_its_links_hold(build, tmp_path):
+    for package in ("zensical", "mkdocstrings", "latex2mathml", "ziamath"):
+        pytest.importorskip(package)
+    build.main(tmp_path)
+    texts = {page: page.read_text(encoding="utf-8") for page in (tmp_path / "site").rglob("*.html")}
+    anchors = {page: set(re.findall(r'\sid="([^"]+)"', text)) for page, text in texts.items()}
+    assert len(texts) > 2 * 60
+    wrong = []
+    for page, text in texts.items():
+        for target in {html.unescape(a or b) for a, b in LOADED.findall(text)}:
+            if re.match(r"https?:|//", target):
+                wrong.append((page.name, f"fetches {target}"))
+            elif not target.startswith("data:") and not (page.parent / unquote(urlsplit(target).path)).is_file():
+                wrong.append((page.name, target))
+        for target in {html.unescape(link) for link in LINKED.findall(text)}:
+            path, anchor = unquote(urlsplit(target).path), unquote(urlsplit(target).fragment)
+            if page.name != "404.html" and not urlsplit(target).scheme and path != "javascript:void(0)":
+                aim = (page.parent / path).resolve() if path else page
+                if not aim.is_file() or (anchor and aim in anchors and anchor not in anchors[aim] | {"__skip"}):
+                    wrong.append((page.name, target))
+        if "source" not in page.parts:
+            prose = re.sub(r"<(pre|code|script|annotation)\b.*?</\1>", "", text, flags=re.S)
+            wrong += [(page.name, left) for left in re.findall(r"\$\$|```|\\(?:frac|sum|text)\b", prose)]
+    assert not wrong, wrong[:20]
+    chapter = texts[tmp_path / "site/zh/course/05-loss.html"]
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in chapter
+    assert 'lang="zh"' in chapter
+    assert 'href="../../en/course/05-loss.html"' in chapter  # the switch of languages
+    reference = texts[tmp_path / "site/en/reference/lora.html"]
+    assert 'id="minillm.lora.apply_lora"' in reference
+    index = (tmp_path / "site/zh/search.json").read_text(encoding="utf-8")
+    assert "注意力" in index
+    assert "__codelineno" not in index
