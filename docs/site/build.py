@@ -76,7 +76,8 @@ def settings(language: str) -> dict:
     other = OTHER[language]
     alternate = {"name": SITE["languages"][other], "link": f"../{other}/index.html", "lang": other}
     own = {"docs_dir": f"site-pages/{language}", "site_dir": f"site/{language}", "nav": navigation}
-    own["extra"] = {"alternate": [alternate]}
+    # The search needs a worker, or from disk the script instead of it; Zensical would fetch one from the network.
+    own["extra"] = {"alternate": [alternate], "polyfills": ["assets/iframe-worker.js"]}
     own["theme"] = SITE["settings"]["theme"] | {"language": language, "custom_dir": str(HERE / "theme")}
     return SITE["settings"] | own
 

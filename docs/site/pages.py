@@ -102,7 +102,7 @@ def indent_blocks(text: str) -> str:
 def source_page(path: Path) -> str:
     """Return the page that shows a source file, or what is in a folder; not searched."""
     name = path.relative_to(ROOT).as_posix()
-    head = f"---\ntitle: {name}\nsearch:\n  exclude: true\n---\n\n# `{name}`\n\n"
+    head = f"---\ntitle: {name}\nhide: [navigation, toc]\nsearch: {{exclude: true}}\n---\n\n# {name}\n\n"
     if path.is_dir():
         links = (f"* [`{file.name}`]({file.name}.md)" for file in sorted(path.iterdir()) if file.is_file())
         return head + "\n".join(links) + "\n"
