@@ -1,8 +1,9 @@
 """Builds the documentation site, ``out/site/index.html``: python docs/site/build.py
 
-The Markdown files stay as GitHub reads them. They are copied to ``out/site-pages``, one folder per language, and changed
-on the way (``pages.py``); Zensical makes a site of each folder. A page has the same path in both languages, so the switch
-between them is a link (``theme/``). ``site.yml`` has the navigation and the settings, ``formulas.py`` the formulas.
+The Markdown files stay as GitHub reads them. They are copied to ``out/site-pages``, one folder per language, and
+changed on the way (``pages.py``); Zensical makes a site of each folder. A page has the same path in both languages, so
+the switch between them is a link (``theme/``). ``site.yml`` has the navigation and the settings, ``formulas.py`` the
+formulas.
 """
 
 import os
@@ -45,7 +46,8 @@ def in_language(page: Path, language: str) -> Path:
 def place_of(page: Path) -> str:
     """Return the place of a page in the site of each language: ``course/05-loss.md``, ``index.md``."""
     name = page.relative_to(ROOT).as_posix().removeprefix("docs/").replace("course/en/", "course/")
-    return re.sub(r"README\.md$", "index.md", name)
+    # An index.md is the first page of its section in the navigation; another README is a page like others.
+    return re.sub(r"/README\.md$", ".md", re.sub(r"^(course/)?README\.md$", r"\1index.md", name))
 
 
 def places(language: str) -> dict[Path, str]:
@@ -55,7 +57,7 @@ def places(language: str) -> dict[Path, str]:
 
 
 def make_site(language: str) -> Site:
-    """Return the pages of a language, which know those of the other one."""
+    """Return the site of a language, which knows the pages of the other one."""
     other = OTHER[language]
     there = {page: f"../{other}/{place.replace('.md', '.html')}" for page, place in places(other).items()}
     return Site(language, places(language), there)
@@ -76,19 +78,19 @@ def settings(language: str) -> dict:
     other = OTHER[language]
     alternate = {"name": SITE["languages"][other], "link": f"../{other}/index.html", "lang": other}
     own = {"docs_dir": f"site-pages/{language}", "site_dir": f"site/{language}", "nav": navigation}
-    # The search needs a worker, or from disk the script instead of it; Zensical would fetch one from the network.
-    own["extra"] = {"alternate": [alternate], "polyfills": ["assets/iframe-worker.js"]}
+    own["extra"] = {"alternate": [alternate], "homepage": "index.html"}
+    # The search needs a worker, and from disk this script instead; Zensical would fetch one from the network.
+    own["extra"]["polyfills"] = ["assets/iframe-worker.js"]
     own["theme"] = SITE["settings"]["theme"] | {"language": language, "custom_dir": str(HERE / "theme")}
     return SITE["settings"] | own
 
 
-def write_pages(site: Site, out: Path) -> None:
-    """Write what Zensical reads for one language."""
+def write_pages(site: Site, texts: dict[str, str], linked: set[Path], out: Path) -> None:
+    """Write what Zensical reads for one language: pages, sources and pictures that are linked, the reference."""
     folder = out / "site-pages" / site.language
-    texts = {place: site.rewrite(page, page.read_text(encoding="utf-8")) for page, place in site.places.items()}
-    texts |= {f"reference/{m}.md": f"# minillm.{m}\n\n::: minillm.{m}\n" for m in SITE["reference"]["modules"]}
-    inside = {file for path in site.wanted if path.is_dir() for file in path.iterdir() if file.is_file()}
-    for path in site.wanted | inside:
+    texts = texts | {f"reference/{m}.md": f"# minillm.{m}\n\n::: minillm.{m}\n" for m in SITE["reference"]["modules"]}
+    inside = {file for path in linked if path.is_dir() for file in path.iterdir() if file.is_file()}
+    for path in linked | inside:
         if path.suffix in PICTURES:
             (folder / site.place(path)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / site.place(path))
@@ -108,9 +110,16 @@ def main(out: Path = ROOT / "out") -> None:
     """Write the pages, build both sites, and the first page, which chooses one."""
     for name in ("site", "site-pages"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for language in OTHER:
-        write_pages(make_site(language), out)
-        command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", str(out / f"site-{language}.yml")]
+    sites = [make_site(language) for language in OTHER]
+    texts = [
+        {place: site.rewrite(page, page.read_text(encoding="utf-8")) for page, place in site.places.items()}
+        for site in sites
+    ]
+    linked = set.union(*(site.linked for site in sites))  # both sites have all, for the switch of languages
+    for site, pages in zip(sites, texts, strict=True):
+        write_pages(site, pages, linked, out)
+        config = out / f"site-{site.language}.yml"
+        command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", str(config)]
         path = f"{HERE}{os.pathsep}{ROOT}"  # formulas.py, and the code of the reference
         subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
     (out / "site" / "index.html").write_text(START, encoding="utf-8")

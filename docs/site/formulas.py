@@ -1,7 +1,7 @@
 """A Markdown extension: formulas as GitHub writes them, ``$…$`` and ``$$…$$``.
 
-They become MathML, which browsers draw themselves: no script, no network. latex2mathml translates; ``polish`` sets what it
-leaves to the browser as TeX sets it.
+They become MathML, which browsers draw themselves: no script, no network. latex2mathml translates; ``polish`` and
+``space_row`` set as TeX does what it leaves to the browser.
 """
 
 from html import unescape
@@ -13,7 +13,9 @@ from markdown.inlinepatterns import InlineProcessor
 
 # As on GitHub: no blank inside the dollars of an inline formula, no digit behind them, and \$ is a dollar.
 FORMULA = r"(?<![\\$])(?:\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^\s$](?:[^$]*[^\s$\\])?)\$(?!\d))"
-LIMITS = {"min", "max"}
+CAPITALS = set("ΓΔΘΛΞΠΣΥΦΨΩ")
+CLOSING = {")", "]", "|", "!"}
+THIN = "0.167em"  # of \\,
 
 
 def mathml(latex: str, display: str) -> str:
@@ -21,43 +23,49 @@ def mathml(latex: str, display: str) -> str:
     root = convert_to_element(latex, display=display)
     for element in root.iter():
         element.text = element.text and unescape(element.text)
-    for element in list(root.iter()):
         polish(element, limits_below=display == "block")
+    for element in list(root.iter()):
+        if element.tag in {"math", "mrow", "msqrt"}:
+            space_row(element)
     return tostring(root, encoding="unicode")
 
 
 def polish(element: Element, *, limits_below: bool) -> None:
-    """Set names of functions, bars, fractions in a line and capital Greek letters as TeX does."""
+    """Set names of functions, bars, slashes, capital Greek letters and limits."""
     text = element.text or ""
-    if element.tag == "mo" and (text.isalpha() and len(text) > 1 and text != "mod" or text in {"∂", "∇", "∞"}):
+    is_name = text.isalpha() and len(text) > 1 and text != "mod"
+    if element.tag == "mo" and (is_name or text in {"∂", "∇", "∞"}):
         element.tag = "mi"
-    if text == "\\arg":
-        element.text = "arg"
-    if text == "∇" or len(text) == 1 and "Α" <= text <= "Ω":
-        element.set("mathvariant", "normal")
     if element.tag == "mo" and text in {"‖", "|"} and not element.attrib:
         element.set("stretchy", "false")
     if element.tag == "mo" and text == "/":
-        element.set("lspace", "0")
-        element.set("rspace", "0")
-    if element.tag == "msub" and limits_below and element[0].text in LIMITS:
+        element.attrib |= {"lspace": "0", "rspace": "0"}
+    if element.tag == "mi" and text == "\\arg":
+        element.text = "arg"
+    if element.tag == "mi" and (text == "∇" or text in CAPITALS):
+        element.set("mathvariant", "normal")
+    if element.tag == "msub" and limits_below and element[0].text in {"min", "max"}:
         element.tag = "munder"
-    if element.tag in {"math", "mrow", "msqrt"}:
-        for index in reversed(range(len(element))):
-            if element[index].text == "−" and index > 0 and element[index - 1].tag in {"mo", "mspace"}:
-                if element[index - 1].text not in {")", "]", "|", "!"}:
-                    element[index].set("form", "prefix")
-            if is_function(element[index]):
-                if index + 1 < len(element) and element[index + 1].tag not in {"mo", "mspace"}:
-                    element.insert(index + 1, Element("mspace", width="0.167em"))
-                if index > 0 and element[index - 1].tag not in {"mo", "mspace"}:
-                    element.insert(index, Element("mspace", width="0.167em"))
+
+
+def space_row(row: Element) -> None:
+    """Put thin spaces around names of functions, and none behind the minus of a negative number."""
+    for index in reversed(range(len(row))):
+        before = row[index - 1] if index > 0 else None
+        after = row[index + 1] if index + 1 < len(row) else None
+        if row[index].text == "−" and before is not None and before.tag == "mo" and before.text not in CLOSING:
+            row[index].set("form", "prefix")
+        if is_function(row[index]):
+            if after is not None and after.tag not in {"mo", "mspace"}:
+                row.insert(index + 1, Element("mspace", width=THIN))
+            if before is not None and before.tag not in {"mo", "mspace"}:
+                row.insert(index, Element("mspace", width=THIN))
 
 
 def is_function(element: Element) -> bool:
     """Tell whether an element is the name of a function, with an index or without: ln, log₂, max."""
     name = element[0] if element.tag in {"msub", "msup", "msubsup", "munder"} else element
-    return name.tag in {"mi", "mo"} and (name.text or "").isalpha() and len(name.text) > 1
+    return name.tag == "mi" and (name.text or "").isalpha() and len(name.text) > 1
 
 
 class Formula(InlineProcessor):

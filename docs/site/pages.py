@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).parents[2]
 PICTURES = {".png", ".svg", ".jpg", ".gif", ".webp"}
 ENGLISH_ONLY = "*本页只有英文。*"
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash"}
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
 COMMENT = re.compile(r"^<!--.*?-->\n", re.M | re.S)
 TARGET = re.compile(r'(?P<before>\]\(|\b(?:src|srcset|href)=")(?P<target>[^)"\s]+)(?P<after>[)"])')
@@ -15,7 +16,9 @@ TARGET = re.compile(r'(?P<before>\]\(|\b(?:src|srcset|href)=")(?P<target>[^)"\s]
 FILE = re.compile(
     r"\[[^\[\]]*\]\([^)]*\)|`(?P<file>[\w.-]+/[\w./-]+\.(?:py|yaml))`(?:, `(?P<symbol>\w[\w.]*)(?<!\.py)`)?"
 )
-PICTURE = re.compile(r'<picture>.*?srcset="(?P<dark>[^"]+)".*?<img(?P<a>[^>]*?)src="(?P<light>[^"]+)"(?P<b>[^>]*)>.*?</picture>', re.S)
+PICTURE = re.compile(
+    r'<picture>.*?srcset="(?P<dark>[^"]+)".*?<img(?P<a>[^>]*?)src="(?P<light>[^"]+)"(?P<b>[^>]*)>.*?</picture>', re.S
+)
 CJK, MARKS = r"[\u3001-\u303f\u4e00-\u9fff\uff00-\uffef]", r"[\u3001-\u303f\uff00-\uffef]"
 CHINESE_LINES = re.compile(rf"(?<={CJK})\n *(?={CJK})|(?<={MARKS})\n *(?![*|>#\s-]|\d+\.|\$\$)")
 
@@ -27,19 +30,19 @@ class Site:
     Attributes:
         places: the file of each page → its place in this site (``course/05-loss.md``).
         elsewhere: the same for pages of the other language, seen from the root of this site.
-        wanted: source files, folders and pictures that pages link to; grows as pages are rewritten.
+        linked: source files, folders and pictures that pages link to; grows as pages are rewritten.
     """
 
     language: str
     places: dict[Path, str]
     elsewhere: dict[Path, str]
-    wanted: set[Path] = field(default_factory=set)
+    linked: set[Path] = field(default_factory=set)
 
     def place(self, path: Path) -> str:
         """Return where a file is in this site; a source file or folder becomes a page, a picture is copied."""
         if found := self.places.get(path) or self.elsewhere.get(path):
             return found
-        self.wanted.add(path)
+        self.linked.add(path)
         name = path.relative_to(ROOT).as_posix()
         if path.suffix in PICTURES:
             return name.removeprefix("docs/")
@@ -88,13 +91,16 @@ def line_of(path: Path, symbol: str) -> int:
 
 def indent_blocks(text: str) -> str:
     """Indent what belongs to an item of a list by four, as Python-Markdown wants it; GitHub needs two or three."""
-    lines, width = [], 0
+    lines, width, has_blocks = [], 0, False
     for line in text.split("\n"):
         if item := re.match(r"([*-]|\d+\.) +", line):
-            width = len(item[0])
+            if has_blocks and lines[-1]:
+                lines.append("")  # otherwise the item continues the last block of the one before
+            width, has_blocks = len(item[0]), False
         elif line and not line.startswith(" "):
-            width = 0
+            width, has_blocks = 0, False
         is_block = width and line.startswith(" " * width)
+        has_blocks |= is_block and not lines[-1]
         lines.append(" " * max(4 - width, 0) + line if is_block else line)
     return "\n".join(lines)
 
@@ -106,5 +112,5 @@ def source_page(path: Path) -> str:
     if path.is_dir():
         links = (f"* [`{file.name}`]({file.name}.md)" for file in sorted(path.iterdir()) if file.is_file())
         return head + "\n".join(links) + "\n"
-    language = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh": "bash"}.get(path.suffix, "text")
+    language = LANGUAGES.get(path.suffix, "text")
     return f'{head}`````` {{.{language} linenums="1"}}\n{path.read_text(encoding="utf-8")}``````\n'
