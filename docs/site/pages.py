@@ -19,6 +19,8 @@ FILE = re.compile(
 PICTURE = re.compile(
     r'<picture>.*?srcset="(?P<dark>[^"]+)".*?<img(?P<a>[^>]*?)src="(?P<light>[^"]+)"(?P<b>[^>]*)>.*?</picture>', re.S
 )
+# A line of a paragraph in a list that happens to begin with a number: "batches of\n  10. The next".
+NUMBER = re.compile(r"^(?! *(?:\d+\.|[*-]) )(.+\n +\d+)(?=\. )", re.M)
 CJK, MARKS = r"[\u3001-\u303f\u4e00-\u9fff\uff00-\uffef]", r"[\u3001-\u303f\uff00-\uffef]"
 CHINESE_LINES = re.compile(rf"(?<={CJK})\n *(?={CJK})|(?<={MARKS})\n *(?![*|>#\s-]|\d+\.|\$\$)")
 
@@ -78,7 +80,7 @@ class Site:
         text = TARGET.sub(lambda m: m["before"] + self.link(page, m["target"]) + m["after"], text)
         text = FILE.sub(lambda m: self.link_to_code(page, m["file"], m["symbol"]) if m["file"] else m[0], text)
         text = PICTURE.sub(r'<img\g<a>src="\g<light>#only-light"\g<b>><img\g<a>src="\g<dark>#only-dark"\g<b>>', text)
-        return CHINESE_LINES.sub("", text)
+        return CHINESE_LINES.sub("", NUMBER.sub(r"\1\\", text))
 
 
 def line_of(path: Path, symbol: str) -> int:

@@ -132,6 +132,7 @@ def test_formulas_comments_pictures_lists_and_lines_of_chinese(rewrite):
         "1. a\n\n    ```\n    b\n    ```\n\n* c\n\n    d\n\ne"
     )
     assert rewrite("README.md", "1. a\n\n   b\n2. c\n3. d") == "1. a\n\n    b\n\n2. c\n3. d"
+    assert rewrite("README.md", "* a\n  b\n  10. c") == "* a\n    b\n    10\\. c"
     chinese = "甲，\n乙\nGPU\n丙：\n\n* 丁。\n  戊\n* 己\n"
     assert rewrite("README_zh.md", chinese, "zh") == "甲，乙\nGPU\n丙：\n\n* 丁。戊\n* 己\n"
 
