@@ -34,12 +34,10 @@ def polish(element: Element, *, limits_below: bool) -> None:
     """Set names of functions, bars, slashes, capital Greek letters and limits."""
     text = element.text or ""
     is_name = text.isalpha() and len(text) > 1 and text != "mod"
-    if element.tag == "mo" and (is_name or text in {"∂", "∇", "∞"}):
+    if element.tag == "mo" and (is_name or text in {"∂", "∇", "∞", "…"}):
         element.tag = "mi"
-    if element.tag == "mo" and text in {"‖", "|"} and not element.attrib:
-        element.set("stretchy", "false")
-    if element.tag == "mo" and text == "/":
-        element.attrib |= {"lspace": "0", "rspace": "0"}
+    if element.tag == "mo" and text in {"‖", "|", "/"} and "form" not in element.attrib:  # with a form it is \left|
+        element.attrib |= {"stretchy": "false", "lspace": "0", "rspace": "0"}
     if element.tag == "mi" and text == "\\arg":
         element.text = "arg"
     if element.tag == "mi" and (text == "∇" or text in CAPITALS):
@@ -58,7 +56,7 @@ def space_row(row: Element) -> None:
         if is_function(row[index]):
             if after is not None and after.tag not in {"mo", "mspace"}:
                 row.insert(index + 1, Element("mspace", width=THIN))
-            if before is not None and before.tag not in {"mo", "mspace"}:
+            if before is not None and (before.tag not in {"mo", "mspace"} or before.text in CLOSING):
                 row.insert(index, Element("mspace", width=THIN))
 
 

@@ -20,7 +20,7 @@ PICTURE = re.compile(
     r'<picture>.*?srcset="(?P<dark>[^"]+)".*?<img(?P<a>[^>]*?)src="(?P<light>[^"]+)"(?P<b>[^>]*)>.*?</picture>', re.S
 )
 # A line of a paragraph in a list that happens to begin with a number: "batches of\n  10. The next".
-NUMBER = re.compile(r"^(?! *(?:\d+\.|[*-]) )(.+\n +\d+)(?=\. )", re.M)
+NUMBER = re.compile(r"^(?! *\d+\. )(.+\n +(?!1\.)\d+)(?=\. )", re.M)
 CJK, MARKS = r"[\u3001-\u303f\u4e00-\u9fff\uff00-\uffef]", r"[\u3001-\u303f\uff00-\uffef]"
 CHINESE_LINES = re.compile(rf"(?<={CJK})\n *(?={CJK})|(?<={MARKS})\n *(?![*|>#\s-]|\d+\.|\$\$)")
 
