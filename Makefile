@@ -1,6 +1,7 @@
 # make demo: installs into .venv, makes the demo world, trains every stage, evaluates, writes a report, lets you chat.
 # make test: installs into .venv and runs the tests.
 # make docs-check: runs every command of the course and compares what it prints with the chapter (make test: the short ones).
+# make docs: installs Zensical into .venv and builds the documentation site, out/site/index.html.
 # make test-report: the same with ten times the examples of the property tests, line coverage, the 20 slowest tests.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ EVAL = python eval_model.py --save_dir $(DEMO) --preset demo --max_new_tokens 96
 STARTED := $(shell date +%s)
 STUDENT = --hidden_size 64 --num_hidden_layers 5 --max_steps 400 --learning_rate 5e-3  # as in configs/demo/distill.yaml
 
-.PHONY: demo demo-run test test-report docs-check lint bench clean
+.PHONY: demo demo-run test test-report docs docs-check lint bench clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 demo: $(VENV)/.installed
@@ -82,6 +87,9 @@ test: $(VENV)/.installed-dev
 
 test-report: $(VENV)/.installed-dev
 	MINILLM_FUZZ_EXAMPLES=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov=minillm --cov-report=term:skip-covered --durations=20
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/build.py
 
 docs-check: $(VENV)/.installed-dev
 	MINILLM_DOCS=1 $(BIN)/python -m pytest tests/docs

@@ -270,11 +270,13 @@ def pins(name: str) -> dict[str, Requirement]:
 
 def test_pins_agree_with_the_metadata(metadata):
     extras = extras_of(metadata)
-    core, everything = pins("requirements.txt"), pins("requirements.txt") | pins("requirements-dev.txt")
+    core = pins("requirements.txt")
+    everything = core | pins("requirements-docs.txt") | pins("requirements-dev.txt")
     needed = {canonicalize_name(Requirement(line).name) for line in metadata["dependencies"]}
     # Besides: the curves of the demo, and what builds the package without a network.
     assert set(core) == needed | {"matplotlib", "setuptools", "wheel"}
     assert {canonicalize_name(Requirement(line).name) for line in extras["dev"]} <= set(everything)
+    assert {canonicalize_name(Requirement(line).name) for line in extras["docs"]} == set(pins("requirements-docs.txt"))
     for line in [*metadata["dependencies"], *(line for lines in extras.values() for line in lines)]:
         wanted = Requirement(line)
         if pin := everything.get(canonicalize_name(wanted.name)):
