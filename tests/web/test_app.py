@@ -9,6 +9,8 @@ pytest.importorskip("streamlit", reason="the pages need streamlit: pip install s
 
 from streamlit.testing.v1 import AppTest
 
+from minillm.web.session import Session
+
 PROGRAM = """
 from web_demo import main
 main(["--server", {url!r}, "--start_server", "0", "--save_dir", {directory!r}])
@@ -23,8 +25,10 @@ def no_components(monkeypatch):
 
 @pytest.fixture
 def app(server, tmp_path) -> AppTest:
-    """The chat page of a new tab."""
-    return AppTest.from_string(PROGRAM.format(url=server.url, directory=str(tmp_path)), default_timeout=30).run()
+    """The chat page of a new tab, which has told that it keeps nothing."""
+    app = AppTest.from_string(PROGRAM.format(url=server.url, directory=str(tmp_path)), default_timeout=30)
+    app.session_state["session"] = Session(stored="")
+    return app.run()
 
 
 def texts(app: AppTest) -> list[str]:
