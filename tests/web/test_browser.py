@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.web.ports import hold_port
+
 pytest.importorskip("streamlit", reason="the pages need streamlit: pip install streamlit")
 api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright: pip install playwright")
-
-from tests.web.ports import hold_port
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -228,8 +228,10 @@ def test_tokens_and_thoughts(tab):
     assert "60.65%" in token.locator(".o").inner_text()
 
 
-def test_a_phone(browser, url):
-    context = new_visitor(browser, viewport=PHONE, is_mobile=True, has_touch=True, locale="zh-CN")
+def test_a_phone_in_the_dark(browser, url):
+    context = new_visitor(
+        browser, viewport=PHONE, is_mobile=True, has_touch=True, locale="zh-CN", color_scheme="dark"
+    )  # fmt: skip
     tab = context.new_page()
     tab.goto(url)
     api.expect(tab.get_by_text("想问点什么？")).to_be_visible()
@@ -240,15 +242,6 @@ def test_a_phone(browser, url):
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= PHONE["width"]
     assert box["y"] + box["height"] <= PHONE["height"]
-    context.close()
-
-
-def test_the_dark(browser, url):
-    context = new_visitor(browser, color_scheme="dark", locale="en-US")
-    tab = context.new_page()
-    tab.goto(url)
-    ask(tab, "hello")
-    expect_answer(tab, "You said: hello")
     colours = tab.get_by_test_id("stApp").evaluate(
         "element => [getComputedStyle(element).backgroundColor, getComputedStyle(element).color]"
     )
