@@ -100,7 +100,7 @@ class Session:
         self.editing = None
 
     def send(self, start: Callable[[Chat], Answer]) -> None:
-        """Have ``start`` send each question that waits for it, once: a second thread waits here and finds the answer."""
+        """Have ``start`` send each new question, once; a second thread waits here and finds the answer."""
         with self._lock:
             for chat in self.chats:
                 if chat.id in self._asked:
