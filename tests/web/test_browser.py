@@ -223,8 +223,12 @@ def test_tokens_and_thoughts(tab):
     api.expect(messages(tab).last.get_by_text("Let me see.")).to_be_visible()
     messages(tab).last.get_by_text("Tokens", exact=True).click()
     token = messages(tab).last.locator(".tokens .t").first
-    token.hover()
-    api.expect(token.locator(".o")).to_be_visible()
+
+    def points_at_it() -> bool:
+        token.hover()  # and again, if what unfolds above has moved it away
+        return token.locator(".o").is_visible()
+
+    wait_until(points_at_it)
     assert "60.65%" in token.locator(".o").inner_text()
 
 
