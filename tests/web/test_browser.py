@@ -114,12 +114,13 @@ def new_visitor(browser, **options):
 
 
 @pytest.fixture
-def tab(visitor, url):
-    """A new tab."""
+def tab(visitor, page):
+    """A new tab; the server, which the first one starts, is there."""
     tab = visitor.new_page()
     tab.errors = []
     tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(url)
+    tab.goto(page.url)
+    wait_until(lambda: answers(f"{page.server}/health"))
     yield tab
     assert not tab.errors
     tab.close()
