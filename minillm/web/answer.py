@@ -12,7 +12,7 @@ from minillm.web.client import Client, ServerError, Stream
 
 MAX_ROUNDS = 5  # of tools in one answer
 MAX_CALLS = 32  # of tools in one round
-PATIENCE_S = 15.0  # without anybody who looks: the tab was closed
+PATIENCE_S = 30.0  # without anybody who looks: the tab was closed, or takes long to be reloaded
 
 
 class Answer:
@@ -23,11 +23,11 @@ class Answer:
         toolbox: what the model may call; its tools are run here.
 
     Attributes:
-        error: what went wrong; empty if nothing did.
+        question: the text of that question. error: what went wrong; empty if nothing did.
     """
 
     def __init__(self, client: Client, request: dict, *, toolbox: Toolbox, patience_s: float = PATIENCE_S):
-        self.error = ""
+        self.question, self.error = request["messages"][-1]["content"], ""
         self._client, self._request, self._toolbox, self._patience_s = client, request, toolbox, patience_s
         self._messages: list[dict] = []
         self._stream: Stream | None = None
@@ -63,10 +63,10 @@ class Answer:
         self._thread.join(timeout_s)
 
     def _watch(self) -> None:
-        while self.is_running:
-            if time.monotonic() > self._seen + self._patience_s:
-                self.stop()
-            self._thread.join(min(0.5, self._patience_s / 4))
+        """Stop the answer when nobody looks any more. A complete one is held that long for a tab that is reloaded."""
+        while time.monotonic() < self._seen + self._patience_s:
+            time.sleep(min(0.5, self._patience_s / 4))
+        self.stop()
 
     def _run(self) -> None:
         messages = self._request["messages"]

@@ -8,8 +8,9 @@ from minillm.errors import UserError
 from minillm.serving.tools import Toolbox
 from minillm.web import chats, st
 from minillm.web.answer import Answer
+from minillm.web.chats import Chat
 from minillm.web.client import Client
-from minillm.web.session import Session
+from minillm.web.session import Session, Shown
 from minillm.web.settings import Settings, draw_settings
 from minillm.web.tab_storage import exchange
 from minillm.web.tokens import mean_log_prob, tokens_html
@@ -35,45 +36,47 @@ def draw_chat_page(t, client: Client, session: Session, tools: dict[str, Callabl
             t("system"), session.chat.system, key=f"system_{session.chat.id}", help=t("system_note"), height=80
         )
         _draw_files(t, session)
-    if session.take_question():
-        session.receive(_start(client, session, settings, tools))
-    n_drawn = session.n_complete
-    turns = session.chat.turns()
-    if not turns:
+    session.send(lambda chat: _start(client, chat, settings, tools))
+    shown = session.shown()
+    if not shown.turns:
         st.header(t("greeting"))
-    for number, turn in enumerate(turns):
-        _draw_turn(t, session, number, turn, is_last=number == len(turns) - 1)
-    if session.answer:
+    for number, turn in enumerate(shown.turns):
+        _draw_turn(t, session, shown, number, turn)
+    if shown.answer:
         st.bottom.button(t("stop"), key="stop", icon=":material/stop_circle:", on_click=session.stop)
-    st.chat_input(t("write_here"), key="question", on_submit=lambda: session.ask(st.session_state.question or ""))
+    # What the tab keeps comes with a run of its own, which would break off the one with the first question.
+    st.chat_input(
+        t("write_here"), key="question", disabled=session.stored is None,
+        on_submit=lambda: session.ask(st.session_state.question or ""),
+    )  # fmt: skip
     _keep(session)
-    _draw_growing_answers(t, session, n_drawn)
+    _draw_growing_answers(t, session, shown)
 
 
-def _start(client: Client, session: Session, settings: Settings, tools: dict[str, Callable]) -> Answer:
-    request = settings.fields | {"messages": session.chat.prompt(n_earlier=settings.n_earlier)}
+def _start(client: Client, chat: Chat, settings: Settings, tools: dict[str, Callable]) -> Answer:
+    request = settings.fields | {"messages": chat.prompt(n_earlier=settings.n_earlier)}
     return Answer(client, request, toolbox=Toolbox([tools[name] for name in settings.tools]))
 
 
-def _draw_growing_answers(t, session: Session, n_drawn: int) -> None:
+def _draw_growing_answers(t, session: Session, shown: Shown) -> None:
     """Draw the answer of the chat that is shown again and again; then the page once more, with all there is to click.
 
     Answers in other chats grow too. A click breaks this loop off where it draws and runs the page from the top; the
     answers do not notice.
 
     Args:
-        n_drawn: ``session.n_complete`` when the page was drawn. Its own value tells that an answer is complete, even if
-            the thread of an earlier click was the one to collect it.
+        shown: what was drawn. Another ``n_complete`` tells that an answer is complete, even if the thread of an earlier
+            click was the one to collect it.
     """
-    box = st.chat_message("assistant").empty() if session.answer else st.empty()
-    while session.answers and session.n_complete == n_drawn:
+    box = st.chat_message("assistant").empty() if shown.answer else st.empty()
+    while session.answers and session.n_complete == shown.n_complete:
         with box.container():
-            if answer := session.answer:
-                _draw_answer(t, answer.look(), is_running=True)
+            if shown.answer:
+                _draw_answer(t, shown.answer.look(), is_running=True)
         session.look()
         time.sleep(LOOK_EVERY_S)
         session.collect()
-    if session.n_complete != n_drawn:
+    if session.n_complete != shown.n_complete:
         st.rerun()
 
 
@@ -124,8 +127,8 @@ def _import(session: Session) -> None:
 # ---- the conversation ----------------------------------------------------------------------------
 
 
-def _draw_turn(t, session: Session, number: int, turn: list[dict], *, is_last: bool) -> None:
-    question, *answer = turn
+def _draw_turn(t, session: Session, shown: Shown, number: int, turn: list[dict]) -> None:
+    (question, *answer), is_last = turn, number == len(shown.turns) - 1
     with st.chat_message("user"):
         if session.editing == number:
             _draw_editor(t, session, number, question["content"])
@@ -136,7 +139,7 @@ def _draw_turn(t, session: Session, number: int, turn: list[dict], *, is_last: b
                     t("edit"), key=f"edit_{number}", icon=":material/edit:", type="tertiary",
                     on_click=lambda: setattr(session, "editing", number),
                 )  # fmt: skip
-    if is_last and session.answer:
+    if is_last and shown.answer:
         return  # it grows below
     with st.chat_message("assistant"):
         _draw_answer(t, answer)

@@ -1,13 +1,17 @@
 """``Session``: what one browser tab has on the chat page, apart from the settings of its widgets.
 
 Nothing here is shared between tabs, and nothing here draws. After a click Streamlit draws the page in a new thread,
-while the old one goes on until it draws the next thing: for a moment both are at work here.
+while the old one goes on until it draws the next thing: for a moment both are at work here. A tab that is reloaded gets
+a new session, which takes over the chats that the tab has kept and the answers that were on their way.
 """
 
 import contextlib
 import json
 import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minillm.errors import UserError
 from minillm.web import chats
@@ -15,6 +19,16 @@ from minillm.web.answer import Answer
 from minillm.web.chats import Chat
 
 STOP_S = 5.0  # until an answer that was stopped has ended; then it is taken as it is
+# The last answer to each chat, of all tabs, until nobody has looked for a while. Only its own tab knows a chat's id.
+_RECENT: weakref.WeakValueDictionary[str, Answer] = weakref.WeakValueDictionary()
+
+
+class Shown(NamedTuple):
+    """What there is of a chat at one moment: its turns, the answer that the last one waits for, ``n_complete``."""
+
+    turns: list[list[dict]]
+    answer: Answer | None
+    n_complete: int
 
 
 @dataclass
@@ -34,7 +48,7 @@ class Session:
     editing: int | None = None
     problem: str = ""
     stored: str | None = None
-    _has_question: bool = False
+    _asked: set[str] = field(default_factory=set)  # chats whose question is still to be sent
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -72,24 +86,31 @@ class Session:
         """Ask in the chat that is shown; ``turn``: in the place of that turn. An answer that still runs is stopped."""
         if question.strip():
             self.stop()
-            self.chat.ask(question, turn=turn)
-            self._has_question, self.editing = True, None
+            with self._lock:
+                self.chat.ask(question, turn=turn)
+                self._asked.add(self.chat.id)
+            self.editing = None
 
     def ask_again(self) -> None:
         """Have the last question answered again."""
         self.stop()
-        self.chat.drop_answer()
-        self._has_question, self.editing = True, None
-
-    def take_question(self) -> bool:
-        """Return whether the chat that is shown has a question to be sent; True once per question."""
         with self._lock:
-            has_question, self._has_question = self._has_question, False
-        return has_question
+            self.chat.drop_answer()
+            self._asked.add(self.chat.id)
+        self.editing = None
 
-    def receive(self, answer: Answer) -> None:
-        """Let ``answer`` be that of the chat that is shown."""
-        self.answers[self.chat.id] = answer
+    def send(self, start: Callable[[Chat], Answer]) -> None:
+        """Have ``start`` send each new question, once; a second thread waits here and finds the answer."""
+        with self._lock:
+            for chat in self.chats:
+                if chat.id in self._asked:
+                    self._asked.remove(chat.id)
+                    self.answers[chat.id] = _RECENT[chat.id] = start(chat)
+
+    def shown(self) -> Shown:
+        """Return what is to be drawn of the chat that is shown."""
+        with self._lock:
+            return Shown(self.chat.turns(), self.answer, self.n_complete)
 
     def stop(self) -> None:
         """Stop the answer of the chat that is shown; what came of it stays."""
@@ -131,16 +152,24 @@ class Session:
         return len(added)
 
     def dump(self) -> str:
-        """Return what the tab keeps: the chats that are not empty, and which of them is shown."""
+        """Return what the tab keeps: the chats that are not empty, their ids, and which of them is shown."""
         full = [chat for chat in self.chats if chat.messages]
         shown = full.index(self.chat) if self.chat in full else None
-        return json.dumps({"shown": shown, "file": chats.to_json(full)}) if full else ""
+        ids = [chat.id for chat in full]
+        return json.dumps({"shown": shown, "ids": ids, "file": chats.to_json(full)}) if full else ""
 
     def restore(self, text: str) -> None:
-        """Take over what ``dump`` returned before the tab was reloaded; a text that is something else is ignored."""
+        """Take over what ``dump`` returned before the tab was reloaded; a text that is something else is ignored.
+
+        An answer that was not complete then, or that the tab had no time to keep, goes on here.
+        """
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a UserError is a ValueError
             content = json.loads(text)
             restored = chats.from_json(content["file"])
+            for chat, chat_id in zip(restored, content["ids"], strict=True):
+                chat.id, last, answer = chat_id, chat.messages[-1], _RECENT.get(chat_id)
+                if answer and last["role"] == "user" and last["content"] == answer.question:
+                    self.answers[chat.id] = answer
             self.chats = restored + [chat for chat in self.chats if chat.messages]
             if content["shown"] is not None:
                 self.show(restored[content["shown"]])

@@ -1,10 +1,9 @@
 """A server without a model, and a port that nobody uses."""
 
-import socket
-
 import pytest
 
 from tests.web.fake_server import FakeServer
+from tests.web.ports import hold_port
 
 
 @pytest.fixture
@@ -16,8 +15,7 @@ def server():
 
 
 @pytest.fixture
-def free_port() -> int:
+def free_port():
     """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with hold_port() as holder:
+        yield holder.getsockname()[1]

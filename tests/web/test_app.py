@@ -9,6 +9,8 @@ pytest.importorskip("streamlit", reason="the pages need streamlit: pip install s
 
 from streamlit.testing.v1 import AppTest
 
+from minillm.web.session import Session
+
 PROGRAM = """
 from web_demo import main
 main(["--server", {url!r}, "--start_server", "0", "--save_dir", {directory!r}])
@@ -22,9 +24,21 @@ def no_components(monkeypatch):
 
 
 @pytest.fixture
-def app(server, tmp_path) -> AppTest:
-    """The chat page of a new tab."""
-    return AppTest.from_string(PROGRAM.format(url=server.url, directory=str(tmp_path)), default_timeout=30).run()
+def open_page(server, tmp_path):
+    """Call it with the session of a tab: the chat page is drawn there."""
+
+    def open_page(session: Session) -> AppTest:
+        app = AppTest.from_string(PROGRAM.format(url=server.url, directory=str(tmp_path)), default_timeout=30)
+        app.session_state["session"] = session
+        return app.run()
+
+    return open_page
+
+
+@pytest.fixture
+def app(open_page) -> AppTest:
+    """The chat page of a new tab, which has told that it keeps nothing."""
+    return open_page(Session(stored=""))
 
 
 def texts(app: AppTest) -> list[str]:
@@ -61,6 +75,22 @@ def test_a_conversation(app, server):
     click(app, "again")
     assert texts(app)[-1] == "You said: again (3 messages, cook)"
     assert len(server.requests) == 3
+
+
+def test_nothing_is_asked_before_the_tab_has_told_what_it_keeps(open_page):
+    assert open_page(Session()).chat_input[0].disabled
+    assert not open_page(Session(stored="")).chat_input[0].disabled
+
+
+def test_a_reload_before_the_tab_keeps_the_answer(open_page, server):
+    session = Session(stored="")
+    session.ask("hello")
+    kept = session.dump()
+    shown = texts(open_page(session))
+    after = Session(stored=kept)
+    after.restore(kept)
+    assert texts(open_page(after)) == shown == ["hello", "You said: hello (1 messages, tiny)"]
+    assert len(server.requests) == 1
 
 
 def test_any_question_can_be_edited(app):
