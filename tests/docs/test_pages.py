@@ -135,6 +135,8 @@ def test_each_program_has_the_flags_that_the_commands_give_it(page):
                 path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
             else:
                 path = ROOT / program
+            if path.name == "ch30_run.py":  # its flags are those of a stage's script
+                path = ROOT / f"train_{rest.split()[0]}.py"
             takes_the_flags_of_another_program = path.name == "harness.py" and rest.startswith(" run ")
             if path.name not in NOT_HERE and path.exists() and not takes_the_flags_of_another_program:
                 given = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", rest.partition("#")[0]))
