@@ -7,7 +7,7 @@ MINILLM_EXERCISES=1 pytest tests/exercises/test_ch14.py
 def buggy(scaled_gradient, scale, max_norm):
     """Return the gradient (n,) without the loss scale, clipped to a norm of at most max_norm."""
     norm = float(scaled_gradient.norm())
-    clipped = scaled_gradient * min(1.0, max_norm / norm)
+    clipped = scaled_gradient * min(1.0, max_norm / (norm + 1e-6))
     return clipped / scale
 
 

@@ -5,7 +5,7 @@ MINILLM_EXERCISES=1 pytest tests/exercises/test_ch15.py
 
 
 def buggy(losses_of_ranks):
-    """Return the loss of a step as the average over ranks makes it; a list of losses (n,), one tensor per rank."""
+    """Return the loss of a step, the mean over all its targets. losses_of_ranks: a tensor (n,) for every rank."""
     n_step = sum(len(losses) for losses in losses_of_ranks)
     shares = [losses.sum() / n_step for losses in losses_of_ranks]  # each rank's part of the mean
     return sum(shares) / len(shares)  # what DDP does

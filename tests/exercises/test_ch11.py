@@ -10,7 +10,7 @@ from tests.exercises.kit import exercise, find_the_bug
 def router_for(n_experts: int, n_chosen: int, bias) -> Router:
     """Return a router whose logits are its inputs."""
     config = ModelConfig(
-        hidden_size=n_experts, num_attention_heads=1, num_key_value_heads=1, num_experts=n_experts,
+        hidden_size=n_experts, head_dim=2, num_attention_heads=1, num_key_value_heads=1, num_experts=n_experts,
         num_experts_per_tok=n_chosen, n_shared_experts=1, scoring_func="sigmoid",
     )  # fmt: skip
     router = Router(config)
@@ -103,13 +103,15 @@ def test_load_of_experts(candidate):
     assert torch.allclose(even, torch.ones_like(even)), "in units of the mean, an even load is 1 for every expert"
     assert load[3] == 0, "padding chooses nobody"
     assert abs(float(load.mean()) - 1) < 1e-6, "the mean over all experts is 1: each token makes k choices"
-    assert torch.allclose(load.double(), torch.tensor([2.5, 5 / 3, 5 / 6, 0, 0], dtype=torch.float64))
+    assert torch.allclose(load.double(), torch.tensor([2.5, 5 / 3, 5 / 6, 0, 0], dtype=torch.float64)), (
+        "experts 0, 1 and 2 were chosen 3, 2 and 1 times: divide by the mean of 6 / 5"
+    )
 
 
 def right_next_bias(bias, counts, speed):
     router = router_for(len(bias), 1, bias)
-    update_router_bias(router, counts[None], speed)
-    return router.e_score_correction_bias
+    update_router_bias(router, counts[None].float(), speed)
+    return router.e_score_correction_bias.to(bias.dtype)
 
 
 def finder(next_bias):
@@ -136,5 +138,6 @@ test_find_the_bug = find_the_bug(
     "ch11_bug",
     right=right_next_bias,
     finder=finder,
+    hint="it hides while every expert has tokens, and in experts far above or below the mean",
     wrong={"all busy": all_busy, "the idle one": the_idle_one, "balanced": balanced},
 )

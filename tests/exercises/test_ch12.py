@@ -142,5 +142,6 @@ test_find_the_bug = find_the_bug(
     "ch12_bug",
     right=lambda model: sum(p.numel() for p in model.parameters()),
     finder=finder,
+    hint="it hides in models that store nothing but parameters, and each of them once",
     wrong={"an untied model": untied_model, "one layer": one_layer, "only what is trained": counts_trained_only},
 )

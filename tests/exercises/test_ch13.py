@@ -43,6 +43,11 @@ def decay_without_rate(*args, **settings):
     return by_hand(*args, **settings, decay="without lr")
 
 
+def decay_last(weight, *rest, lr, weight_decay, **settings):
+    moved, m, v = by_hand(weight, *rest, lr=lr, weight_decay=0.0, **settings)
+    return moved * (1 - lr * weight_decay), m, v
+
+
 def returns_corrected(*args, step, **settings):
     weight, m, v = by_hand(*args, step=step, **settings)
     return weight, m / (1 - 0.9**step), v / (1 - 0.95**step)
@@ -55,24 +60,26 @@ def returns_corrected(*args, step, **settings):
         "no bias correction": (without_correction, "bias correction"),
         "decay through the gradient": (decay_in_the_gradient, "beside the update"),
         "decay without the learning rate": (decay_without_rate, "beside the update"),
+        "decay after the update": (decay_last, "before the update"),
         "corrected averages are kept": (returns_corrected, "uncorrected"),
     },
 )
 def test_adamw_step(candidate):
     zero = torch.zeros(1, dtype=torch.float64)
-    first = candidate(zero, zero + 1000, zero, zero, step=1, lr=0.01, weight_decay=0.0)[0]
+    first = candidate(zero.clone(), zero + 1000, zero.clone(), zero.clone(), step=1, lr=0.01, weight_decay=0.0)[0]
     assert float(first) == pytest.approx(-0.01), "the first step is the learning rate: mind the bias correction"
-    decayed = candidate(zero + 1, zero, zero, zero, step=1, lr=0.01, weight_decay=0.1)[0]
+    decayed = candidate(zero + 1, zero.clone(), zero.clone(), zero.clone(), step=1, lr=0.01, weight_decay=0.1)[0]
     assert float(decayed) == pytest.approx(0.999), "decay multiplies by 1 - lr * weight_decay, beside the update"
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
-    yours, reference = ((weight, torch.zeros_like(weight), torch.zeros_like(weight)) for _ in range(2))
+    yours, reference = ((weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)) for _ in range(2))
     for number, gradient in enumerate(gradients, start=1):
         settings = {"step": number, "lr": 0.02, "weight_decay": 0.3}
         yours = candidate(yours[0], gradient, *yours[1:], **settings)
         reference = library_step(reference[0], gradient, *reference[1:], **settings)
         for name, mine, right in zip(("weight", "m", "v"), yours, reference, strict=True):
-            message = f"{name} after {number} updates; m and v are returned uncorrected"
+            message = f"{name} after update {number}: "
+            message += "decay comes before the update" if name == "weight" else "m and v are returned uncorrected"
             assert torch.allclose(mine, right, rtol=1e-6), message
 
 
@@ -120,7 +127,9 @@ def test_cosine_factor(candidate):
     assert candidate(4, **settings) == pytest.approx(1.0), "progress is 0 in the first update after the warm-up"
     assert candidate(24, **settings) == pytest.approx(0.2), "the last update, total_steps - 1, reaches min_ratio"
     assert candidate(14, **settings) == pytest.approx(0.6), "half way it is half way between 1 and min_ratio"
-    assert candidate(0, total_steps=9, warmup_steps=0, min_ratio=0.0) == pytest.approx(1.0)
+    assert candidate(0, total_steps=9, warmup_steps=0, min_ratio=0.0) == pytest.approx(1.0), (
+        "without a warm-up the first update has the factor 1"
+    )
 
 
 def library_clip(gradients, max_norm):
@@ -155,6 +164,7 @@ test_find_the_bug = find_the_bug(
     "ch13_bug",
     right=library_clip,
     finder=finder,
+    hint="it hides while the norm is above the limit",
     wrong={
         "large gradients hide it": large_gradients,
         "the direction is right": keeps_direction,

@@ -80,7 +80,7 @@ def growth_keeps_count(scale, n_good, is_finite, *, interval=2000):
     },
 )
 def test_next_scale(candidate):
-    assert candidate(1024.0, 0, True, interval=3) == (1024.0, 1)
+    assert candidate(1024.0, 0, True, interval=3) == (1024.0, 1), "one good update is counted, and changes nothing yet"
     assert candidate(1024.0, 1, False, interval=3)[0] == 512.0, "an overflow halves the scale"
     assert candidate(1024.0, 1, False, interval=3)[1] == 0, "the count starts over after an overflow"
     assert candidate(1024.0, 2, True, interval=3)[0] == 2048.0, "the 3rd good update in a row doubles it (interval 3)"
@@ -89,7 +89,7 @@ def test_next_scale(candidate):
 
 def right_order(scaled_gradient, scale, max_norm):
     gradient = scaled_gradient / scale
-    return gradient * min(1.0, max_norm / float(gradient.norm()))
+    return gradient * min(1.0, max_norm / (float(gradient.norm()) + 1e-6))
 
 
 def finder(unscale_and_clip):
@@ -114,5 +114,6 @@ test_find_the_bug = find_the_bug(
     "ch14_bug",
     right=right_order,
     finder=finder,
+    hint="it hides with a scale of 1, in the direction, and where the scaled norm is within the limit too",
     wrong={"scale 1": scale_of_one, "at most the limit": at_most_the_limit, "direction": only_the_direction},
 )

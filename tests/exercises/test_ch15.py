@@ -68,5 +68,6 @@ test_find_the_bug = find_the_bug(
     "ch15_bug",
     right=right_step_loss,
     finder=finder,
+    hint="it hides with one rank, and in losses of zero",
     wrong={"one rank": one_rank, "losses of zero": zero_loss, "a mean of the ranks' means": mean_of_ranks},
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -61,13 +62,14 @@ def seed_plus_epoch(step, *, n_rows, rows_per_step, seed):
 )
 def test_rows_of_step(candidate):
     settings = {"n_rows": 10, "rows_per_step": 4, "seed": 3}
-    assert list(candidate(0, **settings)) == list(library_rows(0, **settings)), "the permutation of [seed, epoch]"
-    last = list(candidate(2, **settings))
-    assert last == list(library_rows(2, **settings)), "the last step of an epoch holds what is left: two rows of ten"
-    assert list(candidate(3, **settings)) == list(library_rows(3, **settings)), (
-        "each epoch has its own order, of seed and epoch"
-    )
-    assert list(candidate(11, **settings)) == list(library_rows(11, **settings))
+    for step, message in (
+        (0, "the rows of step 0 begin the permutation of [seed, epoch]"),
+        (2, "the last step of an epoch holds what is left: two rows of ten"),
+        (3, "each epoch has its own order, of seed and epoch"),
+        (11, "three steps make an epoch: step 11 is the last of epoch 3"),
+    ):
+        yours, right = (list(map(int, rows_of(step, **settings))) for rows_of in (candidate, library_rows))
+        assert yours == right, message
 
 
 def library_newest(directory):
@@ -87,6 +89,10 @@ def needs_manifest_only(directory):
     return max((path for path in directory.glob("step-*") if (path / "manifest.json").exists()), default=None)
 
 
+def any_folder(directory):
+    return max((path for path in directory.iterdir() if (path / "manifest.json").exists()), default=None)
+
+
 def gives_up(directory):
     newest = needs_manifest_only(directory)
     return newest if newest is not None and matches(newest) else None
@@ -103,6 +109,7 @@ def oldest(directory):
     wrong={
         "trusts the name": (newest_name, "no manifest"),
         "trusts the manifest": (needs_manifest_only, "SHA-256"),
+        "any folder": (any_folder, "other folders"),
         "gives up": (gives_up, "the one before"),
         "the oldest": (oldest, "newest"),
     },
@@ -114,6 +121,8 @@ def test_newest_intact(candidate):
         for step in (9, 10, 11):
             checkpoint.save_checkpoint(directory, step, lambda path: None, {"step": step}, keep_last=5)
         assert candidate(directory).name == "step-00000011", "all are intact: the newest"
+        shutil.copytree(directory / "step-00000011", directory / "tmp")
+        assert candidate(directory).name == "step-00000011", "other folders do not count, also if they are intact"
         (directory / "step-00000011" / "manifest.json").unlink()
         assert candidate(directory).name == "step-00000010", "a folder with no manifest was not finished"
         file = directory / "step-00000010" / checkpoint.STATE_FILE
@@ -121,6 +130,8 @@ def test_newest_intact(candidate):
         found = candidate(directory)
         assert found is not None, "a damaged checkpoint is passed over; take the one before"
         assert found.name == "step-00000009", "compare the SHA-256 of every file: the size alone is not enough"
+        file.unlink()
+        assert candidate(directory).name == "step-00000009", "a file that the manifest names may be missing"
 
 
 def right_snapshot(model):
@@ -153,5 +164,6 @@ test_find_the_bug = find_the_bug(
     "ch16_bug",
     right=right_snapshot,
     finder=finder,
+    hint="it hides until the model changes",
     wrong={"looks at once": right_values, "looks at the names": right_names, "looks for gradients": no_gradient},
 )

@@ -58,7 +58,7 @@ def test_targets_of(candidate):
     assert targets[:2] == [-100, -100], "questions are context, not targets"
     assert targets[2:4] == [4, 5], "every answer is a target, not only the last; its first token is predicted at 3"
     assert targets[4] == targets[7] == 9, "the end mark is a target, or the model never learns to stop"
-    assert targets[5:7] == [-100, 7]
+    assert targets[5:7] == [-100, 7], "after an answer comes context again: 6 is no target, 7 is predicted at 6"
 
 
 class Rows(list):
@@ -124,6 +124,7 @@ test_find_the_bug = find_the_bug(
     "ch17_bug",
     right=right,
     finder=finder,
+    hint="it hides in the number of targets, and while all tokens have the same mask",
     wrong={
         "all answers": all_answers,
         "only the count": only_the_count,

@@ -43,7 +43,9 @@ def test_dpo(candidate):
     assert start.tolist() == pytest.approx([math.log(2)] * 3), "subtract the reference: at the start all are ln 2"
     better = candidate(same + 5, other - 5, same, other, 0.1)
     assert float(better[0]) < math.log(2), "the margin is chosen minus rejected: a good one has a loss below ln 2"
-    assert better.tolist() == pytest.approx([-math.log(1 / (1 + math.exp(-1)))] * 3)
+    assert better.tolist() == pytest.approx([-math.log(1 / (1 + math.exp(-1)))] * 3), (
+        "chosen 5 nats up, rejected 5 down, beta 0.1: -ln sigmoid(1)"
+    )
     far = candidate(same - 2000, other, same, other, 0.1)
     assert far.tolist() == pytest.approx([200.0] * 3), "the logarithm of a sigmoid that is 0 is -inf: use logsigmoid"
 
@@ -103,5 +105,6 @@ test_find_the_bug = find_the_bug(
     "ch19_bug",
     right=right,
     finder=finder,
+    hint="it hides in answers of one token, and in the order of answers that are equally long",
     wrong={"one token": one_token, "equal lengths": order, "no answer": no_answer, "expects the fault": mean},
 )

@@ -62,7 +62,9 @@ def test_soft_loss(candidate):
         assert not torch.allclose(losses, reverse, rtol=1e-4), "the teacher's probabilities weigh, not the student's"
         is_unscaled = temperature != 1 and torch.allclose(losses, expected, rtol=1e-4)
         assert not is_unscaled, "multiply by T², or the gradient shrinks with T"
-        torch.testing.assert_close(losses, temperature**2 * expected, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(losses, temperature**2 * expected, rtol=1e-4, atol=1e-6), (
+            "another number: in nats, summed over the tokens of a position"
+        )
 
 
 def top_k_by_library(teacher, student, k):
@@ -123,7 +125,9 @@ def test_top_k_divergence(candidate):
     )
     expected = kl(torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.2, 0.7]))
     assert float(candidate(teacher, student, 2)) == pytest.approx(expected, rel=1e-5), "the rest is a token of its own"
-    assert float(candidate(teacher, student, 3)) == pytest.approx(kl(teacher, student), rel=1e-5)
+    assert float(candidate(teacher, student, 3)) == pytest.approx(kl(teacher, student), rel=1e-5), (
+        "with k = V - 1 nothing is merged: the rest is one token, and the divergence is whole"
+    )
 
 
 def right(student_logits, teacher_logits):
@@ -159,6 +163,7 @@ test_find_the_bug = find_the_bug(
     "ch20_bug",
     right=right,
     finder=finder,
+    hint="it hides between equal models, between mirror images, and in the sign",
     wrong={
         "equal models": equal_models,
         "never negative": never_negative,
