@@ -108,7 +108,7 @@ def test_the_best_rate_has_a_worse_one_on_either_side(best, tried):
 
 def test_remedies_are_flags_of_train_lora():
     for flags in lora_remedies.REMEDIES.values():
-        LoRAArguments(data_path="x", **flags).check()
+        LoRAArguments(data_path=__file__, **flags).check()
 
 
 def test_remedies_are_compared_at_their_best_rates(world, capsys, monkeypatch):
