@@ -52,7 +52,7 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
     assert f"\nreport: {tmp_path}/out/report.html\n" in done.stdout
     report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert all(f'id="{stage}"' in report for stage in stages[1:])
-    assert report.count("shortened to 6 steps in") == 7 + 10  # in the table; with each run's curves
+    assert report.count("shortened to 4 steps in") == 7 + 10  # in the table; with each run's curves
     assert not [
         words for words in ("missing", "not finished", "not measured", "No samples", "No dist") if words in report
     ]
