@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
-    "pretrain": 2000, "valid": 20, "addition": 60, "sorting": 60, "counting": 60, "translation": 60, "facts": 60,
-    "multi_turn": 60, "style": 60, "writing": 60, "repeat": 60, "sft_valid": 20, "test": 2, "reason": 20,
-    "reason_test": 5, "tools": 20, "tools_replay": 20, "tools_test": 2,
+    "pretrain": 3000, "valid": 60, "addition": 60, "sorting": 60, "counting": 60, "translation": 60, "facts": 60,
+    "multi_turn": 60, "style": 60, "writing": 60, "repeat": 60, "sft_valid": 40, "test": 4, "reason": 20,
+    "reason_test": 10, "tools": 20, "tools_replay": 20, "tools_test": 4,
 }  # fmt: skip
 
 
@@ -19,7 +19,7 @@ SIZES = {
 def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
     sizes = " ".join(f"--n_{name} {size}" for name, size in SIZES.items())
     evaluation = f"python eval_model.py --save_dir {tmp_path}/out --preset demo --max_new_tokens 8"
-    training = "--max_steps 4 --batch_size 2 --eval_interval 2 --save_interval 2 --log_interval 2 --dtype float32"
+    training = "--max_steps 6 --batch_size 4 --eval_interval 3 --save_interval 3 --log_interval 2 --dtype float32"
     path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
     settings = {"DEMO": f"{tmp_path}/out", "DATA": f"{tmp_path}/data", "DATA_FLAGS": sizes, "TRAIN_FLAGS": training}
     settings["EVAL"] = evaluation  # as in the Makefile, but with short answers
@@ -40,8 +40,8 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
             file.name for file in directory.iterdir()
         }
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows if row["split"] == "train"] == [2, 4]
-        assert [row["step"] for row in rows if row["split"] == "valid"] == [2, 4]
+        assert [row["step"] for row in rows if row["split"] == "train"] == [2, 4, 6]
+        assert [row["step"] for row in rows if row["split"] == "valid"] == [3, 6]
     floor = [row for row in rows if "floor" in row]
     assert not floor  # only texts know their probability; conversations do not
     table = done.stdout[done.stdout.index("\nstage ") :].splitlines()[1:16]
@@ -52,7 +52,7 @@ def test_demo_runs_from_raw_text_to_chat(tmp_path, python):
     assert f"\nreport: {tmp_path}/out/report.html\n" in done.stdout
     report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert all(f'id="{stage}"' in report for stage in stages[1:])
-    assert report.count("shortened to 4 steps in") == 7 + 10  # in the table; with each run's curves
+    assert report.count("shortened to 6 steps in") == 7 + 10  # in the table; with each run's curves
     assert not [
         words for words in ("missing", "not finished", "not measured", "No samples", "No dist") if words in report
     ]
