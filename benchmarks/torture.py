@@ -44,6 +44,7 @@ from minillm.cli.command_line import parse, require, script
 from minillm.errors import UserError
 from minillm.reports.tracking import read_metrics
 
+MAX_DIFFERENCES = 10  # it ends after so many
 KILLS = {"time": "kills at a random time", "call": "kills in a call", "signal": "signals"}
 COUNTS = {
     "resumes": "resumes", "anew": "started over", "written": "checkpoints written", "damaged": "damaged by us",
@@ -349,7 +350,7 @@ def main_loop(args: Arguments, place: Path) -> tuple[list[Variant], list[str]]:
         variant.leave_alone()
     differences: list[str] = []
     kills, number = 0, 0
-    while (kills < args.kills or number < len(variants)) and len(differences) < 10:
+    while (kills < args.kills or number < len(variants)) and len(differences) < MAX_DIFFERENCES:
         variant = variants[number % len(variants)]
         before = sum(variant.counts[kind] for kind in KILLS)
         wanted = max(1, min(rng.randint(1, args.kills_per_run), args.kills - kills))

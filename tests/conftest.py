@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's background starts us; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 TEMPORARY = Path(tempfile.gettempdir())
 IN_TEMPORARY = {path.name for path in TEMPORARY.iterdir()}

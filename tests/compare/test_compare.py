@@ -1,5 +1,6 @@
 """Runs next to each other: of any stage, whole or not, with whatever their files hold."""
 
+import base64
 import html.parser
 import json
 import os
@@ -77,6 +78,20 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Spare the drawing of pages, which takes seconds: a panel is the name of its axis. All axes come back."""
+    axes = []
+
+    def draw(runs, path, *, x):
+        axes.append(x)
+        path.write_bytes(x.encode())
+        return [x.encode()] * len(panels_of(runs))
+
+    monkeypatch.setattr("minillm.compare.__main__.draw_runs", draw)
+    return axes
 
 
 # ---- which runs --------------------------------------------------------------------------------------------------
@@ -187,7 +202,7 @@ def test_only_settings_that_differ_are_shown(make_run):
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "- 1\n", "arguments: 3\nresolved: null\ndata: x\nloss: 2\n", "\x00"])
-def test_a_run_file_that_is_missing_or_broken_costs_only_its_settings(make_run, capsys, content):
+def test_a_run_file_that_is_missing_or_broken_costs_only_its_settings(make_run, capsys, drawn, content):
     a, b = make_run("a", rows_of([2.0])), make_run("b", rows_of([3.0]), learning_rate=1.0)
     c = make_run("c", rows_of([1.0]), learning_rate=2.0)
     (a / "run.yaml").unlink()
@@ -258,19 +273,20 @@ def test_a_small_curve_has_the_points_within_it(make_run):
 # ---- pages -------------------------------------------------------------------------------------------------------
 
 
-def test_the_comparison_is_one_file_with_all_three_axes(make_run, tmp_path, capsys):
+def test_the_comparison_is_one_file_with_all_three_axes(make_run, tmp_path, capsys, drawn):
     a = make_run("out/a", rows_of([4.0, 3.0], valid=[(2, 2.75)]))
     b = make_run("out/<b> & 文", of_preference([0.7, 0.6]), stage="rlhf", learning_rate=1e-5)
     main([str(a), str(b)])
     told = capsys.readouterr().out
     assert f"saved {tmp_path / 'out' / 'compare.html'}" in told
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == ["tokens", "seconds", "step"]
+    assert (tmp_path / "out" / "compare.png").read_bytes() == b"step"
     page = Page(tmp_path / "out" / "compare.html")
     for text in ("a", "<b> & 文", "2.7500 at step 20", "--learning_rate", "1e-05", "reward of the chosen reply"):
         assert text in page.texts
     images = [attributes for tag, attributes in page.attributes if tag == "img"]
-    assert len(images) == 3 * len(panels_of(read(a, b)))
-    assert all(image["src"].startswith("data:image/png;base64,") for image in images)
+    panels = [base64.b64encode(x.encode()).decode() for x in drawn for _ in panels_of(read(a, b))]
+    assert [image["src"] for image in images] == [f"data:image/png;base64,{panel}" for panel in panels]
     assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in page.attributes
     checked = [attributes["id"] for tag, attributes in page.attributes if tag == "input" and "checked" in attributes]
     assert checked == ["by_step"]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 CALL = """
 import sys
 from benchmarks import torture
+torture.MAX_DIFFERENCES = 1
 {bug}
 sys.exit(torture.main(sys.argv[1:]))
 """

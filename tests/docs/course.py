@@ -69,9 +69,9 @@ def examples(page: Path) -> list[Example]:
     return found
 
 
-def run(example: Example) -> str:
-    """Run a command from the root with this Python; return what it prints, errors included."""
-    words = [sys.executable if word == "python" else word for word in shlex.split(example.command)]
+def run(example: Example, python: str = sys.executable) -> str:
+    """Run a command from the root with a Python; return what it prints, errors included."""
+    words = [python if word == "python" else word for word in shlex.split(example.command)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # this checkout, whichever is installed
     limit = 60 + 10 * example.seconds
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)

@@ -6,6 +6,7 @@
 import importlib.util
 import os
 import re
+import sys
 
 import pytest
 
@@ -72,13 +73,19 @@ def test_a_chapter_has_its_parts(page):
     assert all(example.expected for example in examples(page)), "a command without an expectation"
 
 
+@pytest.fixture
+def interpreter(request) -> str:
+    """A Python that has torch imported, which takes longer than a short command; for ``ALL`` that of a reader."""
+    return sys.executable if ALL else request.getfixturevalue("python")
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_commands_print_what_the_chapters_say(example):
+def test_commands_print_what_the_chapters_say(example, interpreter):
     if example.seconds > SHORT and not ALL:
         pytest.skip("longer than three seconds: make docs-check runs it")
     if example.needs == "demo" and not (ROOT / "out/demo/full_sft_128").is_dir():
         pytest.skip("needs out/demo: run make demo")
-    check(example, run(example))
+    check(example, run(example, interpreter))
 
 
 def test_a_wrong_number_is_found():

@@ -32,8 +32,8 @@ def test_mcnemar_equals_the_enumeration(first, second):
 
 
 def test_mcnemar_of_many_questions():
-    assert 0 < mcnemar(4000, 4400) < 1e-4
-    assert mcnemar(4000, 4000) == 1
+    assert 0 < mcnemar(1000, 1200) < 1e-4  # 2.0 ** -2200 is 0
+    assert mcnemar(1000, 1000) == 1
 
 
 def test_paired_difference():

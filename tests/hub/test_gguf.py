@@ -94,13 +94,14 @@ def test_formats(models, dtype, tmp_path):
     kinds = {
         tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
     }
-    for name, tensor in expected_tensors(load_model(directory)).items():
+    wanted = expected_tensors(load_model(directory))
+    for name, tensor in wanted.items():
         is_small = tensor.ndim == 1 or "gate_inp" in name
         form = "f32" if is_small else "f16" if dtype == "q8_0" else dtype
         assert kinds[name] == form, name
     assert any("stay f16" in note for note in notes) == (dtype == "q8_0")
     for name, stored in read_tensors(tmp_path / "model.gguf").items():
-        expected = expected_tensors(load_model(directory))[name]
+        expected = wanted[name]
         if kinds[name] != "f32":
             expected = expected.to(torch.bfloat16 if kinds[name] == "bf16" else torch.float16).float()
         assert np.array_equal(stored, expected.numpy()), name

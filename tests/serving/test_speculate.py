@@ -37,7 +37,7 @@ def test_a_checked_token_follows_the_models_distribution(options, certain):
     target = answer_with([], options)
     p = next_logits(target, logits[0]).double().softmax(-1)
     q = next_logits(target, other[0]).double().softmax(-1)
-    n, counts = 6000, torch.zeros(V)
+    n, counts = 2000, torch.zeros(V)
     numbers = torch.rand(n, n_uniforms(2), generator=torch.Generator().manual_seed(1)).tolist()
     guesses = torch.multinomial(q, n, replacement=True, generator=torch.Generator().manual_seed(2)).tolist()
     for uniforms, guess in zip(numbers, guesses, strict=True):

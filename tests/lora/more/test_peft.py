@@ -156,11 +156,11 @@ def test_dropout_differs_from_pefts_in_its_mask_alone(pair, tools):
     sums = []
     for model in (ours, theirs):
         torch.manual_seed(0)
-        for _ in range(200):
+        for _ in range(100):
             tools.loss(model, tools.batch()).backward()
-        sums.append({name: gradient / 200 for name, gradient in gradients(model).items()})
+        sums.append({name: gradient / 100 for name, gradient in gradients(model).items()})
     mine, reference = (torch.cat([g.flatten() for _, g in sorted(each.items())]) for each in sums)
-    # The means of 200 draws: their own spread is 0.08, and a forgotten 1/(1 - p) would be 0.25.
+    # The means of 100 draws: their own spread is 0.10, and a forgotten 1/(1 - p) would be 0.25.
     assert float((mine - reference).norm() / reference.norm()) < 0.15
     assert list(lora_parameters(ours))
 
