@@ -35,7 +35,7 @@ def compute() -> dict:
 
 def from_demo(save_dir: Path) -> dict:
     """Return the same two maps of the demo's model, in a text that repeats itself."""
-    model, tokenizer = open_model("pretrain", save_dir=str(save_dir), device="cpu")
+    model, tokenizer = open_model(str(save_dir / "pretrain_128"), device="cpu")
     half = tokenizer.encode("Now add:38+86=")
     ids = (half + half)[:16]
     return _maps(model, ids, [tokenizer.decode([token]).replace(" ", "␣") for token in ids], len(half))
