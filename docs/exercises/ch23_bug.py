@@ -9,6 +9,7 @@ def buggy(log_probs, ids, first):
 
     Args:
         log_probs: (T, V), row t is what the model says behind ids[t]. ids: (T,), prompt and answer.
+        first: at least 1.
     """
     return float(sum(log_probs[t, ids[t]] for t in range(first, len(ids))))
 

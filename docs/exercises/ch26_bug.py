@@ -15,6 +15,7 @@ def buggy(row):
 def find_the_bug(there_and_back):
     """Assert something that holds for a right ``there_and_back(row)`` and does not hold for ``buggy``.
 
+    A right one also rounds its scales to float16. 正确的实现还会把缩放系数舍入到 float16。
     写断言：正确的 there_and_back 能通过，上面的 buggy 通不过。
     """
     raise NotImplementedError

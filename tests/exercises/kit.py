@@ -94,7 +94,10 @@ def find_the_bug(
             candidate(right)
         except AssertionError as error:
             line = traceback.extract_tb(error.__traceback__)[1]  # of the candidate
-            raise AssertionError(f"it accuses the right function in line {line.lineno}: {line.line}\n{error}") from None
+            details = str(error) or "to see the value here, write it behind a comma: assert value == expected, value"
+            raise AssertionError(
+                f"it accuses the right function in line {line.lineno}: {line.line}\n{details}"
+            ) from None
         try:
             candidate(yours(file, "buggy"))
         except AssertionError:

@@ -24,7 +24,9 @@ def test_estimate(candidate):
     two = float(candidate(4, 1, 2))
     assert two != pytest.approx(0.25), "more samples hold a right one more often: k matters"
     assert two > 0.25, "at least one must be right, not all of them"
-    assert two == pytest.approx(0.5), "the k samples are drawn without repetition: count the pairs"
+    assert two == pytest.approx(0.5), (
+        "without repetition, 3 of the 6 pairs of samples hold the right one: count sets of k"
+    )
     assert float(candidate(5, 3, 3)) == pytest.approx(1), "two wrong ones cannot fill three places"
 
 
@@ -67,13 +69,16 @@ def test_expected_accuracy(candidate):
         "two draws of two operations with repetition show one of them with probability 3/4"
     )
     assert float(candidate(2, 1, 2, 10)) == pytest.approx(0.25 + 0.75 / 10), "the steps' probabilities multiply"
-    assert float(candidate(200, 500, 5, 10)) == pytest.approx(0.6876, abs=1e-3)
+    assert float(candidate(200, 500, 5, 10)) == pytest.approx(0.6876, abs=1e-3), (
+        "100 problems of five operations: 0.688"
+    )
 
 
 def right(losses, weights):
-    logits = torch.stack([losses.expm1().log(), torch.zeros_like(losses)], dim=-1)  # a target 1 with just this loss
-    loss_sum, n_targets = cross_entropy(logits.double(), torch.ones(len(losses), dtype=torch.long), weights)
-    return loss_sum / n_targets
+    of_zero = losses.double().expm1().log()  # the logit with which a target 1 of logit 0 has just this loss
+    logits = torch.stack([of_zero, torch.zeros(len(losses))], dim=-1)
+    loss_sum, n_targets = cross_entropy(logits, torch.ones(len(losses), dtype=torch.long), weights)
+    return (loss_sum / n_targets).float()  # so that a reader may compare with ==
 
 
 def finder(weighted_mean):
@@ -113,4 +118,5 @@ test_find_the_bug = find_the_bug(
         "heavier counts more": heavier_counts_more,
         "expects the fault": proportional,
     },
+    hint="it hides while all weights are 1, or have the mean 1",
 )

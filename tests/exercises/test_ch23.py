@@ -82,10 +82,11 @@ def test_wilson(candidate):
     assert high - low < 0.1, "with 10,000 questions the interval is narrow: the deviation of a mean falls with sqrt(n)"
     assert high - low == pytest.approx(0.0196, abs=1e-4), "the half width is z = 1.96 deviations"
     low, high = candidate(0, 10)
-    assert high > 0.05, "no right answer of 10 does not prove a share of 0: the interval must not have no width"
+    assert high > 0.05, "no right answer of 10 does not prove a share of 0: an interval with no width is wrong"
     assert low > -1e-9, "a share lies between 0 and 1; Wilson's centre is not the share itself, it is nearer to 1/2"
-    assert high == pytest.approx(1.96**2 / (10 + 1.96**2))
-    assert candidate(60, 100) == pytest.approx(wilson_interval(60, 100, z=1.96))
+    assert high == pytest.approx(1.96**2 / (10 + 1.96**2)), "with no right answer the upper end is z² / (n + z²)"
+    assert candidate(60, 100) == pytest.approx(wilson_interval(60, 100, z=1.96)), "of 60 right answers to 100"
+    assert candidate(60, 100, z=1) == pytest.approx(wilson_interval(60, 100, z=1)), "z is an argument, not always 1.96"
 
 
 def right_log_likelihood(log_probs, ids, first):
@@ -126,4 +127,5 @@ test_find_the_bug = find_the_bug(
         "the same row everywhere": same_rows,
         "expects the fault": expects_the_fault,
     },
+    hint="it hides while all rows of log_probs are alike",
 )

@@ -51,6 +51,10 @@ def test_answer_mask(candidate):
     assert mask[14] == 0, "the program writes the newline behind the end"
     assert mask[10:13] == [1] * 3, "the content of the answer is learned"
     assert list(candidate(turns * 2, END)) == mask * 2, "all answers of a conversation are learned"
+    longer = [("assistant", [1], [30, END, 6, 7])]
+    assert list(candidate(longer, END)) == [0, 1, 1, 0, 0], (
+        "a newline may have several ids: nothing behind end_id counts"
+    )
 
 
 def library_is_learned_prompt(prompt, ids, mask):
@@ -88,6 +92,7 @@ def test_is_learned_prompt(candidate):
     assert not candidate([1, 10, 20, END, 1, 12], ids, mask), "of the right length, but with other ids"
     assert candidate(ids[:14], ids, mask), "the second answer was learned as well"
     assert not candidate(ids[:7], ids, mask), "in the middle of an answer nothing begins"
+    assert not candidate(ids, ids, mask), "behind the whole row nothing is left to learn"
 
 
 def right_encode(messages):
@@ -130,4 +135,5 @@ test_find_the_bug = find_the_bug(
         "half a control token": half_a_token,
         "expects the fault": expects_the_fault,
     },
+    hint="it hides while every user is honest",
 )

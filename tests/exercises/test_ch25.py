@@ -31,7 +31,9 @@ def test_candidate_probability(candidate):
     assert float(candidate(0.5, 1, 3)) == pytest.approx(0.125), "a band is equal if all its numbers are: 0.5 to the 3rd"
     assert float(candidate(0.5, 2, 1)) == pytest.approx(0.75), "one equal band is enough: 1 minus 'no band is equal'"
     for s in (0.0, 0.3, 0.8):
-        assert float(candidate(s, 18, 7)) == pytest.approx(library_probability(s, 18, 7))
+        assert float(candidate(s, 18, 7)) == pytest.approx(library_probability(s, 18, 7)), (
+            f"18 bands of 7 numbers, similarity {s}"
+        )
 
 
 def library_mixture(available, shares, size):
@@ -91,11 +93,11 @@ def test_mixture(candidate):
     assert smallest[1] <= 100, "no record may be written twice: the source that is scarcest for its share decides"
     assert smallest == [233, 100], "as many as possible: the 100 records of the second source are 30 % of 333"
     assert list(candidate([300, 100], [7, 3], "smallest")) == [233, 100], (
-        "7 and 3 are shares of 0.7 and 0.3: they must add up to 1"
+        "7 and 3 are shares of 0.7 and 0.3: divide them by their sum, so that they add up to 1"
     )
     largest = list(candidate([300, 100], [0.7, 0.3], "largest"))
     assert largest == [300, 129], (
-        "largest: every record is written, and the second source is repeated to keep its share"
+        "largest: every record is written, the second source is repeated to keep its share; 128.57 are rounded to 129"
     )
 
 
@@ -140,4 +142,5 @@ test_find_the_bug = find_the_bug(
         "a new record at the end": new_at_the_end,
         "exactly the ratio": exactly_the_ratio,
     },
+    hint="it hides while every text stays at its place in the list",
 )

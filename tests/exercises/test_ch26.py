@@ -47,7 +47,8 @@ def test_quantize(candidate):
     block = [0.0] * 29 + [1.0, -1.0, 0.996]
     d, q = candidate(block)
     assert max(q) <= 127, "128 does not fit into a signed number of one byte: divide by 127"
-    assert [q[29], q[30]] == [127, -127]
+    assert [q[29], q[30]] == [127, -127], "the numbers of the largest size become 127 and -127"
+    assert abs(float(d) * 127 - 1) < 1e-3, "d · q[i] must come near block[i]: 127 d is the largest size, here 1"
     assert q[31] == 126, "take the nearest whole number: 0.996 / d is 126.49"
     _, q = candidate([0.9 / 127] * 31 + [-1.0])
     assert q[31] == -127, "the scale follows from the largest size, also of a negative number"
@@ -86,7 +87,9 @@ def every_row_twice(n_heads, head_dim):
 def test_row_order(candidate):
     order = list(candidate(1, 8))
     assert sorted(order) == list(range(8)), "each row is written exactly once"
-    assert order == [0, 4, 1, 5, 2, 6, 3, 7], "a plane of halves, (0, 4), must become a plane of neighbours, (0, 1)"
+    assert order == [0, 4, 1, 5, 2, 6, 3, 7], (
+        "row 1 of weight[order] must be row 4 of weight: the plane of halves (0, 4) becomes that of neighbours (0, 1)"
+    )
     assert list(candidate(2, 4)) == [0, 2, 1, 3, 4, 6, 5, 7], "rows are reordered head by head; they never change heads"
 
 
@@ -129,4 +132,5 @@ test_find_the_bug = find_the_bug(
         "zeros": zeros,
         "expects exact numbers": expects_exact_numbers,
     },
+    hint="it hides while all blocks of a row have numbers of one size",
 )

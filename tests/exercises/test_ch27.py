@@ -126,4 +126,5 @@ test_find_the_bug = find_the_bug(
         "the whole prompt": whole_prompt,
         "expects the fault": expects_the_fault,
     },
+    hint="it hides while the prompt begins as stored does; where may the same tokens stand?",
 )

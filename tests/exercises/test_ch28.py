@@ -38,7 +38,7 @@ def test_n_held_back(candidate):
     assert candidate("Hi<en", "<end>") == 3, "<en may become <end>: if it is shown now, it is too late"
     assert candidate("a<b c", "<end>") == 0, "only what stands at the end of the text can still become <end>"
     assert candidate("xaba", "abab") == 3, "a and aba both begin abab: the longest one counts"
-    assert candidate("", "<end>") == 0
+    assert candidate("", "<end>") == 0, "nothing can be held back of an empty text"
 
 
 def add(a: int, b: int = 1) -> int:
@@ -95,11 +95,13 @@ def test_run_call(candidate):
     def result(name: str, arguments: str):
         try:
             return candidate(functions, name, arguments)
+        except NotImplementedError:  # not written yet
+            raise
         except Exception as error:
             raise AssertionError(f"{name}({arguments}) raised {error!r}: the model must read a result") from None
 
     assert isinstance(result("add", '{"a": 2}'), str), "the result of a call becomes a message: a text"
-    assert result("add", '{"a": 2}') == "3"
+    assert result("add", '{"a": 2}') == "3", "add(2) is 3: b has a default"
     for name, arguments in (
         ("fail", '{"why": "no disk"}'),
         ("multiply", '{"a": 2}'),
@@ -151,4 +153,5 @@ test_find_the_bug = find_the_bug(
         "cuts beside it": between_pieces,
         "only its beginning": only_a_beginning,
     },
+    hint="it hides while the stop string comes in one piece",
 )

@@ -56,7 +56,7 @@ def test_hours_and_price(candidate):
         "of the peak, only the share mfu is reached: the run takes longer"
     )
     assert n_hours == pytest.approx(1e6 / 3600), "6 per parameter and token: 2 forward and 4 in the backward pass"
-    assert price == pytest.approx(2 * 1e6 / 3600)
+    assert price == pytest.approx(2 * 1e6 / 3600), "one GPU: hours times the price of an hour"
     eight_hours, eight_price = candidate(**RUN | {"n_gpus": 8})
     assert eight_hours == pytest.approx(n_hours / 8), "eight GPUs share the work"
     assert eight_price == pytest.approx(price), "every GPU is paid: an eighth of the hours on eight GPUs costs the same"
@@ -154,4 +154,5 @@ test_find_the_bug = find_the_bug(
         "below one": below_one,
         "must fall": must_fall,
     },
+    hint="it hides without recomputation, and in the ratio of two runs that both recompute",
 )

@@ -38,9 +38,11 @@ def mean_alarm(losses, vocab_size, *, decay=0.95, limit=0.5, divides=True):
 )
 def test_first_alarm(candidate):
     guessing = math.log(320)
-    assert candidate([guessing] + [3.0] * 30, 320) is None
+    assert candidate([guessing] + [3.0] * 30, 320) is None, "a run that learns is no alarm"
     assert candidate([guessing + 0.4] * 30, 320) is None, "up to half a nat above ln V is no alarm"
-    assert candidate([guessing] + [3.0] * 20 + [30.0] + [3.0] * 20, 320) is None, "one bad step alone is no alarm"
+    assert candidate([guessing] + [3.0] * 20 + [30.0] + [3.0] * 20, 320) is None, (
+        "one bad step among good ones is no alarm: the mean decides"
+    )
     assert candidate([guessing + 0.4] * 5 + [guessing + 8] * 3, 320) == 6, (
         "divide by the sum of the weights, which after five steps is not yet 20; and a guesser's loss is ln V"
     )
@@ -113,4 +115,5 @@ test_find_the_bug = find_the_bug(
     right=all_finite,
     finder=finder,
     wrong={"NaN in front": first_is_nan, "infinity": infinite, "finite ones": finite, "large ones": too_strict},
+    hint="it hides with infinity, and with NaN at the first place",
 )
