@@ -135,7 +135,8 @@ def suites_with_files(args: EvalArguments) -> list[Suite]:
     if not with_files:
         raise UserError(f"--suite_dir {args.suite_dir} has no files of any suite; {errors[0][1]}")
     if errors:
-        print(f"no files in {args.suite_dir} of: {', '.join(name for name, _ in errors)}")
+        names = ", ".join(name for name, _ in errors)
+        print(f"no files in {args.suite_dir} of: {names} (dataset/download.py --list says which can be downloaded)")
     for suite in with_files:
         check_suite(suite, args.suite_dir, n_shot=args.n_shot, limit=args.suite_limit)
     return with_files
@@ -174,6 +175,7 @@ def measure_suites(args: EvalArguments, model, tokenizer, suites: list[Suite], r
         write_whole(output.with_suffix(".md"), markdown(title, {SUITES[name].title: s for name, s in scores.items()}))
         try:
             draw_radar(output.with_suffix(".png"), {Path(results["weights"]).name: scores})
+            print(f"wrote {output.with_suffix('.png')}")
         except ImportError:
             print("no picture: drawing needs matplotlib: pip install matplotlib")
     return scores

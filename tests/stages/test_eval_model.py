@@ -317,7 +317,7 @@ def test_suites_that_cannot_be_measured(run, tmp_path):
     for argv, words in [
         (["--suite", "unknown", "--suite_dir", folder], ["'unknown'", "ceval", "hellaswag"]),
         (["--suite", "all", "--suite_dir", tmp_path / "empty"], ["empty", "no files of any suite"]),
-        (["--suite", "gaokao_mcq,piqa", "--suite_dir", folder], ["gaokao_mcq.jsonl", "give their directory"]),
+        (["--suite", "gaokao_mcq,piqa", "--suite_dir", folder], ["gaokao_mcq.jsonl", "give their directory (--suite_dir)"]),
         (["--suite", "piqa", "--suite_dir", tmp_path / "none"], ["--suite_dir", "no such directory"]),
         (["--suite", "ceval", "--suite_dir", folder, "--n_shot", 3], ["n_shot 3", "'law'"]),
     ]:

@@ -129,4 +129,5 @@ def _conversion_advice(path: Path, encoding: str) -> str:
         command = f"gzip -dc {source} | {iconv} | gzip > {target}"
     else:
         command = f"{iconv} {source} > {target}"
-    return f"save it as UTF-8, e.g. with: {command}"
+    or_else = "" if encoding == "UTF-8" else f"; or python -m minillm.data.prepare --encoding {encoding} reads such files"
+    return f"save it as UTF-8, e.g. with: {command}{or_else}"
