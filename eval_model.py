@@ -38,7 +38,7 @@ from minillm.evaluation.measure import (
     measure_reasoning,
     measure_suites,
     measure_tasks,
-    suites_with_files,
+    suites_to_measure,
 )
 from minillm.evaluation.sample_answers import write_whole
 from minillm.hub.open import open_from_arguments
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     SamplingOptions(**sampling)  # reports invalid options before the weights are loaded
     prompts = [Prompt(content=text) for text in args.prompt]
     prompts += read_prompts(args.prompts, columns=args.columns) if args.prompts else []
-    suites = suites_with_files(args)
+    suites = suites_to_measure(args)
     toolbox = load_tools(args.tools) if args.tools else None
     measures = bool(args.perplexity or args.task_file or args.pairs_file or suites)
     if args.num_threads:

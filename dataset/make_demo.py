@@ -136,8 +136,8 @@ def write_files(out_dir: str | Path, files: dict[str, list[dict]], meta: dict) -
     temporary: dict[Path, Path] = {}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        texts = {f"{name}.jsonl": (_line(r) for r in records) for name, records in files.items() if name != "notes"}
-        texts["notes.txt"] = (record["text"] + "\n" for record in files.get("notes", ()))
+        texts = {file_name(name): (_line(r) for r in records) for name, records in files.items() if name != "notes"}
+        texts[file_name("notes")] = (record["text"] + "\n" for record in files.get("notes", ()))
         texts["meta.json"] = iter([json.dumps(meta, ensure_ascii=False, indent=2) + "\n"])
         for name, lines in texts.items():
             handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=out)
@@ -157,6 +157,11 @@ def write_files(out_dir: str | Path, files: dict[str, list[dict]], meta: dict) -
                 path.unlink()
 
 
+def file_name(name: str) -> str:
+    """Return the name of the file that holds these records: the notes are plain text."""
+    return f"{name}.txt" if name == "notes" else f"{name}.jsonl"
+
+
 def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -169,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     write_files(args.out_dir, files, meta)
     print(f"wrote {args.out_dir} in {time.perf_counter() - started:.1f} s (seed {args.seed})")
     for name, n in meta["records"].items():
-        print(f"  {name + '.jsonl':22s} {n:8,d} records")
+        print(f"  {file_name(name):22s} {n:8,d} records")
     print("entropy floor of pretrain_valid.jsonl, nats per byte:")
     for kind, row in meta["floor"].items():
         print(f"  {kind:12s} {row['nats_per_byte']:.4f}   ({row['documents']:,} documents)")

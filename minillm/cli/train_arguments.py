@@ -259,7 +259,8 @@ class TrainArguments(ScaleArguments):
             require(self.has_answers or name not in ANSWER_METRICS, message)
         has_suite = any(name.startswith("suite:") for name in names)
         require(has_suite or not self.suite_dir, f"--suite_dir {self.suite_dir}: goes with --eval_metric suite:NAME")
-        require(not has_suite or bool(self.suite_dir), f"{flag}: name the directory of its data with --suite_dir")
+        message = f"{flag}: name the directory of its data, such as --suite_dir dataset/eval"
+        require(not has_suite or bool(self.suite_dir), message)
         is_directory = not self.suite_dir or os.path.isdir(self.suite_dir)
         require(is_directory, f"--suite_dir {self.suite_dir}: no such directory")
         message = f"--eval_interval {self.eval_interval} and --eval_epochs {self.eval_epochs:g}: choose one of them"

@@ -139,7 +139,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _as_lines(records: list[RunRecord]) -> str:
     """Return a table of names and results for the terminal."""
-    keys = ("stage", "steps", "training loss", "validation loss", "best", "nats per")
+    keys = ("stage", "steps", "training loss", "validation loss", "lowest loss", "nats per")
     results_of = {run.name: run.results() for run in records}
     table = [["run", *keys], *([name, *(results[key] for key in keys)] for name, results in results_of.items())]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

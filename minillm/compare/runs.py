@@ -56,7 +56,7 @@ class RunRecord:
         return [name for name in names if name not in COUNTERS]
 
     def results(self) -> dict[str, str]:
-        """Return the end of the run and its best as (name, text)."""
+        """Return the end of the run and its lowest validation loss as (name, text)."""
         last = self.rows[-1] if self.rows else {}
         total, step = self.settings.get("total_steps"), last.get("step", 0)
         valid = self.points("valid", "loss")
@@ -68,7 +68,7 @@ class RunRecord:
             "steps": f"{step:,}" if total in (None, f"{step:,}") else f"{step:,} of {total}",
             "training loss": _number(self.last("train", "loss")),
             "validation loss": _number(valid[-1][1] if valid else None),
-            "best": f"{best[1]:.4f} at step {best[0]:,}" if best else NONE,
+            "lowest loss": f"{best[1]:.4f} at step {best[0]:,}" if best else NONE,
             "nats per": self.unit if self.rows else NONE,
             "parameters": self.settings.get("n_parameters", NONE),
             "tokens": f"{last['tokens']:,.0f}" if is_number(last.get("tokens")) else NONE,

@@ -219,7 +219,7 @@ def _repeats_messages(item, messages: list[dict]) -> bool:
 
 
 def _fits_no_schema(value: dict) -> UserError:
-    keys = ", ".join(map(str, value)) or "none"
+    keys = ", ".join(map(str, value)) or "none has a value"
     list_keys = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
     answer_keys = _keys_in(value, ANSWERS)
     if answer_keys:

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.picture:
         try:
             draw_radar(Path(args.picture), scores_of)
+            print(f"wrote {args.picture}")
         except ImportError:
             raise UserError("--picture needs matplotlib: pip install matplotlib") from None
 

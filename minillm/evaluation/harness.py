@@ -18,7 +18,7 @@ from minillm.errors import UserError, missing_package
 from minillm.evaluation.likelihood import AnswerIds, encode_answers, score_answers, truncate_prompt
 from minillm.evaluation.questions import Question
 from minillm.evaluation.suites.run import evenly_spaced
-from minillm.evaluation.suites.table import Suite, choose_suites, read_suite
+from minillm.evaluation.suites.table import Suite, read_suite, suites_with_files
 from minillm.hub.open import open_model
 from minillm.inference import complete
 
@@ -195,15 +195,18 @@ def tasks(*, suite: str, suite_dir: Path, output: Path, suite_limit: int = 0) ->
     """Write suites as tasks of lm-evaluation-harness.
 
     Args:
-        suite: zh, en, all, or names with commas between them.
+        suite: zh, en, all (of those that have files), or names with commas between them.
         suite_dir: directory with the files of the suites.
         output: directory for the tasks, for --include_path.
         suite_limit: only this many questions of each, evenly spaced (0: all).
     """
     try:
-        names = write_tasks(choose_suites(suite), data_dir=suite_dir, output=output, limit=suite_limit)
+        suites, note = suites_with_files(suite, suite_dir)
+        names = write_tasks(suites, data_dir=suite_dir, output=output, limit=suite_limit)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}; choose another --output") from None
+    if note:
+        print(note, file=sys.stderr)
     print("\n".join(names))
 
 

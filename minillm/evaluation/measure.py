@@ -20,7 +20,7 @@ from minillm.evaluation.reasoning import evaluate_reasoning
 from minillm.evaluation.sample_answers import write_whole
 from minillm.evaluation.suites.report import describe, draw_radar, line, markdown
 from minillm.evaluation.suites.run import check_suite, random_model, run_suite
-from minillm.evaluation.suites.table import SUITES, Suite, choose_suites, find_files
+from minillm.evaluation.suites.table import SUITES, Suite, find_files, suites_with_files
 from minillm.evaluation.text_metrics import bleu, rouge
 from minillm.evaluation.tool_match import tool_match
 from minillm.files import sha256
@@ -115,7 +115,7 @@ def _measure_tools(args: EvalArguments, model, tokenizer, records: list) -> dict
     return {"tool_calls": result.calls.as_dict(), "exact_match": result.answers.as_dict()}
 
 
-def suites_with_files(args: EvalArguments) -> list[Suite]:
+def suites_to_measure(args: EvalArguments) -> list[Suite]:
     """Return the suites of --suite, all of them read once. Of zh, en and all, those without files are left out.
 
     Raises:
@@ -123,19 +123,9 @@ def suites_with_files(args: EvalArguments) -> list[Suite]:
     """
     if not args.suite:
         return []
-    with_files, errors = [], []
-    for suite in choose_suites(args.suite):
-        try:
-            find_files(suite, args.suite_dir)
-            with_files.append(suite)
-        except UserError as error:
-            if suite.name in map(str.strip, args.suite.split(",")):
-                raise
-            errors.append((suite.name, error))
-    if not with_files:
-        raise UserError(f"--suite_dir {args.suite_dir} has no files of any suite; {errors[0][1]}")
-    if errors:
-        print(f"no files in {args.suite_dir} of: {', '.join(name for name, _ in errors)}")
+    with_files, note = suites_with_files(args.suite, args.suite_dir)
+    if note:
+        print(note)
     for suite in with_files:
         check_suite(suite, args.suite_dir, n_shot=args.n_shot, limit=args.suite_limit)
     return with_files
@@ -174,6 +164,7 @@ def measure_suites(args: EvalArguments, model, tokenizer, suites: list[Suite], r
         write_whole(output.with_suffix(".md"), markdown(title, {SUITES[name].title: s for name, s in scores.items()}))
         try:
             draw_radar(output.with_suffix(".png"), {Path(results["weights"]).name: scores})
+            print(f"wrote {output.with_suffix('.png')}")
         except ImportError:
             print("no picture: drawing needs matplotlib: pip install matplotlib")
     return scores

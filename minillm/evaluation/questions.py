@@ -169,7 +169,7 @@ def choose_examples(
     if len(chosen) < n_shot:
         of_subject = f" of the subject {question.subject!r}" if same_subject else ""
         raise UserError(
-            f"n_shot {n_shot}: {question.where or question.id} has only {len(chosen)} other questions{of_subject} to "
-            "choose examples from: lower n_shot, or give more examples"
+            f"--n_shot {n_shot}: {question.where or question.id} has only {len(chosen)} other questions{of_subject} to "
+            "choose examples from: lower --n_shot, or give more examples"
         )
     return chosen

@@ -305,8 +305,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"there is no tokenizer.json or {MODEL} in it" if directory.exists() else "the directory does not exist"
         )
         raise UserError(
-            f"no tokenizer at '{path}': {reason}; train one with train_tokenizer.py, or give a Hugging Face "
-            f"directory with a (fast) tokenizer.json, or with SentencePiece's {MODEL}"
+            f"no tokenizer at '{path}': {reason}; train one with train_tokenizer.py, or give "
+            f"--tokenizer_path a Hugging Face directory with a (fast) tokenizer.json, or with SentencePiece's {MODEL}"
         )
     try:
         names = [name for name in FILES if (directory / name).is_file()]

@@ -186,7 +186,7 @@ def _metrics_of(run) -> str:
     if run.valid_loader is None or (names == ("loss",) and not patience):
         return ""
     text = f"{', '.join(names)}; the weights of the best {names[0]} are kept in best/"
-    return f"{text}; {_plural(patience, 'validation')} without a better one end the run" if patience else text
+    return f"{text}; the run ends after {_plural(patience, 'validation')} without a better one" if patience else text
 
 
 def _preference_loss(settings: dict) -> str:

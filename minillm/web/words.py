@@ -164,9 +164,9 @@ PANELS_ZH = {
 
 # What minillm.compare calls the results of a run, in Chinese.
 RESULTS_ZH = {
-    "stage": "阶段", "steps": "步数", "training loss": "训练损失", "validation loss": "验证损失", "best": "最佳",
-    "nats per": "损失单位", "parameters": "参数量", "tokens": "token 数", "training time": "训练用时",
-    "tokens/s": "token/秒", "memory": "内存",
+    "stage": "阶段", "steps": "步数", "training loss": "训练损失", "validation loss": "验证损失",
+    "lowest loss": "最低损失", "nats per": "损失单位", "parameters": "参数量", "tokens": "token 数",
+    "training time": "训练用时", "tokens/s": "token/秒", "memory": "内存",
 }  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def test_results_are_those_of_the_rows(make_run):
     results = run.results()
     assert results["training loss"] == "2.5000"
     assert results["validation loss"] == "2.1000"
-    assert results["best"] == "2.0000 at step 20"
+    assert results["lowest loss"] == "2.0000 at step 20"
     assert (results["steps"], results["tokens"], results["training time"]) == ("30", "3,000", "0:06")
     assert (results["tokens/s"], results["memory"], results["nats per"]) == ("500", "0.75 GiB", "token")
     assert run.points("valid", "loss", x="tokens") == [(1000, 2.2), (2000, 2.0), (3000, 2.1)]

@@ -171,7 +171,8 @@ def test_other_encodings_are_refused_with_a_guess(tmp_path, encoding, name, suff
         text = json.dumps([{"text": text}], ensure_ascii=False, indent=1)
     path = tmp_path / f"a b{suffix}"
     path.write_bytes(text.encode(encoding))
-    with pytest.raises(UserError, match=rf"line \d+: not UTF-8 text: .* looks like {name}.*iconv -f {name} -t UTF-8 '"):
+    advice = rf"iconv -f {name} -t UTF-8 '.*prepare --encoding {name} "
+    with pytest.raises(UserError, match=rf"line \d+: not UTF-8 text: .* looks like {name}.*{advice}"):
         list(read_records(path))
     assert [child.name for child in tmp_path.iterdir()] == [path.name]
 

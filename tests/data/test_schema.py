@@ -56,7 +56,8 @@ def test_every_schema_becomes_the_normal_form(record, kind, messages):
     "record, reason",
     [
         ([1], "JSON object"),
-        ({"txt": "x"}, "fit no schema"),
+        ({"txt": "x"}, "fit no schema: txt;"),
+        ({"text": None}, "fit no schema: none has a value;"),
         ({"text": 5}, "must be a string"),
         ({"text": "  \n"}, "empty"),
         ({"text": "x", "log_prob": "low"}, "log_prob"),

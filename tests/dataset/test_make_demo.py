@@ -49,7 +49,7 @@ def test_same_seed_same_files_other_seed_other_files():
     assert changed == set(first) - {"identity_train", "identity_test"}  # who the model is hangs on no seed
 
 
-def test_script_writes_every_file_and_nothing_else(tmp_path):
+def test_script_writes_every_file_and_nothing_else(tmp_path, capsys):
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     make_demo.main([*flags, f"--out_dir={tmp_path / 'a' / 'b'}"])
     stages = ("pretrain_train", "pretrain_valid", "sft_train", "sft_valid", "sft_test")
@@ -57,6 +57,7 @@ def test_script_writes_every_file_and_nothing_else(tmp_path):
     stages += tuple(f"{name}_{part}" for name in ("identity", "dpo", "reason", "tools") for part in ("train", "test"))
     written = {path.name for path in (tmp_path / "a" / "b").iterdir()}
     assert written == {f"{name}.jsonl" for name in stages} | {"meta.json", "notes.txt"}
+    assert set(re.findall(r"^  (\S+) +[\d,]+ records$", capsys.readouterr().out, re.M)) == written - {"meta.json"}
     files, meta = make_demo.make_files(DemoDataArguments(**TINY))
     assert json.loads((tmp_path / "a/b/meta.json").read_text("utf-8"))["records"] == meta["records"]
     for name in stages:

@@ -49,6 +49,7 @@ def test_differences(files, capsys):
     code, shown, _ = run(capsys, files / "a.json", files / "b.json", "--output", files / "c.md", "--picture",
                          files / "c.png")  # fmt: skip
     assert code == 0
+    assert shown.endswith(f"wrote {files / 'c.md'}\nwrote {files / 'c.png'}\n")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in shown.splitlines() if row.startswith("|")]
     assert ["mmlu", "25.0%", "50.0% (20.0% to 90.0%)", "83.3% (20.0% to 90.0%)"] in rows
     assert ["own", "25.0%", "100.0% (20.0% to 90.0%)", "-"] in rows

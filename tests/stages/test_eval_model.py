@@ -227,6 +227,7 @@ def test_suites_with_an_untrained_model_and_resume(run, out, tmp_path, monkeypat
     table = output.with_suffix(".md").read_text(encoding="utf-8")
     assert "| C-Eval | 2 |" in table
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {output.with_suffix('.png')}\n" in shown
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"eval", "scores.json", "scores.md", "scores.png"}  # no leftovers
 
@@ -317,7 +318,7 @@ def test_suites_that_cannot_be_measured(run, tmp_path):
     for argv, words in [
         (["--suite", "unknown", "--suite_dir", folder], ["'unknown'", "ceval", "hellaswag"]),
         (["--suite", "all", "--suite_dir", tmp_path / "empty"], ["empty", "no files of any suite"]),
-        (["--suite", "gaokao_mcq,piqa", "--suite_dir", folder], ["gaokao_mcq.jsonl", "give their directory"]),
+        (["--suite", "gaokao_mcq,piqa", "--suite_dir", folder], ["gaokao_mcq.jsonl", "directory (--suite_dir)"]),
         (["--suite", "piqa", "--suite_dir", tmp_path / "none"], ["--suite_dir", "no such directory"]),
         (["--suite", "ceval", "--suite_dir", folder, "--n_shot", 3], ["n_shot 3", "'law'"]),
     ]:

@@ -279,7 +279,7 @@ def test_a_run(tmp_path):
     write_run(tmp_path / "pretrain_8")
     app = runs(tmp_path)
     assert "step 50 of 100, 0:10 left" in app.get("progress")[0].proto.text
-    assert app.dataframe[0].value["best"][0] == "2.0000 at step 50"
+    assert app.dataframe[0].value["lowest loss"][0] == "2.0000 at step 50"
     charts = [json.loads(chart.proto.spec) for chart in app.get("vega_lite_chart")]
     titles = {chart["title"] for chart in charts}
     assert titles > {"training loss, nats per token", "validation loss, nats per token", "learning rate"}

@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> dict:
         signal.signal(signal.SIGTERM, _end)
     report = prepare(settings)
     print(format_counts(report))
+    if report["dropped"] and "dropped" in settings.written_paths:
+        print(f"each dropped record and the reason: {settings.written_paths['dropped']}")
     return report
 
 

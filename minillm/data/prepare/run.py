@@ -156,7 +156,7 @@ def _prepare(
     for role, output in outputs.items():
         if role in paths and not output.n_records:
             print(format_counts(report))
-            raise UserError(_why_empty(role, settings, counts, passages))
+            raise UserError(f"{_why_empty(role, settings, counts, passages)} (no file was written)")
     (new_dir / "report").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return report, {role: new_dir / role for role in paths}
 

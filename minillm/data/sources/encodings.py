@@ -129,4 +129,6 @@ def _conversion_advice(path: Path, encoding: str) -> str:
         command = f"gzip -dc {source} | {iconv} | gzip > {target}"
     else:
         command = f"{iconv} {source} > {target}"
-    return f"save it as UTF-8, e.g. with: {command}"
+    advice = f"save it as UTF-8, e.g. with: {command}"
+    # Damaged UTF-8 is no other encoding.
+    return advice if encoding == "UTF-8" else f"{advice}; minillm.data.prepare --encoding {encoding} reads such files"

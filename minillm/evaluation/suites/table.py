@@ -216,7 +216,7 @@ def choose_suites(names: str) -> list[Suite]:
     for name in filter(None, (part.strip() for part in names.split(","))):
         matching = [suite for suite in _SUITES if name in (suite.name, suite.language, "all")]
         if not matching:
-            raise UserError(f"there is no suite {name!r}: zh, en, all, {', '.join(SUITES)}")
+            raise UserError(f"there is no suite {name!r}; choose from zh, en, all, {', '.join(SUITES)}")
         chosen |= {suite.name: suite for suite in matching}
     if not chosen:
         raise UserError(f"no suite in {names!r}: give zh, en, all, or some of {', '.join(SUITES)}")
@@ -258,7 +258,30 @@ def find_files(suite: Suite, data_dir: str | Path) -> SuiteFiles:
     names = ", ".join(layout.questions for layout in suite.layouts)
     folders = " and ".join(str(data_dir / folder) for folder in FOLDERS)
     how = f", or try python dataset/download.py {suite.name}" if len(suite.layouts) > 1 else ""
-    raise UserError(f"no files of the suite {suite.name}: looked for {names} in {folders}; give their directory{how}")
+    raise UserError(
+        f"no files of the suite {suite.name}: looked for {names} in {folders}; give their directory (--suite_dir){how}"
+    )
+
+
+def suites_with_files(names: str, data_dir: str | Path) -> tuple[list[Suite], str]:
+    """Return the suites, and a note: of zh, en and all, those without files are left out, and the note names them.
+
+    Raises:
+        UserError: an unknown suite; no files of one that was named, or of any.
+    """
+    chosen, errors = [], {}
+    for suite in choose_suites(names):
+        try:
+            find_files(suite, data_dir)
+            chosen.append(suite)
+        except UserError as error:
+            if suite.name in map(str.strip, names.split(",")):
+                raise
+            errors[suite.name] = error
+    if not chosen:
+        raise UserError(f"--suite_dir {data_dir} has no files of any suite; {next(iter(errors.values()))}")
+    how = "dataset/download.py --list says which can be downloaded"
+    return chosen, f"no files in {data_dir} of: {', '.join(errors)} ({how})" if errors else ""
 
 
 def read_suite(

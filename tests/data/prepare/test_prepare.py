@@ -339,7 +339,7 @@ def test_normalisation_and_html_are_counted(go, write, tmp_path):
         ({"data_path": "EMPTY"}, "is empty"),
         ({"min_characters": 1000}, "no record of .* is left: .*most of all min_characters"),
         ({"kind": "chat"}, "most of all other_kind"),
-        ({"valid_ratio": 0.0001}, "holds out none"),
+        ({"valid_ratio": 0.0001}, r"holds out none of .*: raise it \(no file was written\)"),
         ({"data_path": "FILE:1", "mix_size": "1000000000"}, "would be repeated"),
         ({"eval_files": "EMPTY"}, "is empty"),
         ({"eval_files": "PIQA"}, "line 1: no question found .*goal.*minillm.evaluation.harness tasks"),
@@ -431,6 +431,7 @@ def test_the_command_prints_the_table(write, tmp_path, capsys):
     assert lines[0].split() == ["read", "3", "100.00%"]
     assert lines[1].split() == ["exact_duplicate", "1", "33.33%", "dropped"]
     assert lines[2].split()[1:] == ["2", "66.67%", "written,", "32", "bytes"]
+    assert lines[3:] == [f"each dropped record and the reason: {tmp_path / 'o/a.dropped.jsonl.gz'}"]
     assert report["settings"]["shuffle"] is True
 
 
