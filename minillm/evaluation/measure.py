@@ -184,6 +184,8 @@ def _finished(output: Path | None, identity: dict, settings_of: dict[str, dict])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"--output {output}: not a result file; remove it or leave out --suite_resume") from None
     same = [name for name, settings in found.items() if settings == settings_of.get(name, settings | identity)]
+    if others := [name for name in found if name not in same]:
+        print(f"{output}: not kept, from another model, other settings or other files: {', '.join(others)}")
     return _in_order({name: suites[name] for name in same})
 
 

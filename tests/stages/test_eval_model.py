@@ -244,7 +244,8 @@ def test_suites_with_an_untrained_model_and_resume(run, out, tmp_path, monkeypat
     assert run(*again)[0] == 0
     assert asked == ["cmmlu", "cmmlu"]  # the model and the untrained one, on a file that has changed
     asked.clear()
-    assert run(*call, "--suite_resume")[0] == 0  # other settings: all questions, nothing untrained
+    code, printed, _ = run(*call, "--suite_resume")  # other settings: all questions, nothing untrained
+    assert (code, "other files: ceval, cmmlu, cmath" in printed) == (0, True)
     assert asked == ["ceval", "cmmlu", "cmath"]
 
 
