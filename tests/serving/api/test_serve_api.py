@@ -100,7 +100,8 @@ def test_a_second_signal_ends_it_at_once(saved, python):
     [
         (["--lora", "cooking"], "NAME=ADAPTER"), (["--lora", "a=x", "--lora", "a=y"], "twice"),
         (["--port", "70000"], "65535"), (["--max_queue", "0"], "at least 1"), (["--max_body_mb", "0"], "positive"),
-        (["--model", "nothing"], "nothing"), (["--lora", "a=nothing"], "no adapter 'nothing'"),
+        (["--model", "nothing"], "give --model one"),
+        (["--draft", "nothing"], "give --draft one"), (["--lora", "a=nothing"], "no adapter 'nothing'"),
         (["--temperature", "-1"], "temperature"), (["--host", "192.0.2.1"], "cannot listen"),
         (["--lora", "tiny_32=cooking"], "tiny_32"),
         (["--quantization", "int8", "--lora", "a=cooking"], "adapters"),
@@ -115,6 +116,16 @@ def test_wrong_flags_are_one_line(saved, capsys, flags, words):
     errors = capsys.readouterr().err
     assert words in errors
     assert errors.count("\n") == 1
+
+
+def test_weights_in_int8_are_counted_as_before(saved, capsys, monkeypatch):
+    monkeypatch.setattr(serve_api, "serve", lambda app, *, on_start, **_: on_start(8000))
+    monkeypatch.setattr(serve_api.signal, "signal", lambda *_: None)
+    lines = []
+    for flags in ([], ["--quantization", "int8"]):
+        serve_api.main(["--model", str(saved / "tiny_32"), "--device", "cpu", "--dtype", "float32", *flags])
+        lines.append(capsys.readouterr().out.splitlines()[0])
+    assert lines[1] == f"{lines[0]}, weights in int8"
 
 
 def test_the_key_may_be_in_the_environment(monkeypatch):
