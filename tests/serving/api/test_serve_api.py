@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from minillm.cli.serve_arguments import ServeArguments
 from minillm.errors import UserError
 from minillm.hub import save_model
 from minillm.lora import apply_lora, save_lora
+from minillm.serving.api.server import serve
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,6 +74,18 @@ def test_the_program_serves_until_a_signal_and_finishes_what_runs(saved, python,
     assert "sk-from-variable" not in errors + output
     with pytest.raises(httpx.ConnectError):
         httpx.get(address)
+
+
+def test_the_announced_address_takes_connections():
+    class Announced(Exception):
+        pass
+
+    def connect(port):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        raise Announced
+
+    with pytest.raises(Announced):
+        serve(None, host="127.0.0.1", port=0, on_start=connect)
 
 
 def test_a_second_signal_ends_it_at_once(saved, python):
