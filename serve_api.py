@@ -36,10 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     how = {"device": args.device, "dtype": args.dtype, "save_dir": args.save_dir}
-    model, tokenizer = open_model(args.model, tokenizer_path=args.tokenizer_path, **how)
+    model, tokenizer = open_model(args.model, tokenizer_path=args.tokenizer_path, flag="--model", **how)
     drafter = None
     if args.draft:
-        drafter = PromptLookup() if args.draft == "lookup" else DraftModel(open_model(args.draft, **how)[0])
+        is_lookup = args.draft == "lookup"
+        drafter = PromptLookup() if is_lookup else DraftModel(open_model(args.draft, flag="--draft", **how)[0])
+    size = describe_parameters(model)  # in int8, the weights are no parameters any more
     is_int8, is_cuda = args.quantization == "int8", next(model.parameters()).is_cuda
     if is_int8:
         require(not is_cuda, "--quantization int8: is for a CPU; add --device cpu, or leave it out")
@@ -71,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def announce(port: int) -> None:
-        dtype = next(model.parameters()).dtype
-        print(f"{model.origin}: parameters {describe_parameters(model)}; {engine.device}, {dtype}")
+        dtype = f"{next(model.parameters()).dtype}{', weights in int8' if is_int8 else ''}"
+        print(f"{model.origin}: parameters {size}; {engine.device}, {dtype}")
         names = [card["id"] for card in app.state.service.models()]
         print(f"http://{args.host}:{port}/v1  models: {', '.join(names)}", flush=True)
         if args.host not in ("127.0.0.1", "localhost", "::1") and not args.key:

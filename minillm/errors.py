@@ -22,7 +22,7 @@ def missing_package(package: str, *, purpose: str, extra: str | None = None) -> 
 
     ``extra`` is the name of minillm's extra that installs it, if there is one.
     """
-    how = f"pip install {package}" + (f"  (or: pip install 'minillm[{extra}]')" if extra else "")
+    how = f"pip install {package}" + (f"  (or, in the folder of minillm: pip install -e '.[{extra}]')" if extra else "")
     return UserError(f"{purpose} needs the optional package '{package}', which is not installed: {how}")
 
 

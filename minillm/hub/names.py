@@ -85,7 +85,9 @@ def find_weights(
         return download(name, flag=flag)
     if save_dir == "out" and has_run(name, DEMO):  # after `make demo`, or after commands without --data_path
         width = DEMO_WIDTH if any_width else hidden_size
-        return find_weights(name, save_dir=DEMO, hidden_size=width, has_experts=has_experts, flag=flag)
+        return find_weights(
+            name, save_dir=DEMO, hidden_size=width, has_experts=has_experts, any_width=any_width, flag=flag
+        )
     models = [path.name for path in _models_in(Path(save_dir))]
     if save_dir == "out":
         models += [str(path) for path in _models_in(Path(DEMO))]
@@ -192,11 +194,15 @@ def find_adapter(name: str, *, save_dir: str, model_suffix: str = "", flag: str 
             experts.
         flag: the flag that gave the name, for messages.
 
+    If ``out/`` has no such adapter, the one in ``out/demo/`` is used.
+
     Raises:
         UserError: there is no such adapter (the message lists those that exist), or the name belongs to something else.
     """
     directory = Path(save_dir) / "lora"
     candidates = [Path(name).expanduser(), directory / name, directory / f"{name}{model_suffix}"]
+    if save_dir == "out":
+        candidates += [Path(DEMO, "lora", name), Path(DEMO, "lora", f"{name}{model_suffix}")]
     for path in candidates:
         if (path.is_file() and path.suffix == ".pth") or is_adapter(path):
             return path
@@ -212,8 +218,10 @@ def find_adapter(name: str, *, save_dir: str, model_suffix: str = "", flag: str 
                 f"{flag} {newest}"
             )
     adapters = sorted(path.parent.name for path in directory.glob(f"*/{ADAPTER}"))
+    if save_dir == "out":
+        adapters += [str(path.parent) for path in sorted(Path(DEMO, "lora").glob(f"*/{ADAPTER}"))]
     raise UserError(
-        f"no adapter '{name}': neither {name} nor {candidates[-1]} holds one; in {directory}/ there are: "
+        f"no adapter '{name}': neither {name} nor {candidates[2]} holds one; in {directory}/ there are: "
         f"{', '.join(adapters) or 'none'} (train_lora.py makes one)"
     )
 

@@ -42,6 +42,7 @@ def open_model(
     lora_name: str = "",
     tokenizer_path: str = "",
     save_dir: str = "out",
+    flag: str = "path",
 ) -> tuple[Transformer, Tokenizer]:
     """Return the model, in evaluation mode on its device, and its tokenizer.
 
@@ -54,12 +55,13 @@ def open_model(
             (``cooking:0.7,medical:0.3``).
         tokenizer_path: directory of the tokenizer; default: the model's own, else SAVE_DIR/tokenizer.
         save_dir: directory that holds the runs and their adapters.
+        flag: the flag that gave the path, for messages.
 
     Raises:
         UserError: no such weights, tokenizer or adapter, or they do not belong together.
     """
     hidden_size = PRESETS["small"]["hidden_size"]  # of a stage's runs, this one or the only one
-    weights = find_weights(str(path), save_dir=save_dir, hidden_size=hidden_size, any_width=True, flag="path")
+    weights = find_weights(str(path), save_dir=save_dir, hidden_size=hidden_size, any_width=True, flag=flag)
     chosen_device = choose_device(device)
     model, tokenizer, _ = _open(
         weights,

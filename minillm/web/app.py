@@ -116,7 +116,7 @@ def draw_app(argv: Sequence[str], server_program: Path) -> None:
                 keeper.ensure()
             draw_chat_page(t, keeper.client, session, tools)
         except UserError as error:
-            st.error(t("no_server"))
+            st.error(t("wrong_key") if getattr(error, "status", None) == 401 else t("no_server"))
             st.code(str(error), language=None, wrap_lines=True)
             st.button(t("try_again"), on_click=keeper.forget_failure)
 

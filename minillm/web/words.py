@@ -10,6 +10,10 @@ WORDS = {
     # the server
     "starting": ("Starting the server; a large model takes minutes to load …", "正在启动服务，模型较大时需要几分钟……"),
     "no_server": ("There is no server to talk to.", "没有可用的服务。"),
+    "wrong_key": (
+        "The server asks for a key: start this page with the variable MINILLM_API_KEY, or with --api_key.",
+        "服务需要密钥：启动本页面时设置环境变量 MINILLM_API_KEY，或加上 --api_key。",
+    ),
     "try_again": ("Try again", "重试"),
     # chats
     "manage_chats": ("Export, import, delete", "导出、导入、删除"),

@@ -15,7 +15,7 @@ SOURCES += [*ROOT.glob("*.py"), *(ROOT / "docs").rglob("*.py")]
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.M | re.S)
 FILE_AND_SYMBOL = re.compile(r"`([\w/]+\.py)`, `(\w[\w.]*)(?<!\.py)`")
 # What a page names although it is not here: the example of CONTRIBUTING, the files of the first design, data of users.
-NOT_HERE = {"train_focal.py", "config.py", "hf.py"}
+NOT_HERE = {"my_tools.py", "train_focal.py", "config.py", "hf.py"}
 OF_LAUNCHERS = {
     "nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "max-restarts", "num_gpus",
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,16 @@ def test_the_runs_of_the_demo_are_listed_beside_those_of_out(tmp_path, monkeypat
         find("out", "rlhf")
 
 
+def test_the_only_run_of_the_demo_is_used_whatever_its_width(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path, "out/demo/full_sft_64/config.json")
+    assert find_weights("full_sft", save_dir="out", hidden_size=512, any_width=True) == Path("out/demo/full_sft_64")
+    with pytest.raises(UserError, match="no weights 'full_sft'"):
+        find_weights("full_sft", save_dir="out", hidden_size=512)
+    make(tmp_path, "out/demo/full_sft_128/config.json")
+    assert find_weights("full_sft", save_dir="out", hidden_size=512, any_width=True).name == "full_sft_128"
+
+
 # ---- adapters ----------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +107,19 @@ def test_names_that_mean_an_adapter(out):
         assert adapter(out, name) == out / "lora/a_32"
     assert adapter(out, "a_32.pth") == out / "lora/a_32.pth"
     assert adapter(out, str(out / "lora/cut_32/checkpoints/step-00000002")).name == "step-00000002"
+
+
+def test_the_adapters_of_the_demo_are_used_if_out_has_none_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path, "out/demo/lora/a_32/adapter_config.json", "out/demo/lora/b_32/adapter_config.json")
+    assert adapter("out", "a") == adapter("out", "a_32") == Path("out/demo/lora/a_32")
+    make(tmp_path, "out/lora/a_32/adapter_config.json")
+    assert adapter("out", "a") == Path("out/lora/a_32")
+    listed = r"nor out/lora/c_32 holds one; in out/lora/ there are: a_32, out/demo/lora/a_32, out/demo/lora/b_32 "
+    with pytest.raises(UserError, match=listed):
+        adapter("out", "c")
+    with pytest.raises(UserError, match="there are: none"):
+        adapter("other", "a")
 
 
 @pytest.mark.parametrize(

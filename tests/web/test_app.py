@@ -213,6 +213,15 @@ def test_no_server(free_port, tmp_path):
     assert app.button[-1].label == "Try again"
 
 
+def test_a_server_that_wants_a_key(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("MINILLM_API_KEY", raising=False)
+    server.api_key = "secret"
+    app = AppTest.from_string(PROGRAM.format(url=server.url, directory=str(tmp_path)), default_timeout=30).run()
+    assert not app.exception
+    assert "with the variable MINILLM_API_KEY, or with --api_key" in app.error[0].value
+    assert "wrong API key" in app.code[0].value
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -28,6 +28,7 @@ def serve(app, *, host: str, port: int, grace_s: float = 30.0, on_start=None) ->
     server = make_server(app, host=host, port=port, grace_s=grace_s)
     try:
         socket = server.config.bind_socket()
+        socket.listen(BACKLOG)  # from now on clients can connect; they wait until the loop runs
     except (OSError, SystemExit) as error:
         raise UserError(
             f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or 'address in use or not allowed'}): "

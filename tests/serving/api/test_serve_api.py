@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from minillm.cli.serve_arguments import ServeArguments
 from minillm.errors import UserError
 from minillm.hub import save_model
 from minillm.lora import apply_lora, save_lora
+from minillm.serving.api.server import serve
 
 ROOT = Path(__file__).parents[3]
 
@@ -74,6 +76,18 @@ def test_the_program_serves_until_a_signal_and_finishes_what_runs(saved, python,
         httpx.get(address)
 
 
+def test_the_announced_address_takes_connections():
+    class Announced(Exception):
+        pass
+
+    def connect(port):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        raise Announced
+
+    with pytest.raises(Announced):
+        serve(None, host="127.0.0.1", port=0, on_start=connect)
+
+
 def test_a_second_signal_ends_it_at_once(saved, python):
     command = [python, str(ROOT / "serve_api.py"), "--model", str(saved / "tiny_32"), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
@@ -100,7 +114,8 @@ def test_a_second_signal_ends_it_at_once(saved, python):
     [
         (["--lora", "cooking"], "NAME=ADAPTER"), (["--lora", "a=x", "--lora", "a=y"], "twice"),
         (["--port", "70000"], "65535"), (["--max_queue", "0"], "at least 1"), (["--max_body_mb", "0"], "positive"),
-        (["--model", "nothing"], "nothing"), (["--lora", "a=nothing"], "no adapter 'nothing'"),
+        (["--model", "nothing"], "give --model one"),
+        (["--draft", "nothing"], "give --draft one"), (["--lora", "a=nothing"], "no adapter 'nothing'"),
         (["--temperature", "-1"], "temperature"), (["--host", "192.0.2.1"], "cannot listen"),
         (["--lora", "tiny_32=cooking"], "tiny_32"),
         (["--quantization", "int8", "--lora", "a=cooking"], "adapters"),
@@ -115,6 +130,16 @@ def test_wrong_flags_are_one_line(saved, capsys, flags, words):
     errors = capsys.readouterr().err
     assert words in errors
     assert errors.count("\n") == 1
+
+
+def test_weights_in_int8_are_counted_as_before(saved, capsys, monkeypatch):
+    monkeypatch.setattr(serve_api, "serve", lambda app, *, on_start, **_: on_start(8000))
+    monkeypatch.setattr(serve_api.signal, "signal", lambda *_: None)
+    lines = []
+    for flags in ([], ["--quantization", "int8"]):
+        serve_api.main(["--model", str(saved / "tiny_32"), "--device", "cpu", "--dtype", "float32", *flags])
+        lines.append(capsys.readouterr().out.splitlines()[0])
+    assert lines[1] == f"{lines[0]}, weights in int8"
 
 
 def test_the_key_may_be_in_the_environment(monkeypatch):
