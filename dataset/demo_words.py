@@ -172,8 +172,8 @@ STAGES = {
         ("DPO", "DPO"),
         (
             "Pairs of replies teach the model to prefer a full sentence to a single word. ✓: more like the chosen "
-            "reply than like the rejected one. The loss includes that of the chosen reply's tokens, so it does not start at "
-            "ln 2.",
+            "reply than like the rejected one. The loss includes that of the chosen reply's tokens, "
+            "so it does not start at ln 2.",
             "用成对的回答教模型说完整的句子，而不是只吐一个词。✓ 表示更接近被选中的回答。"
             "损失里还加上了被选中的回答自己每个词元的损失，所以起点不是 ln 2。",
         ),
