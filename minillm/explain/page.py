@@ -121,7 +121,7 @@ def _experts(trace: Trace, tokens: list[str]) -> list[str]:
 def _candidates(trace: Trace, tokenizer) -> str:
     lines = [
         f'<tr title="{probability:.6f}"><td>{html.escape(shown(tokenizer, token))}</td><td>{probability:.2%}</td>'
-        f'<td><span class="bar" style="width:{20 * probability:.2f}em"></span></td></tr>'
+        f'<td><span class="bar" style="width:calc({probability:.4f} * min(20em, 45vw))"></span></td></tr>'
         for token, probability in trace.candidates
     ]
     return f"<table>{''.join(lines)}</table>"
