@@ -18,7 +18,7 @@ WORDS = {
     "table_note": (
         "Each figure before and after its stage, on held-out questions. Shares are better when higher. Nats above the "
         "floor are better when lower: at 0 a model is as good as any can be.",
-        "各项指标在该阶段之前与之后的数值，都在没见过的问题上测得。百分比越高越好；高出下界的奈特数越低越好，"
+        "各项指标在该阶段之前与之后的数值，都在没见过的问题上测得。百分比越高越好；高出下限的奈特数越低越好，"
         "0 就是任何模型所能达到的极限。",
     ),
     "metric": ("figure", "指标"),
@@ -37,7 +37,7 @@ WORDS = {
     "distance": ("training: distance from the teacher, nats per token", "训练：与教师的距离（奈特/词元）"),
     "training": ("training", "训练"),
     "validation": ("validation", "验证"),
-    "floor": ("floor {value:.3f}", "下界 {value:.3f}"),
+    "floor": ("floor {value:.3f}", "下限 {value:.3f}"),
     "lr": ("learning rate", "学习率"),
     "step": ("step", "步数"),
     "bits_per_byte": ("validation: bits per byte", "验证：每字节比特数"),
@@ -98,11 +98,11 @@ WORDS = {
     "kinds": ("Kinds of text", "文本种类"),
     "kinds_note": (
         "Shares of the pretraining texts, and the floor of each kind: the entropy of its texts.",
-        "各类文本在预训练数据中的占比，以及各自的下界，也就是文本的熵。",
+        "各类文本在预训练数据中的占比，以及各自的下限，也就是文本的熵。",
     ),
     "kind": ("kind", "种类"),
     "share": ("share", "占比"),
-    "floor_per_byte": ("floor, nats/byte", "下界（奈特/字节）"),
+    "floor_per_byte": ("floor, nats/byte", "下限（奈特/字节）"),
     "distribution": ("Tokens", "词元分布"),
     "distribution_note": (
         "What the model learns to predict: the tokens that are targets, in pretraining all of them, in fine-tuning "
@@ -129,12 +129,12 @@ UNITS = {"token": ("token", "词元"), "pair": ("pair", "偏好对"), "reply": (
 
 # The figures of demo_table.py, in Chinese.
 METRICS_ZH = {
-    "nats/token above the floor (before: guessing)": "高出下界，奈特/词元（之前：随机猜测）",
+    "nats/token above the floor (before: guessing)": "高出下限，奈特/词元（之前：随机猜测）",
     "tasks, exact match": "各任务，精确匹配率",
     "who it is, exact match": "“你是谁”，精确匹配率",
     "chosen reply more probable": "被选中的回答概率更高的比例",
     "free answers like the chosen reply": "自由回答更像被选中的回答的比例",
-    "student, nats/token above the floor (before: hard labels)": "学生模型高出下界，奈特/词元（之前：只用硬标签）",
+    "student, nats/token above the floor (before: hard labels)": "学生模型高出下限，奈特/词元（之前：只用硬标签）",
     "problems, exact match (before: trained to answer at once)": "题目，精确匹配率（之前：训练成直接回答）",
     "answers that have the form": "格式正确的回答比例",
     "calls, exact match": "工具调用，精确匹配率",
@@ -148,7 +148,7 @@ STAGES = {
         (
             "A model with random weights learns to predict the next token of plain texts. A grammar wrote them and "
             "knows their exact probability, so the loss has a floor that no model can go below: the dashed line.",
-            "从随机权重出发，学习预测普通文本的下一个词元。文本由一套语法生成，概率精确可知，所以损失有一条任何模型都越不过的下界，"
+            "从随机权重出发，学习预测普通文本的下一个词元。文本由一套语法生成，概率精确可知，所以损失有一条任何模型都越不过的下限，"
             "即图中的虚线。",
         ),
     ),
@@ -172,8 +172,10 @@ STAGES = {
         ("DPO", "DPO"),
         (
             "Pairs of replies teach the model to prefer a full sentence to a single word. ✓: more like the chosen "
-            "reply than like the rejected one.",
-            "用成对的回答教模型说完整的句子，而不是只吐一个词。✓ 表示更接近被选中的回答。",
+            "reply than like the rejected one. The loss includes that of the chosen reply's tokens, "
+            "so it does not start at ln 2.",
+            "用成对的回答教模型说完整的句子，而不是只吐一个词。✓ 表示更接近被选中的回答。"
+            "损失里还加上了被选中的回答自己每个词元的损失，所以起点不是 ln 2。",
         ),
     ),
     "distill": (

@@ -1,4 +1,4 @@
-"""The explanation as one HTML file: both languages, attention of every layer and head, values under the mouse."""
+"""The explanation as one HTML file: both languages, attention of every layer and head, values at a touch."""
 
 import html
 import json
@@ -24,6 +24,7 @@ function draw() {
   const at = (i, j) => state.head >= 0 ? layer[state.head][i][j] : mean(i, j);
   const table = document.getElementById("map");
   table.replaceChildren();
+  document.getElementById("value").textContent = "";
   const head = table.insertRow();
   head.append(document.createElement("th"));
   for (const token of data.tokens) {
@@ -36,6 +37,7 @@ function draw() {
       const value = at(i, j), cell = line.insertCell();
       cell.style.background = `rgba(61,126,166,${value})`;
       cell.title = `${data.tokens[i]} → ${data.tokens[j]}: ${(100 * value).toFixed(1)} %`;
+      cell.onclick = () => document.getElementById("value").textContent = cell.title;  // phones cannot point
     }
   }
 }
@@ -61,7 +63,7 @@ def as_page(trace: Trace, tokenizer, config, language: str) -> str:
         _both("h2", lambda words: words["attention_maps"]),
         _both("p", lambda words: words["attention_note"], "note"),
         *(f'<p data-l="{name}">{_choices(len(numbers), len(numbers[0]), words)}</p>' for name, words in WORDS.items()),
-        '<div class="wide"><table id="map"></table></div>',
+        '<div class="wide"><table id="map"></table></div><p id="value"></p>',
         *_experts(trace, tokens),
         _both("h2", lambda words: words["next"]),
         _both("p", lambda words: next_note(trace, config, words), "note"),
@@ -119,7 +121,7 @@ def _experts(trace: Trace, tokens: list[str]) -> list[str]:
 def _candidates(trace: Trace, tokenizer) -> str:
     lines = [
         f'<tr title="{probability:.6f}"><td>{html.escape(shown(tokenizer, token))}</td><td>{probability:.2%}</td>'
-        f'<td><span class="bar" style="width:{20 * probability:.2f}em"></span></td></tr>'
+        f'<td><span class="bar" style="width:calc({probability:.4f} * min(20em, 45vw))"></span></td></tr>'
         for token, probability in trace.candidates
     ]
     return f"<table>{''.join(lines)}</table>"

@@ -14,7 +14,8 @@ WORDS = {
         "embedding": "embedding", "attention": "attention", "feed-forward": "feed-forward", "experts": "experts",
         "norm_part": "final norm", "output": "output layer", "total": "total",
         "attention_maps": "Attention",
-        "attention_note": "Row: a token. Column: an earlier token that it takes from. Dark: much. Hover for values.",
+        "attention_note": "Row: a token. Column: an earlier token that it takes from. Dark: much. Point at a square, "
+        "or tap it, for its value.",
         "layer": "layer", "head": "head", "all_heads": "all heads (mean)",
         "experts_note": "Experts that the router chose for each token.",
         "next": "The next token",
@@ -35,7 +36,8 @@ WORDS = {
         "embedding": "词嵌入", "attention": "注意力", "feed-forward": "前馈层", "experts": "专家层",
         "norm_part": "最后的归一化", "output": "输出层", "total": "合计",
         "attention_maps": "注意力",
-        "attention_note": "行是一个词元，列是它读取的更早的词元，颜色越深读得越多。把鼠标放上去看数值。",
+        "attention_note": "行是一个词元，列是它读取的更早的词元，颜色越深读得越多。"
+        "把鼠标移到方格上，或者点一下，就能看到数值。",
         "layer": "层", "head": "头", "all_heads": "所有头的平均",
         "experts_note": "路由器为每个词元选出的专家。",
         "next": "下一个词元",

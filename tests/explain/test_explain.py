@@ -99,6 +99,7 @@ def test_text_and_page(tokenizer, language):
     assert len(data["attention"]) == 2
     assert len(data["tokens"]) == len(found.ids) == len(data["attention"][0][0])
     assert all(words["title"] in page for words in WORDS.values())
+    assert page.count('"value"') == 3  # a tap on a square of the map writes into it, where no mouse can point
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
 
 
