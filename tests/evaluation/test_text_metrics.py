@@ -116,7 +116,7 @@ def test_pairs_must_be_pairs(metric):
 )
 def test_a_missing_package_is_named(monkeypatch, metric, package, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"pip install {package}.*minillm\[eval\]"):
+    with pytest.raises(UserError, match=rf"pip install {package}  .*pip install -e '\.\[eval\]'"):
         metric(["我喜欢"], ["我喜欢"])
 
 

@@ -137,7 +137,7 @@ def test_one_that_fails_at_the_end_costs_a_warning(open_tracker, fakes, capsys):
     ("broken", "message"),
     [
         ("start", r"^--tracker other: other cannot start \(api_key not configured\); log in, or leave the flag out$"),
-        ("missing", r"^--tracker other needs .*pip install fake_tracker  \(or: pip install 'minillm\[track\]'\)$"),
+        ("missing", r"^--tracker other needs .*pip install fake_tracker  \(or, .*: pip install -e '\.\[track\]'\)$"),
     ],
 )
 def test_one_that_cannot_start_is_one_line_and_ends_the_others(open_tracker, fakes, broken, message):
@@ -157,7 +157,7 @@ def test_a_missing_package_names_the_line_that_installs_it(open_tracker, monkeyp
     for module in [module for module in sys.modules if module.split(".")[0] == package or "tensorboard" in module]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"^--tracker {name} needs .*: pip install {package}  \(or: "):
+    with pytest.raises(UserError, match=rf"^--tracker {name} needs .*: pip install {package}  \(or, "):
         open_tracker(name)
 
 

@@ -229,7 +229,7 @@ def test_too_little_text_warns_and_keeps_what_there_is(corpus):
 
 def test_without_the_package_the_error_says_how_to_get_it(corpus, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"pip install sentencepiece .*minillm\[tokenizer\]"):
+    with pytest.raises(UserError, match=r"pip install sentencepiece  .*pip install -e '\.\[tokenizer\]'"):
         train_sentencepiece(corpus(), vocab_size=300)
 
 

@@ -301,7 +301,7 @@ def test_eval_model_opens_a_chat(start, out, tmp_path):
     assert "/help lists the commands" in terminal.text
     answer = terminal.ask("你好 🙂")
     assert re.search(
-        r"\[\d+ tokens in [\d.]+ s, \d+ tokens/s, first after \d+ ms; cut at --max_new_tokens 60\]\n\n> $", answer
+        r"\[\d+ tokens in [\d.]+ s, [\d,]+ tokens/s, first after \d+ ms; cut at --max_new_tokens 60\]\n\n> $", answer
     )
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", terminal.text)
     assert "rlhf_32: parameters" in terminal.ask("/model rlhf")
