@@ -92,7 +92,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/site/build.py
 
 docs-check: $(VENV)/.installed-dev
-	MINILLM_DOCS=1 $(BIN)/python -m pytest tests/docs
+	MINILLM_DOCS=1 $(BIN)/python -m pytest tests/docs -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
