@@ -111,8 +111,8 @@ def chart(
         parts.append(f'<path d="M{LEFT} {at}H{WIDTH - RIGHT}"/><text x="{LEFT - 5}" y="{at}" dy="4" ')
         parts.append(f'text-anchor="end">{_text(value)}</text>')
     for value in x.ticks():
-        at, anchor = x.at(value), "middle"
-        anchor = "end" if at > WIDTH - 24 else anchor
+        at = x.at(value)
+        anchor = "end" if at > WIDTH - 24 else "middle"
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_text(value)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     for language, name in x_names.items():

@@ -15,6 +15,7 @@ import minillm
 from minillm.checkpoints.lock import writable
 from minillm.files import replace_text
 from minillm.model.router_stats import relative_entropy
+from minillm.reports.chart import is_wide
 from minillm.reports.page import (
     drawing,
     facts_table,
@@ -190,7 +191,7 @@ def log_scale_if_wide(axis, losses: list[float]) -> None:
     """Give losses a logarithmic axis where the first steps would flatten all that follows."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    if losses and max(losses) > 3 * min(losses) > 0:
+    if is_wide(losses):
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_minor_locator(NullLocator())
